@@ -1,0 +1,109 @@
+# Every command of Sluice. `make help` lists them; each first makes .venv where it is missing.
+#
+# Written for GNU make 3.81, which macOS still ships.
+
+#: JOB     an experiment: the name of a file in configs/jobs (tinyllama)
+#: ACCEL   a strategy: the name of a file in configs/accelerate (ddp)
+#: NPROC   processes on this machine (one for each GPU, or 1; 2 in a dry run)
+#: NODES   nodes, instead of what the job says
+#: GPUS    GPUs of a node, instead of what the job says
+#: TIME    time limit, instead of what the job says
+#: NAME    a word to find the run again by
+#: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
+#: ARGS    the rest, passed on as it is: ARGS="--max_steps 500 --optimizer.lr 1e-4"
+JOB ?= tinyllama
+
+# Where the Python environment lies; PYTHON=... names the interpreter to make it from.
+VENV ?= .venv
+export VENV
+
+# In the environment these two mean something else: WSL sets NAME to the name of the machine, and
+# the program `time` reads its format from TIME.
+ifneq (,$(findstring environment,$(origin NAME)))
+override NAME :=
+endif
+ifneq (,$(findstring environment,$(origin TIME)))
+override TIME :=
+endif
+
+# `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
+quote = '$(subst ','\'',$(1))'
+flag = $(if $($(1)),--$(2)=$(call quote,$($(1))))
+
+python = $(call quote,$(VENV)/bin/python)
+tool = $(call quote,$(VENV)/bin/$(1))
+sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
+options = $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) $(call flag,RUN,run)
+run_folder = $$($(python) -m cluster.runs $(call quote,$(RUN)))
+
+# All bash of the repository, wherever it lies. `find`, because a checkout may come without git.
+not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./runs -o -path ./datasets -o -path ./cache
+each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
+	\( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 | xargs -0
+
+# Recipes are one command each: what went wrong is said by that command, not by make.
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help dry-run run fetch export generate test lint format bench bench-gpu clean setup setup-dev
+
+help: ## this list
+	echo 'usage: make TARGET [VARIABLE=VALUE ...]'
+	echo
+	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	echo
+	sed -n 's/^#: /  /p' $(firstword $(MAKEFILE_LIST))
+
+# ---- train ----------------------------------------------------------------------------------
+
+dry-run: | setup ## a short pass of JOB on CPU, two processes, no network: train, resume, export
+	$(python) -m cluster.run --dry_run $(options) -- $(ARGS)
+
+run: | setup ## JOB on this machine, in full; RUN=... continues a run
+	$(python) -m cluster.run $(options) -- $(ARGS)
+
+fetch: | setup ## download, tokenize and pack what JOB reads, so that it needs no network
+	$(python) -m cluster.run --fetch $(call flag,JOB,job) -- $(ARGS)
+
+export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
+	folder=$(run_folder) && $(python) -m train.export "$$folder" $(ARGS)
+
+generate: | setup ## text from RUN that goes on from PROMPT="..."
+	folder=$(run_folder) && $(python) -m train.generate "$$folder" $(call flag,PROMPT,prompt) $(ARGS)
+
+# ---- develop --------------------------------------------------------------------------------
+
+test: | setup-dev ## the tests that this machine can run; STRICT=1: one that it cannot is a failure
+	$(python) -m pytest tests $(ARGS)
+
+# pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
+lint: | setup-dev ## style, types, the wall between cluster/ and train/, shell scripts
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	$(python) $(call tool,lint-imports)
+	$(each_bash_file) $(call tool,shellcheck)
+	$(each_bash_file) $(call tool,shfmt) -i 2 -d
+
+format: | setup-dev ## lay out Python and bash as `make lint` wants them
+	$(python) -m ruff check --select I --fix --quiet .
+	$(python) -m ruff format .
+	$(each_bash_file) $(call tool,shfmt) -i 2 -w
+
+bench: | setup ## speed on this machine's CPU, as ratios (benchmarks/)
+	$(python) -m benchmarks $(ARGS)
+
+bench-gpu: | setup ## the same on its GPU
+	$(python) -m benchmarks --device=cuda $(ARGS)
+
+clean: ## delete the tools' caches; never runs, data or the environment
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . \( $(not_ours) \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# ---- the environment ------------------------------------------------------------------------
+
+# Says nothing and takes no time when all is there.
+setup:
+	containers/venv.sh
+
+setup-dev:
+	containers/venv.sh --dev

@@ -1,0 +1,299 @@
+#!/usr/bin/env bash
+# Make or refresh the virtual environment from containers/locks:  containers/venv.sh [--dev]
+#
+#   --dev    also the tools of `make test` and `make lint`
+#   VENV     where it lies (.venv; a relative path counts from the repository root)
+#   PYTHON   the interpreter to make it from (otherwise the first that fits on PATH)
+#
+# Packages come from wherever pip is told to look (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, ...).
+# When all is there already, this returns at once and says nothing.
+set -euo pipefail
+
+# PyTorch's own index of CPU builds, asked only when pip's configured sources have none.
+readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
+# The Pythons for which every locked package has a wheel, on Linux and on macOS.
+readonly python_versions='3.14 3.13 3.12 3.11'
+readonly python_range='3.11 to 3.14'
+# Measured: 1.9 GB for a whole environment, 0.2 GB for the tools of --dev; the rest is pip's
+# working space.
+readonly whole_mib=3000 tools_mib=500
+
+note() { printf '%s\n' "$*" >&2; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# ---- what is asked for ----------------------------------------------------------------------
+
+flavour=cpu
+case "$#:${1-}" in
+0:) ;;
+1:--dev) flavour=dev ;;
+*) fail "venv.sh: '$*' is not understood; use containers/venv.sh or containers/venv.sh --dev" ;;
+esac
+
+# CDPATH would send a relative cd elsewhere.
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+readonly locks=containers/locks
+readonly venv=${VENV:-.venv}
+readonly lock_file=$venv/.sluice-lock stamp=$venv/.sluice-stamp
+readonly output=$venv/setup.log details=$venv/pip-details.log
+
+# Modules on clusters set these two; packages found through them would count as installed here.
+unset PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
+
+# ---- is it there already? -------------------------------------------------------------------
+
+# One line names what a finished environment holds: content, not times, because a checkout or a
+# copy changes times. The environment's own interpreter writes it, so one that no longer runs,
+# or that is another version since an upgrade of the system, never passes.
+readonly key_program='
+import hashlib, os, sys
+flavour, *files = sys.argv[1:]
+digest = hashlib.sha256(b"".join(open(file, "rb").read() for file in files)).hexdigest()
+system = os.uname()
+print(flavour, system.sysname, system.machine, "python%d.%d" % sys.version_info[:2], digest)
+'
+key() {
+  local files=("$locks/pip.txt" "$locks/torch-cpu.txt" "$locks/cpu.txt")
+  if [[ $1 == dev ]]; then files+=("$locks/dev.txt"); fi
+  # Without site-packages (-S) and the user's settings (-I) this takes 20 ms.
+  "$venv/bin/python" -I -S -c "$key_program" "$1" "${files[@]}"
+}
+
+is_ready() { # is_ready FLAVOUR
+  local line
+  [[ -f $stamp && -x $venv/bin/python ]] || return 1
+  line=$(key "$1" 2>/dev/null) || return 1
+  grep -qxF -e "$line" -- "$stamp"
+}
+
+# No lock is taken here: an install removes the stamp before it changes anything.
+if is_ready "$flavour"; then exit 0; fi
+
+# ---- an interpreter -------------------------------------------------------------------------
+
+python='' python_version=''
+# A version that is found but does not fit is remembered for the error message.
+unfit=''
+
+# The base executable, because `python3` may be this very environment's, which is about to go.
+readonly probe='
+import sys, venv
+print("%d.%d" % sys.version_info[:2], getattr(sys, "_base_executable", "") or sys.executable)
+'
+fits() { # fits COMMAND: does it run, and is it new and old enough? Sets python, python_version.
+  local answer version
+  answer=$("$1" -I -c "$probe" 2>/dev/null) || return 1
+  version=${answer%% *}
+  if [[ " $python_versions " != *" $version "* ]]; then
+    unfit=$version
+    return 1
+  fi
+  python=${answer#* } python_version=$version
+}
+
+find_python() {
+  local name path
+  if [[ -n ${PYTHON:-} ]]; then
+    if fits "$PYTHON"; then return; fi
+    if [[ -n $unfit ]]; then
+      fail "PYTHON=$PYTHON: this is Python $unfit; set PYTHON to one from $python_range, or unset it"
+    fi
+    fail "PYTHON=$PYTHON: does not run, or lacks the venv module; set PYTHON to a Python from $python_range, or unset it"
+  fi
+  for name in python3 ${python_versions//3./python3.}; do
+    # All of that name on PATH: the first may be a pyenv shim for a version that is not installed.
+    while IFS= read -r path; do
+      if fits "$path"; then return; fi
+    done < <(type -aP "$name")
+  done
+  fail "PATH: no Python from $python_range that runs${unfit:+ (Python $unfit is not)}; install one, or set PYTHON to its path"
+}
+find_python
+
+# ---- one at a time --------------------------------------------------------------------------
+
+# Only a folder that this script made, or an empty one, may be cleared.
+if [[ -d $venv && ! -e $lock_file && -n $(ls -A -- "$venv/") ]]; then
+  fail "VENV=$venv: the folder was not made by containers/venv.sh; set VENV to another path, or delete it"
+fi
+if ! mkdir -p -- "$venv" 2>/dev/null || ! : 2>/dev/null >>"$lock_file"; then
+  fail "VENV=$venv: the folder cannot be made or written; set VENV to a path that can"
+fi
+exec 9>>"$lock_file"
+
+# The lock belongs to the open file, so it stays with this shell after Python has ended, and with
+# a pip that outlives this shell. macOS has no flock command; Python is there in any case.
+readonly lock_program='
+import fcntl, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(f"{sys.argv[1]}: waiting for another set-up of it to end", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError as reason:
+    print(f"note: {sys.argv[1]}: no lock on this file system ({reason})", file=sys.stderr)
+'
+"$python" -I -c "$lock_program" "$venv"
+
+# Another set-up may have finished while this one waited.
+if is_ready "$flavour"; then exit 0; fi
+
+# ---- pip, with its words kept for the case that something fails -----------------------------
+
+# What pip could not reach, with the reason, which it gives in its details only: it then reports
+# 'No matching distribution'. A 404 is a plain answer: that index has no such package.
+unreachable() {
+  sed -n -e '/: 404 Client Error/d' \
+    -e 's/.*Could not fetch URL \([^ ]*\): \(.*\) - skipping$/\1 could not be reached (\2)/' \
+    -e "s/(connection error: .*\(\[Errno [^])]*\][^()']*\).*/(\1)/" \
+    -e '/ could not be reached /p' -- "$details" | tail -n 1
+}
+
+not_found() { grep -q 'No matching distribution found' -- "$output"; }
+
+# The last lines that pip itself wrote.
+last_words() { sed -e '/^$/d' -e 's/^/  /' -- "$output" | tail -n 8 | cut -c 1-240 >&2; }
+
+stop() { # stop WHAT: a step failed
+  local reason
+  reason=$(unreachable)
+  if not_found && [[ -n $reason ]]; then
+    fail "$1: $reason; check the network and \`pip config list\`, then run this again"
+  fi
+  last_words
+  fail "$1: could not be installed; the reason is above, the whole record in $output"
+}
+
+quietly() { "$@" >"$output" 2>&1; }
+
+pip=("$venv/bin/python" -I -m pip)
+# A `user = true` in pip.conf would send the packages to the home folder.
+install=(install --no-user --no-deps --log "$details")
+
+pip_install() { # pip_install OPTION...: true when pip could
+  : >"$details"
+  quietly "${pip[@]}" "${install[@]}" "$@"
+}
+
+# ---- the empty environment ------------------------------------------------------------------
+
+check_space() { # check_space MIB
+  local free_mib
+  # In the column before the one with the per cent sign, as a device's name may hold blanks.
+  if free_mib=$(df -Pk -- "$venv/" 2>/dev/null | awk 'NR == 2 {
+      for (i = 2; i <= NF; i++) if ($i ~ /%$/) print int($(i - 1) / 1024)
+    }') && [[ -n $free_mib ]] && ((free_mib < $1)); then
+    fail "VENV=$venv: $free_mib MiB are free on its file system, $1 are needed; make room, or set VENV to a path on another disk"
+  fi
+}
+
+# Not `venv --clear`: that would delete the lock too, and a third set-up would lock another file.
+clear_folder() {
+  find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${lock_file##*/}" -exec rm -rf -- {} + ||
+    fail "VENV=$venv: the old environment cannot be deleted; end what still uses it, then run this again"
+}
+
+# pip of one version everywhere, so that it acts and speaks everywhere as it was tested.
+make_empty() {
+  local host_pip=("$python" -m pip --python "$venv/bin/python")
+  : >"$details"
+  if "$python" -I -c 'import ensurepip' 2>/dev/null; then
+    quietly "$python" -I -m venv "$venv" || stop "a virtual environment from $python"
+  else
+    # Debian without its python3-venv package: the host's pip, or else a download, fills in.
+    quietly "$python" -I -m venv --without-pip "$venv" || stop "a virtual environment from $python"
+    if "${host_pip[@]}" --version >/dev/null 2>&1; then
+      pip=("${host_pip[@]}")
+    else
+      "$venv/bin/python" -I containers/bootstrap_pip.py "$locks/pip.txt"
+    fi
+  fi
+  pip_install --require-hashes -r "$locks/pip.txt" || stop pip
+  pip=("$venv/bin/python" -I -m pip)
+}
+
+# ---- torch, the CPU build and no other ------------------------------------------------------
+
+# The version is pinned by its name 2.13.0+cpu, which no CUDA build bears.
+torch_from_a_source() { # torch_from_a_source OPTION...
+  local torch="torch $torch_version" asked="pip's configured sources" first='' second=''
+  if pip_install "$@"; then return; fi
+  # Only when pip looked and did not find it is there a second place to look.
+  not_found || stop "$torch"
+  first=$(unreachable)
+  if [[ $system == Linux ]]; then
+    if pip_install --index-url "$torch_cpu_index" "$@"; then return; fi
+    not_found || stop "$torch"
+    second=$(unreachable)
+    asked+=" or $torch_cpu_index"
+  fi
+  if [[ -n $first$second ]]; then
+    : "${first:=not in the configured sources}"
+    fail "$torch: $first${second:+, $second}; check the network and \`pip config list\`, then run this again"
+  fi
+  if grep -q '^Ignoring indexes' -- "$output"; then asked="pip's find-links, as it may use no index"; fi
+  fail "$torch: no CPU build for Python $python_version on $system $machine at $asked; set PYTHON to another Python, or offer the wheel through PIP_FIND_LINKS"
+}
+
+install_torch() {
+  local system machine torch_version
+  system=$(uname -s) machine=$(uname -m)
+  torch_version=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$locks/torch-cpu.txt")
+  # On macOS the plain build is the CPU build, and PyPI has it.
+  if [[ $system != Linux ]]; then torch_version=${torch_version%+cpu}; fi
+  note "  torch $torch_version"
+  torch_from_a_source --require-hashes -r "$locks/torch-cpu.txt"
+  # The lock has hashes for some machines; for the others pip skipped the line.
+  if ! "$venv/bin/python" -I -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+    note "  note: no hash is locked for torch $torch_version on Python $python_version, $system $machine: this one wheel is taken by its version, unchecked"
+    torch_from_a_source "torch==$torch_version"
+  fi
+}
+
+# ---- the rest -------------------------------------------------------------------------------
+
+install_rest() { # install_rest LOCK
+  # deepspeed is built here, as pure Python, from source: its build needs the locked setuptools
+  # in the environment, because build isolation would fetch another one without a hash.
+  awk '/^[^ ]/ {wanted = /^setuptools==/} wanted' "$1" >"$venv/setuptools.txt"
+  pip_install --require-hashes -r "$venv/setuptools.txt" || stop setuptools
+  DS_BUILD_OPS=0 pip_install --require-hashes --no-build-isolation -r "$1" || stop "$1"
+  rm -- "$venv/setuptools.txt"
+}
+
+# ---- do it ----------------------------------------------------------------------------------
+
+# pip turns Ctrl-C into an ordinary failure, which would be reported as one.
+trap 'note "$venv: interrupted; the next run starts again"; exit 130' INT
+
+if [[ $flavour == dev ]] && is_ready cpu; then
+  note "$venv: adding the tools of $locks/dev.txt (about half a minute)"
+  check_space "$tools_mib"
+  rm -- "$stamp"
+else
+  # What lies here is unfinished or out of date.
+  rm -f -- "$stamp"
+  clear_folder
+  note "$venv: installing the $flavour environment with Python $python_version (once; about 3 minutes and 2 GB)"
+  check_space "$whole_mib"
+  make_empty
+  install_torch
+fi
+note "  $locks/$flavour.txt ($(grep -c '^[^ ]' "$locks/$flavour.txt") packages)"
+install_rest "$locks/$flavour.txt"
+if ! quietly "${pip[@]}" check; then
+  last_words
+  fail "$venv: the locked packages do not fit together on this machine (above); please report it"
+fi
+
+# The stamp comes last and whole. dev.txt holds all of cpu.txt, so it answers for both.
+key cpu >"$stamp.new"
+if [[ $flavour == dev ]]; then key dev >>"$stamp.new"; fi
+mv -- "$stamp.new" "$stamp"
+rm -f -- "$output" "$details"
+note "$venv: ready after $SECONDS s"

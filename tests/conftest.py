@@ -1,0 +1,99 @@
+"""What the tests share: the checkout, its Python, a folder of staged samples, a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+# The longest that any launch of these tests may take before it counts as hanging.
+LAUNCH_TIMEOUT_S = 180
+
+
+@pytest.fixture(scope="session")
+def datasets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a datasets folder that all tests share; the sample is packed into it once."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def clean_environment(datasets_folder: Path) -> dict[str, str]:
+    """Return the environment for a child: ours, without what a launcher or Sluice sets."""
+    ours = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SLUICE_", "ACCELERATE_", "FSDP_", "PET_", "HF_", "MAKE", "MFLAGS"))
+    }
+    return ours | {
+        "SLUICE_DATASETS": str(datasets_folder),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, below the range of outgoing connections."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("no free port")
+
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def launch(clean_environment: dict[str, str]) -> Launch:
+    """Return a function that runs a module under the launcher, as slurm/node.sh does."""
+
+    def run(
+        accel: str,
+        num_processes: int,
+        module: str,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            launch_command(accel, num_processes, module, *arguments),
+            cwd=CHECKOUT,
+            env=clean_environment
+            | {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"}
+            | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=LAUNCH_TIMEOUT_S,
+        )
+
+    return run
+
+
+def launch_command(accel: str, num_processes: int, module: str, *arguments: str) -> list[str]:
+    """Return the launcher's command line for `num_processes` on this machine."""
+    launcher = [sys.executable, "slurm/launch.py", "--num_machines", "1", "--machine_rank", "0"]
+    launcher += ["--config_file", f"configs/accelerate/{accel}.yaml"]
+    launcher += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
+    return [*launcher, "--module", module, *arguments]
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    """Return the training loss of each logged step; fails if a step is there twice."""
+    found = [(line["step"], line["loss"]) for line in read_metrics(run_folder) if "loss" in line]
+    assert len({step for step, _ in found}) == len(found), "a step was logged twice"
+    return dict(found)

@@ -1,0 +1,55 @@
+"""Trains under one strategy, in one launch, all that test_trajectories compares.
+
+accelerate launch ... -m tests.distributed.worker_trajectories FOLDER
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import losses
+from train import tinyllama
+from train.engine import arguments, signals
+from train.engine.distributed import init_distributed, is_main_process, world_size
+from train.engine.errors import run_to_exit
+
+SETTINGS = [
+    "--dry_run",
+    "--max_steps",
+    "8",
+    "--log_every_steps",
+    "1",
+    "--export",
+    "false",
+    "--evaluation.every_steps",
+    "4",
+    "--evaluation.max_tokens",
+    "512",
+    "--optimizer.max_grad_norm",
+    "0.5",
+]
+
+
+def main(argv: list[str]) -> int:
+    """Write a run folder for each accumulation, straight and stopped half-way."""
+    folder = Path(argv[0])
+    device = init_distributed()
+    for accumulation in (1, 4):
+        micro = 8 // world_size() // accumulation
+        words = [*SETTINGS, "--batch.micro_batch_size", str(micro)]
+        config = arguments.parse(tinyllama.Config, words, prog="worker", dry_run=tinyllama.DRY_RUN)
+        config = tinyllama.stage(config, online=False)
+        straight = folder / f"accumulation{accumulation}-straight"
+        assert tinyllama.train(config, straight, device, rehearse_stop=False)
+        resumed = folder / f"accumulation{accumulation}-resumed"
+        signals.install()
+        assert not tinyllama.train(config, resumed, device, rehearse_stop=True)
+        if is_main_process():
+            assert max(losses(resumed)) < 8, "it was not stopped"
+        signals.reset()
+        assert tinyllama.train(config, resumed, device, rehearse_stop=False)
+    return 0
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

@@ -1,0 +1,1 @@
+"""The training side: what runs on a compute node, in the image or in the virtual environment."""

@@ -1,0 +1,1 @@
+"""The parts that the training scripts share; each module has one job."""

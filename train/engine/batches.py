@@ -1,0 +1,166 @@
+"""Text tokenized once into a memory-mapped file of tokens; blocks of it in a computed order.
+
+The order is a pure function of (seed, epoch) and the position one integer, so resuming at block
+one million costs what resuming at block ten costs, and memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from train.engine.data import Piece
+from train.engine.errors import UserError
+from train.engine.tokenizer import LoadedTokenizer
+
+FORMAT = 1
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedText:
+    """What a packed folder's meta.json says."""
+
+    format: int
+    dtype: str
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    vocab_size: int
+
+
+def pack(
+    pieces: Iterator[Piece], tokenizer: LoadedTokenizer, folder: Path, source: str
+) -> PackedText:
+    """Tokenize `pieces` into `folder`: tokens.bin, one document after the other, and meta.json.
+
+    A document is framed by the tokenizer's bos and eos where it has them.
+
+    Raises:
+        UserError: there is no text.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    num_tokens = num_documents = num_bytes = 0
+    with (folder / "tokens.bin").open("wb") as stream:
+        # A few pieces at a time keep the tokenizer's threads busy and its memory small.
+        while batch := list(islice(pieces, 8)):
+            encoded = tokenizer.tokenizer.encode_batch_fast(
+                [piece.text for piece in batch], add_special_tokens=False
+            )
+            for piece, encoding in zip(batch, encoded, strict=True):
+                ids = list(encoding.ids)
+                if piece.starts and tokenizer.bos_id is not None:
+                    ids.insert(0, tokenizer.bos_id)
+                if piece.ends and tokenizer.eos_id is not None:
+                    ids.append(tokenizer.eos_id)
+                np.asarray(ids, dtype=dtype).tofile(stream)
+                num_tokens += len(ids)
+                num_documents += piece.ends
+                num_bytes += len(piece.text.encode("utf-8"))
+        stream.flush()
+        os.fsync(stream.fileno())
+    if num_bytes == 0:
+        raise UserError(f"{source}: holds no text")
+    packed = PackedText(
+        format=FORMAT,
+        dtype=dtype.name,
+        num_tokens=num_tokens,
+        num_documents=num_documents,
+        num_bytes=num_bytes,
+        vocab_size=tokenizer.vocab_size,
+    )
+    (folder / "meta.json").write_text(json.dumps(asdict(packed), indent=2) + "\n")
+    return packed
+
+
+class Blocks:
+    """The blocks of a packed folder: block i is tokens [i T, i T + T + 1), T the sequence length.
+
+    Neighbours share one token, so that every token but the first is a target exactly once.
+    """
+
+    def __init__(self, folder: Path, sequence_length: int) -> None:
+        """Map the folder.
+
+        Raises:
+            UserError: it is not packed text, was cut short, or is shorter than one block.
+        """
+        try:
+            self.packed = PackedText(**json.loads((folder / "meta.json").read_text()))
+            self._tokens = np.memmap(folder / "tokens.bin", dtype=self.packed.dtype, mode="r")
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: is not packed text ({error}); delete it, it is made again") from None
+        if len(self._tokens) != self.packed.num_tokens:
+            raise UserError(
+                f"{folder}: tokens.bin holds {len(self._tokens)} tokens but meta.json says "
+                f"{self.packed.num_tokens}; delete the folder, it is made again"
+            )
+        self.sequence_length = sequence_length
+        self._num_targets = self.packed.num_tokens - 1
+
+    @property
+    def num_full(self) -> int:
+        """Blocks that are full: what training reads; the tail of under T tokens is left out."""
+        return self._num_targets // self.sequence_length
+
+    @property
+    def num_all(self) -> int:
+        """Blocks with the last one, which may be short: what evaluation reads."""
+        return -(-self._num_targets // self.sequence_length)
+
+    def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return (inputs, labels), each of shape (len(indices), T).
+
+        Labels are the inputs one token later; -100, which the loss ignores, fills a short last
+        block and the whole row of an index past the end.
+        """
+        length = self.sequence_length
+        inputs = np.zeros((len(indices), length), dtype=np.int64)
+        labels = np.full((len(indices), length), -100, dtype=np.int64)
+        for row, index in enumerate(indices):
+            tokens = self._tokens[index * length : index * length + length + 1]
+            count = max(0, len(tokens) - 1)
+            inputs[row, :count] = tokens[:count]
+            labels[row, :count] = tokens[1 : count + 1]
+        return inputs, labels
+
+
+def block_at(position: int, *, num_blocks: int, seed: int) -> int:
+    """Return the block that is read at `position` (0 is the run's first sequence).
+
+    Each epoch is a permutation of all blocks, another one each time.
+    """
+    epoch, offset = divmod(position, num_blocks)
+    return permute(offset, size=num_blocks, key=_mix(_mix(seed) + epoch))
+
+
+def permute(index: int, *, size: int, key: int) -> int:
+    """Return where `index` goes in a pseudo-random permutation of range(`size`), in O(1) memory.
+
+    A four-round Feistel network over the next even number of bits, walked until the result falls
+    inside the range (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
+    """
+    half_bits = max(1, -(-(size - 1).bit_length() // 2))
+    half_mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & half_mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(key ^ (turn << 58) ^ right) & half_mask)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+def _mix(value: int) -> int:
+    """Return the finalizer of SplitMix64 (Steele, Lea & Flood 2014) of `value` mod 2**64."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31

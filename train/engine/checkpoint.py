@@ -1,0 +1,315 @@
+"""Checkpoints that are complete or not there: written aside, hashed, then published by rank 0.
+
+A checkpoint is the same whatever the strategy and the number of processes: for each parameter its
+fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank. So a run goes
+on under another strategy or world size, and `export` needs neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from train.engine.distributed import (
+    barrier,
+    from_main_process,
+    gather_strings,
+    is_main_process,
+    rank,
+    world_size,
+)
+from train.engine.errors import RunFailed, UserError
+from train.engine.runfolder import say, write_atomically
+from train.engine.settings import CheckpointSettings
+from train.engine.strategy import STATES, Strategy
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of a run folder; every method is collective."""
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._pending: tuple[int, Path] | None = None
+        self._writer: threading.Thread | None = None
+        self._report: dict[str, Any] = {}
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            # What an earlier attempt was killed in the middle of.
+            for leftover in folder.glob(".*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        barrier()
+
+    # ---- saving ----
+
+    def save(self, step: int, strategy: Strategy, state: dict[str, Any]) -> None:
+        """Copy the state of the run and start writing it as checkpoint `step`.
+
+        All ranks take part. Publishing waits for `poll` or `finish`; with `asynchronous` off, it
+        is done on return. `state` must hold what else the run needs, as JSON.
+
+        Raises:
+            RunFailed: it could not be written; the earlier checkpoints are as they were.
+        """
+        self.finish()
+        unpublished = self.folder / f".step-{step:08d}"
+        if is_main_process():
+            _or_fail(lambda: unpublished.mkdir(exist_ok=True), self.folder)
+        barrier()
+        owners = _owners(strategy)
+        mine = {}
+        for name, parameter in strategy.parameters():
+            for key in STATES:
+                full = strategy.full(parameter, key)
+                if owners[name] == rank():
+                    mine[f"{key}/{name}"] = full.to("cpu", copy=True).contiguous()
+        self._report = {}
+        self._pending = (step, unpublished)
+        arguments = (unpublished, mine, {"format": FORMAT, "step": step, **state}, strategy)
+        if self.settings.asynchronous:
+            self._writer = threading.Thread(target=self._write, args=arguments)
+            self._writer.start()
+        else:
+            self._write(*arguments)
+            self.finish()
+
+    def _write(
+        self,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        strategy: Strategy,
+    ) -> None:
+        try:
+            files = [_shard(rank(), world_size())]
+            save_file(tensors, folder / files[0])
+            # safetensors makes files that only their owner reads; the folder has the umask's mode.
+            (folder / files[0]).chmod(folder.stat().st_mode & 0o666)
+            if is_main_process():
+                config = strategy.module
+                while not hasattr(config, "model"):
+                    config = config.module
+                config.model.config.save_pretrained(folder)
+                write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
+                files += ["config.json", "state.json"]
+            self._report = {"files": {name: _describe(folder / name) for name in files}}
+        except (OSError, SafetensorError) as error:
+            self._report = {"error": f"rank {rank()}: {error}"}
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes; publish when no rank does."""
+        return self._writer is not None and self._writer.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was started that is not yet published."""
+        return self._pending is not None
+
+    def finish(self) -> None:
+        """Wait for the writing of all ranks and publish.
+
+        Raises:
+            RunFailed: a rank could not write; nothing of the checkpoint is left.
+        """
+        if self._pending is None:
+            return
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        (step, unpublished), self._pending = self._pending, None
+        reports = [json.loads(text) for text in gather_strings(json.dumps(self._report))]
+        errors = [report["error"] for report in reports if "error" in report]
+        problem = errors[0] if errors else None
+        if is_main_process():
+            if problem is None:
+                files = {
+                    name: entry for report in reports for name, entry in report["files"].items()
+                }
+                problem = self._publish(step, unpublished, files)
+            if problem is not None:
+                shutil.rmtree(unpublished, ignore_errors=True)
+        problem = from_main_process(problem)
+        if problem is not None:
+            kept = [path.name for path in step_folders(self.folder)]
+            raise RunFailed(
+                f"{self.folder}: checkpoint {step} could not be written ({problem}); "
+                + (f"{kept[0]} is complete" if kept else "there is no earlier one")
+            )
+
+    def _publish(self, step: int, unpublished: Path, files: dict[str, Any]) -> str | None:
+        """Make the checkpoint visible by one rename; return what went wrong."""
+        try:
+            manifest = {"format": FORMAT, "step": step, "files": files}
+            write_atomically(unpublished / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            _fsync(unpublished)
+            unpublished.rename(self.folder / f"step-{step:08d}")
+            _fsync(self.folder)
+            write_atomically(self.folder / "latest", f"step-{step:08d}\n")
+        except OSError as error:
+            return f"rank 0: {error}"
+        for old in step_folders(self.folder)[self.settings.keep :]:
+            # Renamed first: a deletion that is cut off must not leave half a checkpoint.
+            doomed = old.with_name(f".{old.name}.deleted")
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return None
+
+    # ---- resuming ----
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint whose files have the sizes and hashes of its manifest.
+
+        One that is damaged is set aside under the name `*.damaged`, and said. The ranks share
+        the reading.
+
+        Raises:
+            RunFailed: there are checkpoints and none is complete.
+        """
+        folders = step_folders(self.folder)
+        for folder in folders:
+            problem = _first(gather_strings(find_damage(folder, rank(), world_size()) or ""))
+            if not problem:
+                return folder
+            if is_main_process():
+                say(f"checkpoint {folder.name} is damaged ({problem}); trying the one before")
+                folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
+            barrier()
+        if folders:
+            raise RunFailed(
+                f"{self.folder}: none of the {len(folders)} checkpoints is complete; look at "
+                "step-*.damaged, or start a new run"
+            )
+        return None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the published checkpoints of a folder, the newest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint, or None; hashes every `parts`-th file from `part`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        expected = sorted(manifest["files"].items())
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json cannot be read"
+    for name, entry in expected:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    for name, entry in expected[part::parts]:
+        if _sha256(folder / name) != entry["sha256"]:
+            return f"{name} has another sha256 than when it was written"
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state.json of a checkpoint.
+
+    Raises:
+        UserError: it was written by a newer Sluice.
+    """
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["format"] > FORMAT:
+        raise UserError(f"{folder}: has format {state['format']}; this Sluice reads up to {FORMAT}")
+    return state
+
+
+def reader(folder: Path) -> tuple[Callable[[str, str], torch.Tensor], list[str]]:
+    """Return a function (name, state) -> tensor over a checkpoint, and the names of parameters.
+
+    Tensors are read one by one, so memory holds one at a time.
+    """
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+    def read(name: str, state: str) -> torch.Tensor:
+        tensor: torch.Tensor = where[f"{state}/{name}"].get_tensor(f"{state}/{name}")
+        return tensor
+
+    return read, [key.partition("/")[2] for key in where if key.startswith("weight/")]
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same shape."""
+    read, names = reader(folder)
+    parameters = dict(model.named_parameters())
+    assert set(names) == set(parameters), set(names) ^ set(parameters)
+    with torch.no_grad():
+        for name in names:
+            parameters[name].copy_(read(name, "weight"))
+
+
+def _owners(strategy: Strategy) -> dict[str, int]:
+    """Return the rank that writes each parameter: the largest first, each to the least loaded."""
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in strategy.parameters()
+    }
+    load = [0] * world_size()
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += sizes[name]
+    return owners
+
+
+def _shard(part: int, parts: int) -> str:
+    return f"shard-{part:05d}-of-{parts:05d}.safetensors"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Return size and hash of a file, after it has reached the disk."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first(texts: Iterable[str]) -> str | None:
+    return next((text for text in texts if text), None)
+
+
+def _free_name(path: Path) -> Path:
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}.{count}")
+    return candidate
+
+
+def _or_fail(action: Callable[[], Any], folder: Path) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise RunFailed(f"{folder}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,65 @@
+"""The user's mistakes, and the exit codes by which a run tells its caller how it ended."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+# EX_TEMPFAIL of sysexits.h: "saved, run me again". A batch script requeues on this code only.
+EXIT_REQUEUE = 75
+
+
+class UserError(ValueError):
+    """Something that the user can put right: one line that says what, where, and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on, and no setting was wrong: a full disk, a loss that is not finite."""
+
+
+def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's `main` on the command line and exit with its code.
+
+    A `UserError` is one line and exit 2, a `RunFailed` one line and exit 1; anything else is a bug
+    and shows its traceback. Nothing is torn down: a process whose peers are gone can hang for ever
+    in the clean-up of its process group, and the threads of a group that is alive have been seen
+    to abort the interpreter's exit and so make a finished run a failed one.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except (UserError, RunFailed) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return the end of a message about an unknown `word`: the nearest choice, or all of them."""
+    known = sorted(choices)
+    nearest = difflib.get_close_matches(word, known, n=1)
+    if nearest:
+        return f"; did you mean '{nearest[0]}'?"
+    return f"; choose from {', '.join(known)}" if len(known) <= 12 else ""
+
+
+def check_writable_folder(folder: Path, setting: str) -> None:
+    """Raise `UserError` if `folder`, or the nearest parent that exists, cannot be written to."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{setting}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{setting}: {existing} is not writable; choose another place")

@@ -1,0 +1,57 @@
+"""What ends a run before it can do harm: a loss that is not finite, a peer that is gone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from train.engine.distributed import gather_strings, rank
+from train.engine.errors import RunFailed
+
+
+def check_loss(local_loss: float, global_loss: float, *, step: int, positions: list[int]) -> None:
+    """Raise `RunFailed` if any rank's loss of this step is not finite; before the optimizer step.
+
+    `positions` are the data positions that this rank read in the step.
+    """
+    if math.isfinite(global_loss):
+        return
+    mine = "" if math.isfinite(local_loss) else f"rank {rank()}, positions {_span(positions)}"
+    guilty = [text for text in gather_strings(mine) if text] or ["the sum over ranks"]
+    raise RunFailed(
+        f"the loss of step {step} is not finite ({'; '.join(guilty)}); the last checkpoint is from "
+        "before it: continue with a smaller optimizer.lr, or look at the text there"
+    )
+
+
+def check_gradient(norm: float, *, step: int, positions: list[int]) -> None:
+    """Raise `RunFailed` if the gradient norm of this step is not finite; nothing was updated."""
+    if math.isfinite(norm):
+        return
+    everywhere = gather_strings(f"rank {rank()}, positions {_span(positions)}")
+    raise RunFailed(
+        f"the gradient of step {step} is not finite ({'; '.join(everywhere)}); the last checkpoint "
+        "is from before it: continue with a smaller optimizer.lr, or look at the text there"
+    )
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turn a collective's failure into one line: the rank that caused it has said why."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if not any(
+            mark in text for mark in ("gloo", "NCCL", "Connection closed", "Connection reset")
+        ):
+            raise
+        reason = text.splitlines()[0]
+        raise RunFailed(f"rank {rank()}: lost contact with another process ({reason})") from None
+
+
+def _span(positions: list[int]) -> str:
+    return f"{min(positions)} to {max(positions)}"

@@ -1,0 +1,111 @@
+"""The loss: a sum over tokens, divided by the target tokens of the whole step.
+
+Dividing once, by the count over all ranks and micro batches, makes 8 x 1 = 1 x 8 = 2 ranks x 4.
+The mean of means that most loops take is another loss whenever the parts differ in length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from train.engine import signals
+from train.engine.batches import Blocks
+from train.engine.distributed import agree, rank, world_size
+
+
+class TokenLoss(nn.Module):
+    """A language model whose forward pass returns the summed loss of its target tokens.
+
+    Wrapped as a whole by every strategy, so that autocast and loss are the same under each.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.device_type = device.type
+        self.bf16 = bf16
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss in nats, summed over targets, fp32, for inputs and labels of (B, T).
+
+        No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
+        """
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+
+
+def global_target_tokens(labels: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return the number of target tokens of a step, over all ranks and micro batches, on device."""
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for part in labels:
+        count += (part != -100).sum()
+    dist.all_reduce(count)
+    return count
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What an evaluation found, over all target tokens of the validation text."""
+
+    loss: float
+    """Mean loss of a token in nats."""
+    perplexity: float
+    """exp(loss); comparable only between runs with the same tokenizer."""
+    bits_per_byte: float
+    """Comparable between tokenizers: the whole text's loss in bits over its bytes in UTF-8."""
+    num_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module,
+    blocks: Blocks,
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> Validation | None:
+    """Score the validation text, or its first `max_tokens`; None if the run is asked to stop.
+
+    Every target token counts once at any number of processes: ranks take turns at batches, and
+    those past the end score nothing but still take part in the collectives of a sharded model.
+    """
+    module.eval()
+    num_blocks = blocks.num_all
+    if max_tokens is not None:
+        num_blocks = min(num_blocks, -(-max_tokens // blocks.sequence_length))
+    batches = -(-num_blocks // micro_batch_size)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for turn, first in enumerate(range(0, batches, world_size())):
+        start = (first + rank()) * micro_batch_size
+        indices = [
+            i if i < num_blocks else blocks.num_all for i in range(start, start + micro_batch_size)
+        ]
+        inputs, labels = (torch.from_numpy(part).to(device) for part in blocks.rows(indices))
+        total += torch.stack([module(inputs, labels).double(), (labels != -100).sum().double()])
+        # Asking costs a collective and, on a GPU, a wait: every tenth batch is soon enough.
+        if turn % 10 == 9 and agree(signals.received() is not None, device=device)[0]:
+            module.train()
+            return None
+    dist.all_reduce(total)
+    module.train()
+    nats, num_tokens = (float(value) for value in total.tolist())
+    loss = nats / num_tokens
+    bytes_scored = blocks.packed.num_bytes * num_tokens / (blocks.packed.num_tokens - 1)
+    return Validation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / bytes_scored,
+        num_tokens=int(num_tokens),
+    )

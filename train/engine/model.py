@@ -1,0 +1,94 @@
+"""The model: a folder's weights, a preset's random ones, or a checkpoint's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from train.engine import tokenizer as tokenizers
+from train.engine.errors import UserError
+from train.engine.presets import PRESETS
+from train.engine.settings import TrainingConfig
+from train.engine.staging import staged_path
+
+# What makes two models of one run the same; the rest of config.json may differ by version.
+SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+
+
+def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
+    """Return the model that training starts from, in fp32 on the CPU.
+
+    Random weights are drawn on the CPU whatever the device, so that a seed gives the same model
+    everywhere.
+    """
+    torch.manual_seed(seed)
+    if config.model.preset is None:
+        assert config.staged is not None and config.staged.model is not None
+        folder = staged_path(config.staged.model)
+        # Without dtype the weights would come in the precision they were stored in.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            _preset_config(config.model.preset, tokenizer_folder), dtype=torch.float32
+        )
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    model.config.use_cache = False
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
+    tokenizer = tokenizers.load(tokenizer_folder)
+    shape = vars(PRESETS[preset]).copy()
+    shape["vocab_size"] = max(shape["vocab_size"], tokenizer.vocab_size)
+    return LlamaConfig(
+        **shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, dtype="float32"
+    )
+
+
+def check_same_shape(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raise `UserError` if the config.json of a checkpoint is of another architecture."""
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    for key in SHAPE:
+        mine = getattr(model.config, key, None)
+        if key in saved and saved[key] != mine:
+            raise UserError(
+                f"{checkpoint}: is of another model: {key} is {saved[key]} there and {mine} here; "
+                "continue it with its own settings, or start a new run"
+            )
+
+
+def empty(config_folder: Path) -> PreTrainedModel:
+    """Return the model of a config.json without weights (on the meta device)."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(config_folder), dtype=torch.float32
+        )
+
+
+def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
+    """Return the floating-point operations of one token's forward and backward pass.
+
+    6 N + 12 L d T: N the parameters that multiply (embedding look-ups do not), L layers, d the
+    hidden size, T the sequence length; attention counted as if not causal. Chowdhery et al. 2022
+    (PaLM), arXiv:2204.02311, appendix B.
+    """
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    if not config.tie_word_embeddings:
+        parameters -= config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
+    return float(6 * parameters + attention)

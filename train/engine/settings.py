@@ -1,0 +1,260 @@
+"""The settings that the training scripts share; each knows what makes it wrong.
+
+Nothing here imports torch: a wrong setting is answered before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from train.engine.errors import UserError, did_you_mean
+from train.engine.presets import PRESETS
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """What is trained."""
+
+    name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    """A hub id (owner/name), or a folder that holds a Hugging Face model."""
+    revision: str | None = "fe8a4ea1ffedaf415f4da2f062534de366a451e6"
+    """The commit of the hub id; not used for a folder."""
+    preset: str | None = None
+    """Start from random weights instead of `name`: tiny, 15m, 110m or tinyllama-1.1b."""
+    tokenizer: str | None = None
+    """A tokenizer folder, a tokenizer.json or a tokenizer.model. Default: the model's own; for a
+    preset, one trained on the training text."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a fifth slower, much less memory."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UserError(
+                f"model.preset: '{self.preset}' is not a preset"
+                + did_you_mean(self.preset, PRESETS)
+            )
+        _check(bool(self.name), "model.name: is empty; give a hub id or a folder")
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """What it is trained on."""
+
+    name: str | None = "Salesforce/wikitext"
+    """A dataset's hub id (owner/name); `make fetch` stages it."""
+    config: str | None = "wikitext-2-raw-v1"
+    """The dataset's configuration."""
+    revision: str | None = "b08601e04326c79dfdd32d625aee71d232d685c3"
+    """The commit of the dataset."""
+    train: str | None = None
+    """Local text instead of `name`: a txt, jsonl, csv or parquet file, or a folder of them."""
+    validation: str | None = None
+    """Local text to evaluate on; needed with `train`."""
+    text_column: str = "text"
+    """The column of jsonl, csv, parquet and hub rows that holds the text."""
+    join_rows: bool = False
+    """Rows are lines of one running text (as in WikiText), not documents of their own."""
+    sequence_length: int | None = None
+    """Tokens in a block; default: the model's context, at most 2048."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length is not None:
+            _check(
+                2 <= self.sequence_length <= 1_048_576,
+                f"data.sequence_length: {self.sequence_length} is not between 2 and 1048576",
+            )
+        _check(
+            (self.train is None) == (self.validation is None),
+            "data.train and data.validation: give both or neither; the one without the other "
+            "would mix local text with a dataset of the hub",
+        )
+        for setting in ("train", "validation"):
+            path = getattr(self, setting)
+            if path is not None and not Path(path).expanduser().exists():
+                raise UserError(f"data.{setting}: {path} does not exist")
+        _check(
+            self.train is not None or bool(self.name),
+            "data.name: is empty; give a dataset's hub id, or data.train and data.validation",
+        )
+
+
+@dataclass(kw_only=True)
+class BatchSettings:
+    """How many sequences make a step. The trajectory depends on `global_batch_size` alone."""
+
+    global_batch_size: int = 16
+    """Sequences in an optimizer step, over all processes and micro batches."""
+    micro_batch_size: int | None = None
+    """Sequences in one forward pass of one process; default: the largest that divides, up to 8."""
+
+    def __post_init__(self) -> None:
+        for setting in ("global_batch_size", "micro_batch_size"):
+            value = getattr(self, setting)
+            _check(value is None or value >= 1, f"batch.{setting}: {value} is not positive")
+
+    def per_process(self, world_size: int) -> tuple[int, int]:
+        """Return (micro_batch_size, gradient_accumulation_steps) for `world_size` processes.
+
+        Raises:
+            UserError: the global batch does not divide.
+        """
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest or share == 0:
+            nearest = max(1, round(self.global_batch_size / world_size)) * world_size
+            raise UserError(
+                f"batch.global_batch_size: {self.global_batch_size} sequences do not divide among "
+                f"{world_size} processes; try --batch.global_batch_size {nearest}"
+            )
+        micro = self.micro_batch_size
+        if micro is None:
+            micro = max(size for size in range(1, min(share, 8) + 1) if share % size == 0)
+        if share % micro:
+            raise UserError(
+                f"batch.micro_batch_size: {micro} does not divide the {share} sequences of each "
+                f"process (global_batch_size {self.global_batch_size} over {world_size} processes)"
+            )
+        return micro, share // micro
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only; norms and biases are not decayed."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, f"optimizer.lr: {self.lr} is not positive")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optimizer.{name}: {value} is not in [0, 1)")
+        _check(self.eps > 0, f"optimizer.eps: {self.eps} is not positive")
+        _check(self.weight_decay >= 0, f"optimizer.weight_decay: {self.weight_decay} is negative")
+        _check(
+            self.max_grad_norm > 0,
+            f"optimizer.max_grad_norm: {self.max_grad_norm} is not positive; "
+            "use a large number, such as 1e9, to switch clipping off",
+        )
+
+
+@dataclass(kw_only=True)
+class ScheduleSettings:
+    """The shape of the learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """The last step's learning rate, as a part of the peak."""
+
+    def __post_init__(self) -> None:
+        _check(self.warmup_steps >= 0, f"schedule.warmup_steps: {self.warmup_steps} is negative")
+        _check(
+            0 <= self.min_lr_ratio <= 1,
+            f"schedule.min_lr_ratio: {self.min_lr_ratio} is not between 0 and 1",
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings:
+    """When the validation text is scored."""
+
+    every_steps: int = 100
+    """Also before the first step and after the last."""
+    max_tokens: int | None = None
+    """Score this many tokens from the start of the validation text; default: all."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 1, f"evaluation.every_steps: {self.every_steps} is not positive")
+        _check(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"evaluation.max_tokens: {self.max_tokens} is not positive",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """When the run is saved, and how much is kept."""
+
+    every_steps: int = 100
+    """Also at the end, and when the cluster asks the run to stop."""
+    keep: int = 3
+    """Checkpoints to keep; the newest that is complete is never deleted."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; needs host memory for a process's share."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 1, f"checkpoint.every_steps: {self.every_steps} is not positive")
+        _check(
+            self.keep >= 2,
+            f"checkpoint.keep: {self.keep} is less than 2; with only one, a damaged checkpoint "
+            "would be the end of the run",
+        )
+
+
+@dataclass(kw_only=True)
+class StagedPaths:
+    """Where `make fetch` or `make run` put what the run reads, below $SLUICE_DATASETS."""
+
+    model: str | None = None
+    tokenizer: str = ""
+    train: str = ""
+    validation: str = ""
+
+
+@dataclass(kw_only=True)
+class LoopSettings:
+    """What every training script takes beside its model and data."""
+
+    max_steps: int = 1000
+    """Optimizer steps in the whole run, over all its attempts."""
+    seed: int = 42
+    """Initial weights, the order of the data and dropout follow from it."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: what the strategy file says on a GPU, fp32 on a CPU. bf16 is autocast: the weights
+    and the optimizer stay in fp32."""
+    compile: bool = False
+    """torch.compile: slow first step, then faster; needs a compiler."""
+    log_every_steps: int = 10
+    """A line of metrics every so many steps."""
+    export: bool = True
+    """Write the Hugging Face folder at the end."""
+    timeout_s: int = 600
+    """A collective that takes longer is a lost peer: the run ends instead of waiting for ever."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_steps >= 1, f"max_steps: {self.max_steps} is not positive")
+        _check(self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} is not positive")
+        _check(0 <= self.seed < 2**32, f"seed: {self.seed} is not between 0 and 4294967295")
+        _check(self.timeout_s >= 1, f"timeout_s: {self.timeout_s} is not positive")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(LoopSettings):
+    """All settings of a language-model training script."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    staged: StagedPaths | None = None
+    """Written by the set-up; not for the command line."""
+    dry_run: bool = False
+    """A few steps of the preset `tiny` on the embedded sample: train, stop, resume, export."""

@@ -1,0 +1,132 @@
+"""Tokenizers as folders of files, handled without torch: copied, converted, or trained here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from train.engine.data import Piece
+from train.engine.errors import UserError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+# A tokenizer is trained on the head of the text, so that memory does not grow with the corpus.
+TRAINING_CHARACTERS = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer with the ids that delimit documents; None where it has no such token."""
+
+    tokenizer: Tokenizer
+    bos_id: int | None
+    eos_id: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
+        size: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
+
+
+def load(folder: Path) -> LoadedTokenizer:
+    """Return the tokenizer of a folder.
+
+    Raises:
+        UserError: the folder holds none that can be read.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"{folder}: holds no tokenizer that can be read: {error}") from None
+
+    def token_id(key: str) -> int | None:
+        token = config.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        found: int | None = tokenizer.token_to_id(content) if content else None
+        return found
+
+    return LoadedTokenizer(tokenizer, token_id("bos_token"), token_id("eos_token"))
+
+
+def place(source: Path, folder: Path) -> None:
+    """Put the tokenizer of `source` (a folder, tokenizer.json or tokenizer.model) into `folder`.
+
+    Raises:
+        UserError: `source` is none of these.
+    """
+    if not source.exists():
+        raise UserError(f"model.tokenizer: {source} does not exist")
+    home = source if source.is_dir() else source.parent
+    if source.name == "tokenizer.model" or not (home / "tokenizer.json").exists():
+        _convert_sentencepiece(source if source.is_file() else home / "tokenizer.model", folder)
+        return
+    for name in FILES:
+        if (home / name).exists():
+            shutil.copyfile(home / name, folder / name)
+    if not (folder / "tokenizer_config.json").exists():
+        _write_config(folder, bos=None, eos=None)
+    load(folder)
+
+
+def train(text: Iterator[Piece], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE tokenizer on the head of `text` into `folder`."""
+
+    def head() -> Iterator[str]:
+        left = TRAINING_CHARACTERS
+        for piece in text:
+            yield piece.text[:left]
+            left -= len(piece.text)
+            if left <= 0:
+                return
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(head(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_config(folder, bos="<s>", eos="</s>")
+
+
+def _convert_sentencepiece(model: Path, folder: Path) -> None:
+    if not model.exists():
+        raise UserError(
+            f"model.tokenizer: {model.parent} holds neither tokenizer.json nor tokenizer.model"
+        )
+    # Slow to import, and needed only here: once for each tokenizer.model.
+    from transformers import LlamaTokenizer
+
+    lone = folder / "source"
+    lone.mkdir()
+    shutil.copyfile(model, lone / "tokenizer.model")
+    try:
+        LlamaTokenizer.from_pretrained(lone).save_pretrained(folder)
+    except Exception as error:  # protobuf's and sentencepiece's own errors have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.tokenizer: {model} is not a sentencepiece model: {reason}"
+        ) from None
+    shutil.rmtree(lone)
+
+
+def _write_config(folder: Path, *, bos: str | None, eos: str | None) -> None:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

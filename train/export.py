@@ -1,0 +1,112 @@
+"""Write a checkpoint, of any strategy, as a Hugging Face model folder.
+
+make export RUN=tinyllama/20261122-153402-ab12cd
+python -m train.export runs/tinyllama/20261122-153402-ab12cd --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from train.engine import staging, tokenizer
+from train.engine.errors import UserError, check_writable_folder, run_to_exit
+
+if TYPE_CHECKING:
+    import torch
+
+
+def export(
+    checkpoint: Path, tokenizer_folder: Path, output: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights (fp32 unless `dtype` says otherwise), config and tokenizer to `output`.
+
+    The folder appears at once, whole; one of an earlier export is replaced.
+    """
+    import torch
+
+    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils.logging import disable_progress_bar
+
+    from train.engine.checkpoint import reader
+    from train.engine.model import empty
+
+    disable_progress_bar()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    read, names = reader(checkpoint)
+    model = empty(checkpoint)
+    dtype = dtype or torch.float32
+    weights = {name: read(name, "weight").to(dtype) for name in names}
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    assert not unexpected, unexpected
+    assert not any(p.is_meta for p in model.parameters()), missing
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    model.save_pretrained(unfinished, max_shard_size="5GB")
+    # safetensors makes files that only their owner reads; the folder has the umask's mode.
+    for file in unfinished.iterdir():
+        file.chmod(unfinished.stat().st_mode & 0o666)
+    for name in tokenizer.FILES:
+        if (tokenizer_folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, unfinished / name)
+    replaced = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    unfinished.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def newest_checkpoint(run_folder: Path) -> Path:
+    """Return the newest complete checkpoint of a run.
+
+    Raises:
+        UserError: it has none.
+    """
+    from train.engine.checkpoint import find_damage, step_folders
+
+    for folder in step_folders(run_folder / "checkpoints"):
+        problem = find_damage(folder)
+        if problem is None:
+            return folder
+        print(f"checkpoint {folder.name} is damaged ({problem}); trying the one before")
+    raise UserError(f"{run_folder}: holds no complete checkpoint; let the run reach its first one")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="train/export.py", description="Write a Hugging Face folder.")
+    parser.add_argument("run_folder", type=str)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--output", type=str, default="", help="default: RUN_FOLDER/export")
+    options = parser.parse_args(argv)
+    run_folder = Path(options.run_folder)
+    output = Path(options.output) if options.output else run_folder / "export"
+    if options.output and output.exists():
+        raise UserError(f"--output: {output} exists; give a new folder")
+    check_writable_folder(output.parent, "--output")
+    try:
+        config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+        tokenizer_folder = staging.staged_path(config["staged"]["tokenizer"])
+    except (OSError, KeyError, TypeError):
+        raise UserError(f"{run_folder}: is not a run folder: no config.yaml of a run") from None
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    export(newest_checkpoint(run_folder), tokenizer_folder, output, getattr(torch, options.dtype))
+    print(f"exported to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

@@ -1,0 +1,280 @@
+"""Train a causal language model on text: TinyLlama on WikiText by default, any Llama on any text.
+
+    make dry-run                              # two processes, a few steps, no network
+    make fetch JOB=tinyllama && make run JOB=tinyllama NPROC=2
+
+Reads top to bottom. What is not the idea of this script lives in train/engine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.engine import arguments, staging
+from train.engine.batches import Blocks, block_at
+from train.engine.errors import EXIT_REQUEUE, UserError, run_to_exit
+from train.engine.runfolder import lock, say, write_outcome
+from train.engine.schedule import lr_at
+from train.engine.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# What --dry_run changes; the command line still wins over it.
+DRY_RUN: dict[str, Any] = {
+    "model": {"preset": "tiny"},
+    "data": {"sequence_length": 64},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2},
+    "optimizer": {"lr": 3e-3},
+    "schedule": {"warmup_steps": 4},
+    "evaluation": {"every_steps": 10},
+    "checkpoint": {"every_steps": 5},
+    "max_steps": 20,
+    "log_every_steps": 5,
+}
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    """Train a causal language model on text."""
+
+    run_folder: str = ""
+    """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
+
+
+def stage(config: Config, *, online: bool) -> Config:
+    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
+    return replace(config, staged=staging.stage(config, online=online))
+
+
+def main(argv: list[str]) -> int:
+    """Run the script; return its exit code."""
+    config = arguments.parse(Config, argv, prog="train/tinyllama.py", dry_run=DRY_RUN)
+    run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
+    if run_folder == Path():
+        raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
+    if config.staged is None:
+        config = stage(config, online=False)
+    if os.environ.get("RANK", "0") == "0":
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock(run_folder)
+
+    # Only now, so that a mistake above is answered at once.
+    import torch.distributed as dist
+
+    from train.engine import guard, signals
+    from train.engine.distributed import init_distributed, is_main_process
+
+    signals.install()
+    device = init_distributed(config.timeout_s)
+    with guard.lost_peers():
+        finished = train(config, run_folder, device, rehearse_stop=config.dry_run)
+        if config.dry_run and not finished:
+            if is_main_process():
+                say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
+            signals.reset()
+            finished = train(config, run_folder, device, rehearse_stop=False)
+    dist.destroy_process_group()
+    return 0 if finished else EXIT_REQUEUE
+
+
+def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> bool:
+    """Train to the end, or until the cluster asks to stop; return whether it is the end."""
+    import torch
+
+    from train.engine import checkpoint, guard, metrics, signals, strategy
+    from train.engine import model as models
+    from train.engine.distributed import agree, barrier, is_main_process, rank, world_size
+    from train.engine.loss import TokenLoss, evaluate, global_target_tokens
+
+    # ---- data ----
+    assert config.staged is not None
+    tokenizer_folder = staging.staged_path(config.staged.tokenizer)
+    model_folder = staging.staged_path(config.staged.model) if config.staged.model else None
+    sequence_length = staging.sequence_length(config, model_folder)
+    training = Blocks(staging.staged_path(config.staged.train), sequence_length)
+    validation = Blocks(staging.staged_path(config.staged.validation), sequence_length)
+    global_batch_size = config.batch.global_batch_size
+    micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())
+
+    # ---- model, optimizer, resume ----
+    accel = strategy.name_from_environment()
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and strategy.bf16_from_environment()
+    )
+    model = models.build(config, tokenizer_folder, config.seed)
+    flops_per_token = models.flops_per_token(model, sequence_length)
+    checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
+    last = checkpoints.newest()
+    step, position, line, resume = 0, 0, {"step": 0}, None
+    same = {"data": config.staged.train, "sequence_length": sequence_length, "seed": config.seed}
+    if last is not None:
+        state = checkpoint.read_state(last)
+        models.check_same_shape(model, last)
+        for key, value in same.items():
+            if state[key] != value:
+                raise UserError(
+                    f"{last}: was made with {key} {state[key]}, not {value}; continue the run with "
+                    "its own settings, or start a new one"
+                )
+        checkpoint.load_weights(model, last)
+        step, position, line = state["step"], state["position"], state["line"]
+        resume = (step, checkpoint.reader(last)[0])
+    loss_module = TokenLoss(model, device, bf16)
+    if config.compile:
+        loss_module.compile(dynamic=False)
+    wrapped = strategy.prepare(
+        loss_module,
+        config.optimizer,
+        name=accel,
+        device=device,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        resume=resume,
+    )
+    record = None
+    if is_main_process():
+        record = metrics.Metrics(run_folder, max_steps=config.max_steps, resume_step=step)
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        say(
+            f"{accel}, {world_size()} x {device_name}, {'bf16' if bf16 else 'fp32'}: "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{training.num_full:,} blocks of {sequence_length} tokens, batch "
+            f"{world_size()} x {micro_batch_size} x {gradient_accumulation_steps} sequences"
+        )
+        say(f"resuming from {last.name}, step {step}" if last else "starting at step 0")
+    peak = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    timer = metrics.StepTimer()
+
+    def save() -> None:
+        state = {**same, "position": position, "line": line, "accel": accel, "world": world_size()}
+        checkpoints.save(step, wrapped, state)
+
+    # ---- train ----
+    saved_step = step if last else -1
+    stopping = False
+    while True:
+        if step % config.evaluation.every_steps == 0 or step >= config.max_steps:
+            found = evaluate(
+                wrapped.module,
+                validation,
+                micro_batch_size=micro_batch_size,
+                max_tokens=config.evaluation.max_tokens,
+                device=device,
+            )
+            if found is None:
+                stopping = True
+                break
+            line |= {
+                "validation_loss": found.loss,
+                "validation_perplexity": found.perplexity,
+                "bits_per_byte": found.bits_per_byte,
+            }
+        if record and (step % config.log_every_steps == 0 or "validation_loss" in line):
+            record.write(line)
+        if step >= config.max_steps:
+            break
+
+        started = time.perf_counter()
+        # Dropout, if a model has any, is as reproducible as the order of the data.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank())
+        positions = [
+            position + micro * micro_batch_size * world_size() + rank() * micro_batch_size + row
+            for micro in range(gradient_accumulation_steps)
+            for row in range(micro_batch_size)
+        ]
+        blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in positions]
+        batch = [
+            tuple(
+                torch.from_numpy(part).to(device)
+                for part in training.rows(blocks[i : i + micro_batch_size])
+            )
+            for i in range(0, len(blocks), micro_batch_size)
+        ]
+        data_seconds = time.perf_counter() - started
+        tokens = global_target_tokens((labels for _, labels in batch), device)
+        # Gradients are averaged over ranks; this makes the average a sum over all tokens.
+        scale = world_size() / tokens
+        local_loss = torch.zeros((), dtype=torch.float64, device=device)
+        for micro, (inputs, labels) in enumerate(batch):
+            local_loss += wrapped.accumulate(
+                lambda inputs=inputs, labels=labels: (
+                    wrapped.module(inputs, labels) * scale
+                ).float(),
+                last=micro == gradient_accumulation_steps - 1,
+            )
+        mine = float(local_loss) / world_size()
+        loss, stops, writing = agree(
+            mine, signals.received() is not None, checkpoints.writing, device=device
+        )
+        guard.check_loss(mine, loss, step=step, positions=positions)
+        lr = lr_at(
+            step, peak_lr=config.optimizer.lr, max_steps=config.max_steps, schedule=config.schedule
+        )
+        wrapped.set_lr(lr)
+        grad_norm = wrapped.step()
+        guard.check_gradient(grad_norm, step=step, positions=positions)
+        step += 1
+        position += global_batch_size
+        timer.add(
+            tokens=float(tokens), seconds=time.perf_counter() - started, data_seconds=data_seconds
+        )
+
+        line = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        line |= {"tokens": position * sequence_length, **metrics.memory(device)}
+        if step % config.log_every_steps == 0 or step >= config.max_steps:
+            line |= timer.take()
+            if peak and "tokens_per_second" in line:
+                line["mfu"] = line["tokens_per_second"] * flops_per_token / (peak * world_size())
+        if record:
+            record.progress(step)
+        if rehearse_stop and step == max(1, config.max_steps // 2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        stopping = stops > 0
+        if checkpoints.pending and writing == 0:
+            checkpoints.finish()
+        if stopping or step % config.checkpoint.every_steps == 0 or step >= config.max_steps:
+            save()
+            saved_step = step
+        if stopping:
+            break
+
+    # ---- finish ----
+    if saved_step != step:
+        save()
+    checkpoints.finish()
+    newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
+    if is_main_process():
+        assert record is not None
+        record.close()
+        if stopping:
+            name = signals.received() or "another rank's signal"
+            say(f"stopped by {name} at step {step}; saved as {newest.name}")
+            write_outcome(
+                run_folder, outcome="stopped", reason=name, step=step, checkpoint=newest.name
+            )
+        else:
+            if config.export:
+                from train.export import export
+
+                export(newest, tokenizer_folder, run_folder / "export")
+            write_outcome(
+                run_folder,
+                outcome="finished",
+                step=step,
+                checkpoint=newest.name,
+                **timer.summary(),
+                metrics=line,
+            )
+    barrier()
+    return not stopping
+
+
+if __name__ == "__main__":
+    run_to_exit(main)
