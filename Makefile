@@ -73,7 +73,7 @@ generate: | setup ## text from RUN that goes on from PROMPT="..."
 # ---- develop --------------------------------------------------------------------------------
 
 test: | setup-dev ## the tests that this machine can run; STRICT=1: one that it cannot is a failure
-	$(python) -m pytest tests $(ARGS)
+	$(python) -m pytest $(ARGS)
 
 # pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
 lint: | setup-dev ## style, types, the wall between cluster/ and train/, shell scripts

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
     """Something that the user can put right: one line that says what, where, and what to do."""
+
+
+def run_to_exit(main: Callable[[list[str]], int]) -> None:
+    """Run a command's `main` and exit with its code; a `UserError` is one line and exit 2."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has left, as `head` does; Python would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -16,4 +35,4 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(word, known, n=1)
     if nearest:
         return f"; did you mean '{nearest[0]}'?"
-    return f"; choose from {', '.join(known)}"
+    return f"; choose from {', '.join(known)}" if known else ""

@@ -47,23 +47,23 @@ def load(name: str) -> Job:
     Raises:
         UserError: there is none, or it is not a job.
     """
-    path = JOBS / f"{name}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in JOBS.glob("*.yaml")]
-        raise UserError(f"JOB={name}: there is no {path}" + did_you_mean(name, known))
+    path = _named(JOBS, "JOB", name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is not a mapping")
+        raise UserError(f"{path}: is not a mapping with script, resources and arguments")
     _check_keys(path, "", content, {"script", "resources", "arguments"})
     script = content.get("script")
-    if not isinstance(script, str) or not Path(script).is_file():
-        raise UserError(f"{path}: script: {script} does not exist; give a path such as train/tinyllama.py")
-    return Job(
-        name=name, path=path, script=Path(script), resources=_resources(path, content.get("resources"))
-    )
+    if not isinstance(script, str) or not re.fullmatch(r"train/[\w/]+\.py", script):
+        raise UserError(f"{path}: script: '{script}' is not a path such as train/tinyllama.py")
+    if not Path(script).is_file():
+        raise UserError(f"{path}: script: {script} does not exist; mind the spelling")
+    resources = _resources(path, content.get("resources"))
+    return Job(name=name, path=path, script=Path(script), resources=resources)
 
 
 def strategy_file(name: str) -> Path:
@@ -72,11 +72,15 @@ def strategy_file(name: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = STRATEGIES / f"{name}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in STRATEGIES.glob("*.yaml")]
-        raise UserError(f"ACCEL={name}: there is no {path}" + did_you_mean(name, known))
-    return path
+    return _named(STRATEGIES, "ACCEL", name)
+
+
+def _named(folder: Path, variable: str, name: str) -> Path:
+    known = {file.stem: file for file in folder.glob("*.yaml")}
+    if name not in known:
+        hint = did_you_mean(Path(name).stem, known)
+        raise UserError(f"{variable}={name}: there is no {folder}/{name}.yaml{hint}")
+    return known[name]
 
 
 def _resources(path: Path, content: Any) -> Resources:
@@ -84,17 +88,23 @@ def _resources(path: Path, content: Any) -> Resources:
     if not isinstance(content, dict):
         raise UserError(f"{path}: 'resources' is not a mapping")
     _check_keys(path, "resources.", content, {field.name for field in fields(Resources)})
-    for key in ("nodes", "gpus_per_node", "max_restarts"):
-        value = content.get(key, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise UserError(f"{path}: resources.{key}: '{value}' is not a number of 0 or more")
+    for key, least in (("nodes", 1), ("gpus_per_node", 0), ("max_restarts", 0)):
+        value = content.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(
+                f"{path}: resources.{key}: '{value}' is not a whole number of {least} or more"
+            )
     time = content.get("time", Resources.time)
     if not isinstance(time, str) or not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):
-        raise UserError(f"{path}: resources.time: '{time}' is not a time such as \"04:00:00\" (quoted)")
+        raise UserError(
+            f"{path}: resources.time: '{time}' is not a time such as \"04:00:00\" (in quotes)"
+        )
     return Resources(**content)
 
 
 def _check_keys(path: Path, prefix: str, content: dict[str, Any], known: set[str]) -> None:
     for key in content:
         if key not in known:
-            raise UserError(f"{path}: '{prefix}{key}' is not a setting" + did_you_mean(str(key), known))
+            raise UserError(
+                f"{path}: '{prefix}{key}' is not a setting" + did_you_mean(str(key), known)
+            )

@@ -7,18 +7,20 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError, did_you_mean
+from cluster.errors import UserError, run_to_exit
 
 # A checkout without git (a tarball): what is not code.
 NOT_CODE = {".git", ".venv", "runs", "datasets", "cache", "__pycache__", "site.toml"}
+# A file that git does not know is code up to this size, and data above it.
+MAX_UNTRACKED_BYTES = 1_000_000
 
 
 def runs_folder() -> Path:
@@ -27,29 +29,48 @@ def runs_folder() -> Path:
 
 
 def find(name: str) -> Path:
-    """Return the run folder that the user means: a path, JOB/STAMP, STAMP, or JOB for its newest.
+    """Return the folder of a run: a path, JOB/STAMP, STAMP or its start, NAME, or JOB.
+
+    Of several, as with JOB, it is the newest.
 
     Raises:
         UserError: there is none.
     """
     root = runs_folder()
     for candidate in (Path(name), root / name):
-        if (candidate / "run.json").is_file():
+        if name and (candidate / "run.json").is_file():
             return candidate.absolute()
-    below = sorted(root.glob(f"{name}/*/run.json")) or sorted(root.glob(f"*/{name}*/run.json"))
-    if below:
-        return below[-1].parent
-    known = [str(path.parent.relative_to(root)) for path in root.glob("*/*/run.json")]
-    hint = did_you_mean(name, known) if known else f"; {root} holds no runs yet"
-    raise UserError(f"RUN={name}: there is no such run" + hint)
+    # A name begins with its time, so that the last is the newest.
+    below = [path.parent for path in root.glob("*/*/run.json") if path.parent.name[0] != "."]
+    below.sort(key=lambda folder: folder.name)
+    for folder in reversed(below):
+        if name and (
+            folder.parent.name == name
+            or folder.name.startswith(name)
+            or folder.name.endswith(f"-{name}")
+        ):
+            return folder
+    newest = [str(folder.relative_to(root)) for folder in reversed(below)][:3]
+    hint = f"the newest are {', '.join(newest)}" if newest else f"{root} holds no runs yet"
+    raise UserError(f"RUN={name}: there is no such run; {hint}")
 
 
-def new_name(job: str, name: str | None) -> str:
-    """Return JOB/STAMP[-NAME] for a run that starts now."""
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    if name and not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+def new_folder(job: str, name: str) -> Path:
+    """Return the folder for a run that starts now: JOB/STAMP[-NAME] below the runs folder.
+
+    Raises:
+        UserError: the name has other characters than a path wants, or the place is no good.
+    """
+    if name and not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"NAME={name}: use letters, digits, '.', '_' and '-'")
-    return f"{job}/{stamp}" + (f"-{name}" if name else "")
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder = runs_folder() / job / (f"{stamp}-{name}" if name else stamp)
+    existing = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"SLUICE_RUNS: {existing} is not a folder that you can write; choose another place"
+        )
+    return folder
 
 
 def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
@@ -70,17 +91,29 @@ def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
         content = {**record, **git, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         (unfinished / "run.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
-            f"{folder.parent}: the run folder cannot be made: {error.strerror}; set SLUICE_RUNS to "
-            "a folder that you can write"
+            f"SLUICE_RUNS: the run folder cannot be made: {error.filename}: {error.strerror}; "
+            "choose another place"
         ) from None
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """Return the run.json of a run."""
-    content: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    """Return the run.json of a run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "run.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("job", "module", "accel", "num_processes"):
+            content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the record of a run: {error}") from None
     return content
 
 
@@ -88,7 +121,8 @@ def new_attempt(folder: Path) -> int:
     """Make the folder of the next attempt and return its number, 1 being the first."""
     attempts = folder / "attempts"
     attempts.mkdir(exist_ok=True)
-    number = 1 + max((int(path.name) for path in attempts.iterdir() if path.name.isdigit()), default=0)
+    numbers = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()]
+    number = 1 + max(numbers, default=0)
     (attempts / str(number)).mkdir()
     return number
 
@@ -99,6 +133,8 @@ def check_free(folder: Path) -> None:
         descriptor = os.open(folder / "run.lock", os.O_RDWR)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -127,27 +163,45 @@ def _git_state() -> tuple[list[Path], str | None, bytes]:
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
 
+    def listed(*options: str) -> list[Path]:
+        names = git("ls-files", "-z", *options).split(b"\0")
+        return [path for path in (Path(os.fsdecode(name)) for name in names) if path.is_file()]
+
     try:
         commit = git("rev-parse", "HEAD").decode().strip()
-        listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split(b"\0")
+        tracked, untracked = listed(), listed("--others", "--exclude-standard")
         diff = git("diff", "HEAD")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        # No git, or no repository: the files are the record all the same.
-        walked = [path for path in Path().rglob("*") if path.is_file()]
-        return [path for path in walked if NOT_CODE.isdisjoint(path.parts)], None, b""
-    files = [Path(os.fsdecode(name)) for name in listed if name]
-    return [file for file in files if file.is_file()], commit, diff
+        # No git, or no commit yet: the files are the record all the same.
+        return _code_below(Path()), None, b""
+    if not tracked:
+        # A tarball that was unpacked inside some other repository.
+        return _code_below(Path()), None, b""
+    return tracked + _small(untracked), commit, diff
+
+
+def _code_below(folder: Path) -> list[Path]:
+    files = []
+    data = {runs_folder(), Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()}
+    for entry in sorted(folder.iterdir()):
+        if entry.name in NOT_CODE or entry.absolute() in data or entry.name.endswith("_cache"):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            files += _code_below(entry)
+        elif entry.is_file():
+            files.append(entry)
+    return _small(files)
+
+
+def _small(files: list[Path]) -> list[Path]:
+    return [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
 
 
 def main(argv: list[str]) -> int:
     """Print the folder of a run: `python -m cluster.runs RUN`."""
-    try:
-        print(find(argv[0] if argv else ""))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(find(argv[0] if argv else ""))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_to_exit(main)

@@ -14,8 +14,8 @@ readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
 # The Pythons for which every locked package has a wheel, on Linux and on macOS.
 readonly python_versions='3.14 3.13 3.12 3.11'
 readonly python_range='3.11 to 3.14'
-# Measured: 1.9 GB for a whole environment, 0.2 GB for the tools of --dev; the rest is pip's
-# working space.
+# Measured: 1.8 GB with the tools of --dev, which are 0.2 GB of them; the rest is pip's working
+# space.
 readonly whole_mib=3000 tools_mib=500
 
 note() { printf '%s\n' "$*" >&2; }

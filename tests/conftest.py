@@ -1,14 +1,20 @@
-"""What the tests share: the checkout, its Python, a folder of staged samples, a launcher."""
+"""What the tests share: the checkout, its Python, a folder of staged samples, a launcher.
+
+A test that needs more than Python says so: `@pytest.mark.needs("unshare")`. Where that is missing
+the test is skipped and listed with the reason; with STRICT=1 it fails.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,45 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 # The longest that any launch of these tests may take before it counts as hanging.
 LAUNCH_TIMEOUT_S = 180
+
+# What a test can need beside Python and make: a command that succeeds where it is there.
+NEEDS = {
+    "unshare": ["unshare", "--map-root-user", "--mount", "--net", "true"],
+    "pgrep": ["pgrep", "--version"],
+    "git": ["git", "--version"],
+    "c++": ["c++", "--version"],
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        for name in marker.args:
+            if not has(name):
+                pytest.skip(f"this machine has no working {name} ({' '.join(NEEDS[name])})")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("STRICT") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"STRICT=1 and skipped: {report.longrepr}"
+    return report
+
+
+@cache
+def has(name: str) -> bool:
+    """Return whether this machine has what a test needs, by trying it."""
+    command = NEEDS[name]
+    if shutil.which(command[0]) is None:
+        return False
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ and before anything is written.
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,20 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     words, script_arguments = _split(argv)
     online = "--online" in words
-    resolved = next((word.partition("=")[2] for word in words if word.startswith("--resolved=")), None)
+    resolved = next(
+        (word.partition("=")[2] for word in words if word.startswith("--resolved=")), None
+    )
     names = [word for word in words if not word.startswith("--")]
     if len(names) != 1:
-        raise UserError("usage: python -m train.fetch MODULE [--online] [--resolved=FILE] -- SETTING...")
+        raise UserError(
+            "usage: python -m train.fetch MODULE [--online] [--resolved=FILE] -- SETTING..."
+        )
     script: Any = importlib.import_module(names[0])
-    config = arguments.parse(
-        script.Config, script_arguments, prog=names[0], dry_run=script.DRY_RUN
-    )
+    config = arguments.parse(script.Config, script_arguments, prog=names[0], dry_run=script.DRY_RUN)
     config = _with_absolute_paths(config)
-    if config.staged is None or _changes_what_is_read(script_arguments):
-        config = script.stage(config, online=online)
+    if any(word.startswith(("--data.", "--model.")) for word in script_arguments):
+        config = replace(config, staged=None)
+    config = script.stage(config, online=online)
     if resolved:
         Path(resolved).write_text(arguments.to_yaml(config), encoding="utf-8")
     return 0
@@ -43,15 +47,11 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
-def _changes_what_is_read(script_arguments: list[str]) -> bool:
-    return any(word.startswith(("--data.", "--model.")) for word in script_arguments)
-
-
 def _with_absolute_paths(config: Any) -> Any:
     """Return `config` with local paths that hold wherever the run is continued from."""
 
     def absolute(path: str | None) -> str | None:
-        local = path and Path(path).expanduser().exists()
+        local = path and os.path.lexists(Path(path).expanduser())
         return str(Path(path).expanduser().absolute()) if path and local else path
 
     model, data = config.model, config.data

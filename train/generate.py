@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from train.engine.errors import UserError, run_to_exit
 
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> int:
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.to(torch.device(device))
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"PROMPT: is longer than the {model.config.max_position_embeddings} tokens of the model"
         )
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     tokens = model.generate(

@@ -109,10 +109,12 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         config.precision == "auto" and device.type == "cuda" and strategy.bf16_from_environment()
     )
     model = models.build(config, tokenizer_folder, config.seed)
+    num_parameters = sum(p.numel() for p in model.parameters())
     flops_per_token = models.flops_per_token(model, sequence_length)
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
     last = checkpoints.newest()
-    step, position, line, resume = 0, 0, {"step": 0}, None
+    step, position, resume = 0, 0, None
+    line: dict[str, Any] = {"step": 0}
     same = {"data": config.staged.train, "sequence_length": sequence_length, "seed": config.seed}
     if last is not None:
         state = checkpoint.read_state(last)
@@ -144,7 +146,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         say(
             f"{accel}, {world_size()} x {device_name}, {'bf16' if bf16 else 'fp32'}: "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{num_parameters:,} parameters, "
             f"{training.num_full:,} blocks of {sequence_length} tokens, batch "
             f"{world_size()} x {micro_batch_size} x {gradient_accumulation_steps} sequences"
         )
@@ -190,25 +192,18 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             for row in range(micro_batch_size)
         ]
         blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in positions]
-        batch = [
-            tuple(
-                torch.from_numpy(part).to(device)
-                for part in training.rows(blocks[i : i + micro_batch_size])
-            )
-            for i in range(0, len(blocks), micro_batch_size)
-        ]
+        batch = []
+        for start in range(0, len(blocks), micro_batch_size):
+            rows = training.rows(blocks[start : start + micro_batch_size])
+            batch.append([torch.from_numpy(part).to(device) for part in rows])
         data_seconds = time.perf_counter() - started
         tokens = global_target_tokens((labels for _, labels in batch), device)
         # Gradients are averaged over ranks; this makes the average a sum over all tokens.
-        scale = world_size() / tokens
+        scale = (world_size() / tokens).float()
         local_loss = torch.zeros((), dtype=torch.float64, device=device)
-        for micro, (inputs, labels) in enumerate(batch):
-            local_loss += wrapped.accumulate(
-                lambda inputs=inputs, labels=labels: (
-                    wrapped.module(inputs, labels) * scale
-                ).float(),
-                last=micro == gradient_accumulation_steps - 1,
-            )
+        for micro, (inputs, labels) in enumerate(batch, start=1):
+            last_micro = micro == gradient_accumulation_steps
+            local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last_micro)
         mine = float(local_loss) / world_size()
         loss, stops, writing = agree(
             mine, signals.received() is not None, checkpoints.writing, device=device
@@ -252,26 +247,20 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
     if is_main_process():
         assert record is not None
+        if stopping and step % config.log_every_steps == 0:
+            record.write(line)
         record.close()
         if stopping:
             name = signals.received() or "another rank's signal"
             say(f"stopped by {name} at step {step}; saved as {newest.name}")
-            write_outcome(
-                run_folder, outcome="stopped", reason=name, step=step, checkpoint=newest.name
-            )
+            outcome: dict[str, Any] = {"outcome": "stopped", "reason": name}
         else:
             if config.export:
                 from train.export import export
 
                 export(newest, tokenizer_folder, run_folder / "export")
-            write_outcome(
-                run_folder,
-                outcome="finished",
-                step=step,
-                checkpoint=newest.name,
-                **timer.summary(),
-                metrics=line,
-            )
+            outcome = {"outcome": "finished", **timer.summary(), "metrics": line}
+        write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
     barrier()
     return not stopping
 

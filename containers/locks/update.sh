@@ -24,3 +24,7 @@ done
 # The image's CUDA lock: Linux on x86-64, torch from PyPI with the CUDA libraries that it names.
 env -u UV_FIND_LINKS "${compile[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
   --extra cuda --constraint containers/locks/cpu.txt --output-file containers/locks/cuda.txt
+
+# pip itself, which containers/venv.sh brings to this version everywhere.
+uv pip compile - --quiet --generate-hashes --no-header --no-annotate \
+  --universal --python-version 3.11 --output-file containers/locks/pip.txt <<<pip

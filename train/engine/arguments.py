@@ -14,6 +14,7 @@ import re
 import textwrap
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,8 +113,7 @@ def _field_docstrings(kind: type[Any]) -> dict[str, str]:
         definition: Any = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0]
         for field, below in zip(definition.body, definition.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                text = " ".join(ast.literal_eval(below.value).split())
-                found[ast.unparse(field.target)] = text.replace("%", "%%")
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
     return found
 
 
@@ -150,7 +150,7 @@ def _hints(config_class: Any, prefix: str = "") -> dict[str, Any]:
 def _with_switch_values(argv: list[str], hints: dict[str, Any]) -> list[str]:
     """Return `argv` with 'true' after a switch that stands alone (`--dry_run`)."""
     words = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in pairwise([*argv, "--"]):
         alone = hints.get(word.removeprefix("--")) is bool and following.startswith("-")
         words.append(f"{word}=true" if alone else word)
     return words

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ class PackedText:
 
 
 def pack(
-    pieces: Iterator[Piece], tokenizer: LoadedTokenizer, folder: Path, source: str
+    pieces: Iterable[Piece], tokenizer: LoadedTokenizer, folder: Path, source: str
 ) -> PackedText:
     """Tokenize `pieces` into `folder`: tokens.bin, one document after the other, and meta.json.
 
@@ -48,9 +48,11 @@ def pack(
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     num_tokens = num_documents = num_bytes = 0
+    is_blank = True
     with (folder / "tokens.bin").open("wb") as stream:
         # A few pieces at a time keep the tokenizer's threads busy and its memory small.
-        while batch := list(islice(pieces, 8)):
+        left = iter(pieces)
+        while batch := list(islice(left, 8)):
             encoded = tokenizer.tokenizer.encode_batch_fast(
                 [piece.text for piece in batch], add_special_tokens=False
             )
@@ -60,14 +62,16 @@ def pack(
                     ids.insert(0, tokenizer.bos_id)
                 if piece.ends and tokenizer.eos_id is not None:
                     ids.append(tokenizer.eos_id)
-                np.asarray(ids, dtype=dtype).tofile(stream)
+                # Not tofile, which says of a full disk only that it wrote too little.
+                stream.write(np.asarray(ids, dtype=dtype).tobytes())
                 num_tokens += len(ids)
                 num_documents += piece.ends
                 num_bytes += len(piece.text.encode("utf-8"))
+                is_blank = is_blank and not piece.text.strip()
         stream.flush()
         os.fsync(stream.fileno())
-    if num_bytes == 0:
-        raise UserError(f"{source}: holds no text")
+    if is_blank or num_tokens == 0:
+        raise UserError(f"{source} holds no text, or only white space")
     packed = PackedText(
         format=FORMAT,
         dtype=dtype.name,
@@ -96,7 +100,9 @@ class Blocks:
             self.packed = PackedText(**json.loads((folder / "meta.json").read_text()))
             self._tokens = np.memmap(folder / "tokens.bin", dtype=self.packed.dtype, mode="r")
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}: is not packed text ({error}); delete it, it is made again") from None
+            raise UserError(
+                f"{folder}: is not packed text ({error}); delete it, it is made again"
+            ) from None
         if len(self._tokens) != self.packed.num_tokens:
             raise UserError(
                 f"{folder}: tokens.bin holds {len(self._tokens)} tokens but meta.json says "

@@ -7,11 +7,10 @@ on under another strategy or world size, and `export` needs neither.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import threading
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from train.engine.distributed import (
     barrier,
@@ -28,8 +28,9 @@ from train.engine.distributed import (
     rank,
     world_size,
 )
+from train.engine.durable import describe, fsync, sha256, write_atomically
 from train.engine.errors import RunFailed, UserError
-from train.engine.runfolder import say, write_atomically
+from train.engine.runfolder import say
 from train.engine.settings import CheckpointSettings
 from train.engine.strategy import STATES, Strategy
 
@@ -77,7 +78,8 @@ class Checkpoints:
                     mine[f"{key}/{name}"] = full.to("cpu", copy=True).contiguous()
         self._report = {}
         self._pending = (step, unpublished)
-        arguments = (unpublished, mine, {"format": FORMAT, "step": step, **state}, strategy)
+        state = {"format": FORMAT, "step": step, **state}
+        arguments = (unpublished, mine, state, strategy.model_config)
         if self.settings.asynchronous:
             self._writer = threading.Thread(target=self._write, args=arguments)
             self._writer.start()
@@ -90,7 +92,7 @@ class Checkpoints:
         folder: Path,
         tensors: dict[str, torch.Tensor],
         state: dict[str, Any],
-        strategy: Strategy,
+        config: PretrainedConfig,
     ) -> None:
         try:
             files = [_shard(rank(), world_size())]
@@ -98,13 +100,10 @@ class Checkpoints:
             # safetensors makes files that only their owner reads; the folder has the umask's mode.
             (folder / files[0]).chmod(folder.stat().st_mode & 0o666)
             if is_main_process():
-                config = strategy.module
-                while not hasattr(config, "model"):
-                    config = config.module
-                config.model.config.save_pretrained(folder)
+                config.save_pretrained(folder)
                 write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
                 files += ["config.json", "state.json"]
-            self._report = {"files": {name: _describe(folder / name) for name in files}}
+            self._report = {"files": {name: describe(folder / name) for name in files}}
         except (OSError, SafetensorError) as error:
             self._report = {"error": f"rank {rank()}: {error}"}
 
@@ -135,9 +134,7 @@ class Checkpoints:
         problem = errors[0] if errors else None
         if is_main_process():
             if problem is None:
-                files = {
-                    name: entry for report in reports for name, entry in report["files"].items()
-                }
+                files = dict(ChainMap(*(report["files"] for report in reports)))
                 problem = self._publish(step, unpublished, files)
             if problem is not None:
                 shutil.rmtree(unpublished, ignore_errors=True)
@@ -154,9 +151,9 @@ class Checkpoints:
         try:
             manifest = {"format": FORMAT, "step": step, "files": files}
             write_atomically(unpublished / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-            _fsync(unpublished)
+            fsync(unpublished)
             unpublished.rename(self.folder / f"step-{step:08d}")
-            _fsync(self.folder)
+            fsync(self.folder)
             write_atomically(self.folder / "latest", f"step-{step:08d}\n")
         except OSError as error:
             return f"rank 0: {error}"
@@ -217,7 +214,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     for name, entry in expected[part::parts]:
-        if _sha256(folder / name) != entry["sha256"]:
+        if sha256(folder / name) != entry["sha256"]:
             return f"{name} has another sha256 than when it was written"
     return None
 
@@ -275,25 +272,6 @@ def _owners(strategy: Strategy) -> dict[str, int]:
 
 def _shard(part: int, parts: int) -> str:
     return f"shard-{part:05d}-of-{parts:05d}.safetensors"
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    """Return size and hash of a file, after it has reached the disk."""
-    _fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first(texts: Iterable[str]) -> str | None:

@@ -1,10 +1,11 @@
-"""Where text comes from: local files, a dataset of the hub, or the embedded sample.
+"""Where text comes from: local files, and the embedded sample; hub.py has the datasets.
 
 Text streams through here in pieces, so that memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.engine.errors import UserError, did_you_mean
+from train.engine.errors import UserError
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -37,14 +38,23 @@ def text_files(path: Path, setting: str) -> list[Path]:
     """
     path = path.expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        # Editors and notebooks keep copies in hidden folders.
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in SUFFIXES
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
         if not files:
             raise UserError(f"{setting}: {path} holds no {', '.join(SUFFIXES)} file")
         return files
     if not path.exists():
         raise UserError(f"{setting}: {path} does not exist")
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{setting}: {path} is not a {', '.join(SUFFIXES)} file")
+        raise UserError(
+            f"{setting}: {path} is of no kind that is read; convert it to {', '.join(SUFFIXES)}"
+        )
     return [path]
 
 
@@ -92,80 +102,105 @@ def running_text(stretches: Iterable[str]) -> Iterator[Piece]:
         yield Piece(held, starts=starts, ends=True)
 
 
-def from_hub(name: str, config: str | None, split: str, text_column: str, **load: Any) -> Iterator[str]:
-    """Yield the rows of a dataset of the hub; `load` is passed to `datasets.load_dataset`.
+def as_text(value: Any, where: str, column: str) -> str:
+    """Return a row's value; a null is a row without text.
 
     Raises:
-        UserError: the dataset, split or column does not exist, or the hub cannot be reached.
+        UserError: it is not text.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: '{column}' is not text but {type(value).__name__}")
     try:
-        rows = datasets.load_dataset(name, config, split=split, **load)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.name: {name} ({config}, {split}) cannot be loaded: {reason}") from None
-    if text_column not in rows.column_names:
-        raise UserError(
-            f"data.text_column: {name} has no column '{text_column}'"
-            + did_you_mean(text_column, rows.column_names)
-        )
-    return (str(row) for batch in rows.iter(batch_size=1000) for row in batch[text_column])
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: '{column}' holds half a character (a lone surrogate)") from None
+    return value
+
+
+def no_column(where: str, column: str, columns: Iterable[str]) -> UserError:
+    """Return the error for rows that lack the text column, with the columns that they have."""
+    names = [str(name) for name in columns]
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    hint = f"; choose from {shown} with --data.text_column" if names else ""
+    return UserError(f"{where}: has no column '{column}'{hint}")
 
 
 def _characters(file: Path) -> Iterator[str]:
+    """Yield a file's text with every byte of it, line ends too, so that bits per byte hold."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
     try:
-        # newline="" keeps every byte of the text, so that bits per byte count them.
-        with file.open(encoding="utf-8", newline="") as stream:
-            while stretch := stream.read(64 * 1024):
+        with file.open("rb") as stream:
+            data = b"first"
+            while data:
+                data = stream.read(64 * 1024)
+                stretch = decoder.decode(data, final=not data)
                 if "\x00" in stretch:
-                    raise UserError(f"{file}: is not text: it holds a zero byte")
+                    line += stretch[: stretch.index("\x00")].count("\n")
+                    raise UserError(f"{file}:{line}: is not text: it holds a zero byte")
+                line += stretch.count("\n")
                 yield stretch
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: is not UTF-8 text ({error.reason} near byte {error.start}); convert it, for "
-            "example with iconv"
-        ) from None
+        line += error.object.count(b"\n", 0, error.start)
+        raise _not_utf8(f"{file}:{line}", error) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _jsonl_rows(file: Path, column: str) -> Iterator[str]:
-    def lines() -> Iterator[str]:
-        rest = ""
-        for stretch in _characters(file):
-            *whole, rest = (rest + stretch).split("\n")
-            yield from whole
-        yield rest
+def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
+    return UserError(
+        f"{where}: is not UTF-8 text ({error.reason}); convert it, such as with iconv -t UTF-8"
+    )
 
-    for number, line in enumerate(lines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: is not JSON: {error.msg}") from None
-        if not isinstance(row, dict) or column not in row:
-            keys = row.keys() if isinstance(row, dict) else ()
-            raise UserError(f"{file}:{number}: has no '{column}'" + did_you_mean(column, keys))
-        yield _text(row[column], f"{file}:{number}", column)
+
+def _jsonl_rows(file: Path, column: str) -> Iterator[str]:
+    where = str(file)
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                where = f"{file}:{number}"
+                if not line.strip():
+                    continue
+                row = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(row, dict):
+                    raise UserError(f'{where}: is not an object such as {{"{column}": "..."}}')
+                if column not in row:
+                    raise no_column(where, column, row)
+                yield as_text(row[column], where, column)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON that can be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _csv_rows(file: Path, column: str) -> Iterator[str]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    where = str(file)
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        # Spreadsheets begin a file with a mark (BOM) that is not part of the first column's name.
+        with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
-            if column not in (reader.fieldnames or ()):
-                raise UserError(
-                    f"{file}: has no column '{column}'"
-                    + did_you_mean(column, reader.fieldnames or ())
-                )
+            if not reader.fieldnames:
+                raise UserError(f"{file}: is empty; its first line names the columns")
+            if column not in reader.fieldnames:
+                raise no_column(str(file), column, reader.fieldnames)
             for row in reader:
-                yield _text(row[column], f"{file}:{reader.line_num}", column)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is not CSV in UTF-8: {error}") from None
+                where = f"{file}:{reader.line_num}"
+                if row[column] is None:
+                    raise UserError(f"{where}: has fewer columns than the first line")
+                yield as_text(row[column], where, column)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(str(file), error) from None
+    except csv.Error as error:
+        raise UserError(f"{where}: is not CSV: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
@@ -176,21 +211,14 @@ def _parquet_rows(file: Path, column: str) -> Iterator[str]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: is not a parquet file: {str(error).splitlines()[0]}") from None
-    if column not in table.schema_arrow.names:
-        raise UserError(
-            f"{file}: has no column '{column}'" + did_you_mean(column, table.schema_arrow.names)
-        )
-    for batch in table.iter_batches(batch_size=1000, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield _text(value, str(file), column)
-
-
-def _text(value: Any, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: '{column}' is not text but {type(value).__name__}")
-    return value
+        if column not in table.schema_arrow.names:
+            raise no_column(str(file), column, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=1000, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield as_text(value, str(file), column)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: is damaged, or not a parquet file: {reason}") from None
 
 
 _ROWS = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

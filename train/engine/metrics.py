@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from train.engine.runfolder import say, write_atomically
+from train.engine.durable import write_atomically
+from train.engine.runfolder import say
 
 # Dense bf16 peak in FLOP/s with fp32 accumulation, from the vendors' data sheets. The name that
 # the driver gives must start with the key; the longest key that matches counts.
@@ -172,10 +173,6 @@ def _short(value: float) -> str:
 
 def _drop_from(path: Path, step: int) -> None:
     """Remove the lines of `step` and later: the run was ahead of its last checkpoint."""
-    kept = []
-    with path.open(encoding="utf-8") as stream:
-        for text in stream:
-            # A last line without its end was being written when the attempt was killed.
-            if text.endswith("\n") and json.loads(text)["step"] < step:
-                kept.append(text)
-    write_atomically(path, "".join(kept))
+    # A last line without its end was being written when the attempt was killed.
+    lines = [text for text in path.open(encoding="utf-8") if text.endswith("\n")]
+    write_atomically(path, "".join(text for text in lines if json.loads(text)["step"] < step))

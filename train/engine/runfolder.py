@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from train.engine.durable import write_atomically
 from train.engine.errors import UserError
 
 
@@ -57,16 +58,6 @@ def attempt_folder(folder: Path) -> Path:
 def write_outcome(folder: Path, **outcome: Any) -> None:
     """Write the attempt's outcome.json: how it ended, and at which step."""
     write_atomically(attempt_folder(folder) / "outcome.json", json.dumps(outcome, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's content at once: a reader sees the old text or the new, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def say(text: str) -> None:

@@ -5,8 +5,8 @@ Nothing here imports torch: a wrong setting is answered before anything heavy is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from train.engine.errors import UserError, did_you_mean
@@ -72,13 +72,10 @@ class DataSettings:
             )
         _check(
             (self.train is None) == (self.validation is None),
-            "data.train and data.validation: give both or neither; the one without the other "
-            "would mix local text with a dataset of the hub",
+            f"data.{'train' if self.validation is None else 'validation'}: is given without "
+            f"data.{'validation' if self.validation is None else 'train'}; give both, so that "
+            "local text is not mixed with a dataset of the hub",
         )
-        for setting in ("train", "validation"):
-            path = getattr(self, setting)
-            if path is not None and not Path(path).expanduser().exists():
-                raise UserError(f"data.{setting}: {path} does not exist")
         _check(
             self.train is not None or bool(self.name),
             "data.name: is empty; give a dataset's hub id, or data.train and data.validation",
@@ -138,6 +135,8 @@ class OptimizerSettings:
     """Clip the global gradient norm to this."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check(math.isfinite(value), f"optimizer.{name}: {value} is not a finite number")
         _check(self.lr > 0, f"optimizer.lr: {self.lr} is not positive")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -238,7 +237,9 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         _check(self.max_steps >= 1, f"max_steps: {self.max_steps} is not positive")
-        _check(self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} is not positive")
+        _check(
+            self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} is not positive"
+        )
         _check(0 <= self.seed < 2**32, f"seed: {self.seed} is not between 0 and 4294967295")
         _check(self.timeout_s >= 1, f"timeout_s: {self.timeout_s} is not positive")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -33,11 +35,10 @@ class LoadedTokenizer:
     bos_id: int | None
     eos_id: int | None
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """The number of ids, special tokens included."""
-        size: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        return size
+        """One more than the largest id, special tokens included; some vocabularies have gaps."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def load(folder: Path) -> LoadedTokenizer:
@@ -46,14 +47,19 @@ def load(folder: Path) -> LoadedTokenizer:
     Raises:
         UserError: the folder holds none that can be read.
     """
+    path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokens: dict[str, Any] = {}
+        # Older folders name their special tokens in the first of these only.
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            if path.exists():
+                tokens |= json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(f"{folder}: holds no tokenizer that can be read: {error}") from None
+        raise UserError(f"model.tokenizer: {path} cannot be read: {error}") from None
 
     def token_id(key: str) -> int | None:
-        token = config.get(key)
+        token = tokens.get(key)
         content = token.get("content") if isinstance(token, dict) else token
         found: int | None = tokenizer.token_to_id(content) if content else None
         return found
@@ -67,8 +73,11 @@ def place(source: Path, folder: Path) -> None:
     Raises:
         UserError: `source` is none of these.
     """
-    if not source.exists():
-        raise UserError(f"model.tokenizer: {source} does not exist")
+    if source.is_file() and source.name not in ("tokenizer.json", "tokenizer.model"):
+        raise UserError(
+            f"model.tokenizer: {source} is not named tokenizer.json or tokenizer.model; "
+            "give one of these, or the folder that holds it"
+        )
     home = source if source.is_dir() else source.parent
     if source.name == "tokenizer.model" or not (home / "tokenizer.json").exists():
         _convert_sentencepiece(source if source.is_file() else home / "tokenizer.model", folder)
@@ -81,12 +90,19 @@ def place(source: Path, folder: Path) -> None:
     load(folder)
 
 
-def train(text: Iterator[Piece], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer on the head of `text` into `folder`."""
+def train(text: Iterable[Piece], vocab_size: int, folder: Path, source: str) -> None:
+    """Train a byte-level BPE tokenizer of at most `vocab_size` on the head of `text`.
+
+    Raises:
+        UserError: there is no text.
+    """
+    is_blank = True
 
     def head() -> Iterator[str]:
+        nonlocal is_blank
         left = TRAINING_CHARACTERS
         for piece in text:
+            is_blank = is_blank and not piece.text.strip()
             yield piece.text[:left]
             left -= len(piece.text)
             if left <= 0:
@@ -102,6 +118,8 @@ def train(text: Iterator[Piece], vocab_size: int, folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(head(), trainer)
+    if is_blank:
+        raise UserError(f"{source} holds no text, or only white space")
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_config(folder, bos="<s>", eos="</s>")
 
@@ -109,7 +127,8 @@ def train(text: Iterator[Piece], vocab_size: int, folder: Path) -> None:
 def _convert_sentencepiece(model: Path, folder: Path) -> None:
     if not model.exists():
         raise UserError(
-            f"model.tokenizer: {model.parent} holds neither tokenizer.json nor tokenizer.model"
+            f"model.tokenizer: {model.parent} holds neither tokenizer.json nor tokenizer.model; "
+            "give a folder that does with --model.tokenizer"
         )
     # Slow to import, and needed only here: once for each tokenizer.model.
     from transformers import LlamaTokenizer

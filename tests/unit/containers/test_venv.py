@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -166,7 +165,7 @@ class Checkout:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         assert out == "", "only problems and progress are said, and both on stderr"
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -325,12 +324,16 @@ def test_a_second_run_does_nothing_and_says_nothing(ready: Checkout) -> None:
     before = contents(ready.root)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = os.times()
         done = ready.run()
-        seconds.append(time.perf_counter() - began)
+        ended = os.times()
+        seconds.append(
+            ended.children_user + ended.children_system
+            - began.children_user - began.children_system
+        )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
     assert contents(ready.root) == before
-    # The best of five, because other work on the machine can only add.
+    # Of processor time, because other work on the machine makes the clock's time longer.
     assert min(seconds) < 0.1
 
 
@@ -463,7 +466,7 @@ def test_of_two_at_once_the_second_waits_and_does_nothing(
 ) -> None:
     path = slow_tool(tmp_path / "bin", "awk", 1)
     first, second = checkout.start(PATH=path), checkout.start(PATH=path)
-    said = [first.communicate(timeout=120)[1], second.communicate(timeout=120)[1]]
+    said = [first.communicate(timeout=240)[1], second.communicate(timeout=240)[1]]
     assert (first.returncode, second.returncode) == (0, 0), said
     waited, worked = sorted(said, key=len)
     assert waited == ".venv: waiting for another set-up of it to end\n"
@@ -738,10 +741,16 @@ def test_the_hosts_pip_fills_in_where_ensurepip_is_missing(
     # Debian with python3-pip, but without python3-venv.
     host = tmp_path / "debian"
     shutil.copytree(python_without_ensurepip.parents[1], host, symlinks=True)
+    python = host / "bin/python3"
+    # Debian's name for site-packages is another; its last one belongs to the distribution.
+    where = subprocess.check_output(
+        [python, "-I", "-c", "import site; print(site.getsitepackages()[-1])"], text=True
+    )
+    Path(where.strip()).mkdir(parents=True, exist_ok=True)
     pip = Path(str(importlib.metadata.distribution("pip").locate_file("pip")))
-    (host / f"lib/python{PYTHON_VERSION}/site-packages/pip").symlink_to(pip)
+    (Path(where.strip()) / "pip").symlink_to(pip)
     (checkout.root / "containers/bootstrap_pip.py").unlink()
-    done = checkout.run(PYTHON=str(host / "bin/python3"))
+    done = checkout.run(PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     assert checkout.installed()["pip"] == importlib.metadata.version("pip")
 

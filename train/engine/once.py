@@ -1,0 +1,72 @@
+"""A folder that is made once, by whichever process comes first, and appears whole."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from train.engine.errors import UserError, check_writable_folder
+
+
+class CutOff(UserError):
+    """A download ended before its end; the next one need not start afresh."""
+
+
+def make_once(
+    folder: Path,
+    make: Callable[[Path], None],
+    what: str,
+    *,
+    online: bool = True,
+    goes_on: bool = False,
+) -> Path:
+    """Return `folder`, made by `make` if it is not there; a second process waits for the first.
+
+    `make` fills a folder beside it, which is renamed when all is there. `goes_on` says that it can
+    go on with what it left when it was cut off.
+
+    Raises:
+        UserError: the place cannot be written, or `online` is False: what is made needs a network.
+    """
+    if folder.is_dir():
+        return folder
+    if not online:
+        raise UserError(f"{what} is not staged; run `make fetch` where there is a network")
+    check_writable_folder(folder.parent, "SLUICE_DATASETS")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.unfinished"
+    with _lock(folder.parent / ".lock", what):
+        if folder.is_dir():
+            return folder
+        print(f"staging {what}", flush=True)
+        if not goes_on:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(exist_ok=True)
+        try:
+            make(unfinished)
+            unfinished.rename(folder)
+        except BaseException as error:
+            if not (goes_on and isinstance(error, CutOff | KeyboardInterrupt)):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    return folder
+
+
+@contextmanager
+def _lock(path: Path, what: str) -> Iterator[None]:
+    # A file of its own: network file systems lock only what is open for writing.
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which stages {what} or the like", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"SLUICE_DATASETS: {path.parent} has no file locks ({error.strerror}); choose "
+                "another place"
+            ) from None
+        yield
