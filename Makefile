@@ -89,11 +89,11 @@ format: | setup-dev ## lay out Python and bash as `make lint` wants them
 	$(python) -m ruff format .
 	$(each_bash_file) $(call tool,shfmt) -i 2 -w
 
-bench: | setup ## speed on this machine's CPU, as ratios (benchmarks/)
-	$(python) -m benchmarks $(ARGS)
+bench: | setup ## memory and speed of the data path, as ratios against peers (benchmarks/)
+	$(python) -m benchmarks.corpus $(ARGS)
 
-bench-gpu: | setup ## the same on its GPU
-	$(python) -m benchmarks --device=cuda $(ARGS)
+bench-gpu: | setup ## training speed on one GPU: tokens/s, MFU, beside the Hugging Face Trainer
+	$(python) -m benchmarks.gpu $(ARGS)
 
 clean: ## delete the tools' caches; never runs, data or the environment
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -217,7 +217,7 @@ def reason_to_skip(trial: Trial, done: list[dict[str, Any]], left_s: float) -> s
     alike = [
         one["seconds"]
         for one in done
-        if one["compile"] == trial.compile and one["status"] == "measured"
+        if one["compile"] == trial.compile and one["status"] in ("measured", "timed_out")
     ]
     needed = max(alike, default=5.0)
     return f"out of time: {needed:.0f} s needed, {left_s:.0f} s left" if needed > left_s else None

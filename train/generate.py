@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    model.to(torch.device(device))
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.to(device)
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]

@@ -251,6 +251,6 @@ def _explain(message: str, where: str, hints: dict[str, Any]) -> str:
     if name and "expected one argument" in message:
         return f"--{name[1]}: give a value, {_describe(hints[name[1]])}"
     if message.startswith("unrecognized arguments: "):
-        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         return f"'{word}' is not a setting; one begins with --, as in --max_steps 500"
     return message

@@ -210,7 +210,8 @@ def _parquet_rows(file: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        # Otherwise it reads a whole row group ahead, which can be the whole file.
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
         if column not in table.schema_arrow.names:
             raise no_column(str(file), column, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=1000, columns=[column]):

@@ -21,8 +21,7 @@ def init_distributed(timeout_s: int = 600) -> torch.device:
         UserError: the launcher started something else than it promised.
     """
     _check_promises()
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    if torch.cuda.is_available() and not use_cpu:
+    if torch.cuda.is_available() and not _cpu_was_asked():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -70,16 +69,16 @@ def _check_promises() -> None:
             f"{world_size} processes but no strategy; start them with `accelerate launch "
             "--config_file configs/accelerate/ddp.yaml`, not with torchrun"
         )
-    use_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    use_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
-    if use_cpu and use_deepspeed:
+    use_cpu = truth("ACCELERATE_USE_CPU")
+    if use_cpu and truth("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(
             "ACCELERATE_USE_CPU is set together with DeepSpeed, which accelerate takes to mean "
-            "plain DDP; unset it: on a machine without GPUs DeepSpeed runs on the CPU by itself"
+            "plain DDP; unset it and set SLUICE_DEVICE=cpu"
         )
-    # On a machine without GPUs, `node.sh` says so; anybody else expected GPUs and found none.
-    expects_gpus = launched_by_accelerate and not use_cpu and not _cpu_was_asked()
-    if expects_gpus and world_size > 1 and not torch.cuda.is_available():
+    expects_gpus = environment.get("SLUICE_DEVICE") == "cuda" or (
+        launched_by_accelerate and world_size > 1 and not _cpu_was_asked()
+    )
+    if expects_gpus and not torch.cuda.is_available():
         raise UserError(
             "the launcher asked for GPUs but torch sees none; set SLUICE_DEVICE=cpu to train "
             "on the CPU, or look at nvidia-smi on this node"
@@ -87,7 +86,12 @@ def _check_promises() -> None:
 
 
 def _cpu_was_asked() -> bool:
-    return os.environ.get("SLUICE_DEVICE") == "cpu"
+    return os.environ.get("SLUICE_DEVICE") == "cpu" or truth("ACCELERATE_USE_CPU")
+
+
+def truth(variable: str) -> bool:
+    """Return whether an environment variable of the launcher says yes."""
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def rank() -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.engine.distributed import world_size
+from train.engine.distributed import truth, world_size
 from train.engine.errors import UserError
 from train.engine.loss import TokenLoss
 from train.engine.settings import OptimizerSettings
@@ -266,8 +266,3 @@ class _Fsdp2(Strategy):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(full.to(self.device), self.mesh, parameter.placements)
-
-
-def truth(variable: str) -> bool:
-    """Return whether an environment variable of the launcher says yes."""
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")

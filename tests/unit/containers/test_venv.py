@@ -71,7 +71,7 @@ def write_pip_wheel(folder: Path) -> Path:
     for path in pip.files or []:
         left_out = path.name in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
         if path.parts[0].startswith("pip") and path.suffix != ".pyc" and not left_out:
-            files[path.as_posix()] = path.locate().read_bytes()
+            files[path.as_posix()] = Path(path.locate()).read_bytes()
     return write_wheel(folder, "pip", pip.version, files)
 
 
@@ -236,7 +236,7 @@ def python_without_ensurepip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin/python3"
     python.parent.mkdir()
     shutil.copy2(BASE_PYTHON, python)
-    command = [python, "-I", "-c", "import venv, ensurepip"]
+    command = [str(python), "-I", "-c", "import venv, ensurepip"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stderr.endswith("No module named 'ensurepip'\n"), done.stderr
     return python
@@ -788,14 +788,14 @@ class Bare:
         )
 
     def pip_version(self) -> str:
-        command = [self.python, "-I", "-m", "pip", "--version"]
+        command = [str(self.python), "-I", "-m", "pip", "--version"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.split()[1] if done.returncode == 0 else ""
 
 
 @pytest.fixture
 def bare(tmp_path: Path, shop: Path) -> Bare:
-    command = [BASE_PYTHON, "-I", "-m", "venv", "--without-pip", tmp_path / "bare"]
+    command = [str(BASE_PYTHON), "-I", "-m", "venv", "--without-pip", str(tmp_path / "bare")]
     subprocess.run(command, check=True)
     wheel = next(shop.glob("pip-*.whl"))
     lock = tmp_path / "pip.txt"
