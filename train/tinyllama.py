@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.engine import arguments, staging
-from train.engine.batches import Blocks, block_at
+from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.errors import EXIT_REQUEUE, UserError, run_to_exit
 from train.engine.runfolder import lock, say, write_outcome
 from train.engine.schedule import lr_at
@@ -186,23 +186,24 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         started = time.perf_counter()
         # Dropout, if a model has any, is as reproducible as the order of the data.
         torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank())
-        positions = [
-            position + micro * micro_batch_size * world_size() + rank() * micro_batch_size + row
-            for micro in range(gradient_accumulation_steps)
-            for row in range(micro_batch_size)
-        ]
-        blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in positions]
+        positions = micro_batch_positions(
+            position,
+            rank=rank(),
+            world_size=world_size(),
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
         batch = []
-        for start in range(0, len(blocks), micro_batch_size):
-            rows = training.rows(blocks[start : start + micro_batch_size])
-            batch.append([torch.from_numpy(part).to(device) for part in rows])
+        for micro in positions:
+            blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in micro]
+            batch.append([torch.from_numpy(part).to(device) for part in training.rows(blocks)])
         data_seconds = time.perf_counter() - started
         tokens = global_target_tokens((labels for _, labels in batch), device)
         # Gradients are averaged over ranks; this makes the average a sum over all tokens.
         scale = (world_size() / tokens).float()
         local_loss = torch.zeros((), dtype=torch.float64, device=device)
-        for micro, (inputs, labels) in enumerate(batch, start=1):
-            last_micro = micro == gradient_accumulation_steps
+        for number, (inputs, labels) in enumerate(batch, start=1):
+            last_micro = number == gradient_accumulation_steps
             local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last_micro)
         mine = float(local_loss) / world_size()
         loss, stops, writing = agree(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Launch, read_metrics
+from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, Launch, launch_command, read_metrics
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # fp32 sums of 512 terms of size 6, taken in another order, differ by a few units in the last
@@ -21,18 +22,14 @@ def trajectories(
     tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
 ) -> dict[tuple[str, int, int, str], Trajectory]:
     """Return the trajectory of each (strategy, processes, accumulation, straight or resumed)."""
-    import subprocess
-
-    from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, launch_command
-
     found = {}
     for accel in STRATEGIES:
         for num_processes in (1, 2):
             folder = tmp_path_factory.mktemp(f"{accel}-{num_processes}")
+            module = "tests.distributed.worker_trajectories"
             done = subprocess.run(
-                launch_command(
-                    accel, num_processes, "tests.distributed.worker_trajectories", str(folder)
-                ),
+                launch_command(accel, num_processes, module, str(folder)),
+                check=False,
                 cwd=CHECKOUT,
                 env=clean_environment
                 | {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"},
@@ -104,57 +101,26 @@ def test_another_strategy_and_world_size_continue_a_run(
     launch: Launch, tmp_path: Path, trajectories: dict[Any, Trajectory]
 ) -> None:
     settings = [
-        "--model.preset",
-        "tiny",
-        "--data.train",
-        "train/samples/train.txt",
-        "--data.validation",
-        "train/samples/validation.txt",
-        "--data.sequence_length",
-        "64",
-        "--batch.global_batch_size",
-        "8",
-        "--batch.micro_batch_size",
-        "2",
-        "--optimizer.lr",
-        "3e-3",
-        "--schedule.warmup_steps",
-        "4",
-        "--log_every_steps",
-        "1",
-        "--export",
-        "false",
-        "--evaluation.every_steps",
-        "4",
-        "--evaluation.max_tokens",
-        "512",
-        "--optimizer.max_grad_norm",
-        "0.5",
-        "--schedule.kind",
-        "constant",
+        *("--model.preset", "tiny", "--data.sequence_length", "64"),
+        *("--data.train", "train/samples/train.txt"),
+        *("--data.validation", "train/samples/validation.txt"),
+        *("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"),
+        *("--optimizer.lr", "3e-3", "--optimizer.max_grad_norm", "0.5"),
+        *("--schedule.kind", "constant", "--schedule.warmup_steps", "4", "--export", "false"),
+        *("--log_every_steps", "1", "--evaluation.max_tokens", "512"),
     ]
-    straight, changing = tmp_path / "straight", tmp_path / "changing"
-    done = launch(
-        "ddp", 1, "train.tinyllama", *settings, "--run_folder", str(straight), "--max_steps", "8"
-    )
-    assert done.returncode == 0, done.stderr
-    for accel, num_processes, max_steps in (
-        ("zero3", 2, 3),
-        ("ddp", 1, 5),
-        ("fsdp2", 2, 7),
-        ("zero2", 2, 8),
-    ):
-        done = launch(
-            accel,
-            num_processes,
-            "train.tinyllama",
-            *settings,
-            "--run_folder",
-            str(changing),
-            "--max_steps",
-            str(max_steps),
-        )
+
+    def train(run_folder: Path, accel: str, num_processes: int, max_steps: int) -> None:
+        ending = ("--run_folder", str(run_folder), "--max_steps", str(max_steps))
+        done = launch(accel, num_processes, "train.tinyllama", *settings, *ending)
         assert done.returncode == 0, done.stderr
+
+    straight, changing = tmp_path / "straight", tmp_path / "changing"
+    train(straight, "ddp", 1, 8)
+    train(changing, "zero3", 2, 3)
+    train(changing, "ddp", 1, 5)
+    train(changing, "fsdp2", 2, 7)
+    train(changing, "zero2", 2, 8)
     expected = {line["step"]: line["loss"] for line in read_metrics(straight)[1:]}
     found = {line["step"]: line["loss"] for line in read_metrics(changing)[1:]}
     assert found == pytest.approx(expected, abs=TOLERANCE)

@@ -14,19 +14,9 @@ from train.engine.distributed import init_distributed, is_main_process, world_si
 from train.engine.errors import run_to_exit
 
 SETTINGS = [
-    "--dry_run",
-    "--max_steps",
-    "8",
-    "--log_every_steps",
-    "1",
-    "--export",
-    "false",
-    "--evaluation.every_steps",
-    "4",
-    "--evaluation.max_tokens",
-    "512",
-    "--optimizer.max_grad_norm",
-    "0.5",
+    *("--dry_run", "--max_steps", "8", "--log_every_steps", "1", "--export", "false"),
+    *("--evaluation.every_steps", "4", "--evaluation.max_tokens", "512"),
+    *("--optimizer.max_grad_norm", "0.5"),
 ]
 
 

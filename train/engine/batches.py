@@ -138,6 +138,26 @@ class Blocks:
         return inputs, labels
 
 
+def micro_batch_positions(
+    position: int,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+) -> list[list[int]]:
+    """Return the positions that a rank reads in the step that starts at `position`.
+
+    A list for each micro batch. Together the ranks read each position of the step once, whatever
+    their number: that keeps the trajectory.
+    """
+    firsts = [
+        position + (micro * world_size + rank) * micro_batch_size
+        for micro in range(gradient_accumulation_steps)
+    ]
+    return [list(range(first, first + micro_batch_size)) for first in firsts]
+
+
 def block_at(position: int, *, num_blocks: int, seed: int) -> int:
     """Return the block that is read at `position` (0 is the run's first sequence).
 
@@ -150,14 +170,15 @@ def block_at(position: int, *, num_blocks: int, seed: int) -> int:
 def permute(index: int, *, size: int, key: int) -> int:
     """Return where `index` goes in a pseudo-random permutation of range(`size`), in O(1) memory.
 
-    A four-round Feistel network over the next even number of bits, walked until the result falls
-    inside the range (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
+    A Feistel network over the next even number of bits, walked until the result falls inside the
+    range (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3). Eight rounds:
+    with four, the first block of a corpus of five is not drawn evenly over the epochs.
     """
     half_bits = max(1, -(-(size - 1).bit_length() // 2))
     half_mask = (1 << half_bits) - 1
     while True:
         left, right = index >> half_bits, index & half_mask
-        for turn in range(4):
+        for turn in range(8):
             left, right = right, left ^ (_mix(key ^ (turn << 58) ^ right) & half_mask)
         index = left << half_bits | right
         if index < size:

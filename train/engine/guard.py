@@ -10,10 +10,12 @@ from train.engine.distributed import gather_strings, rank
 from train.engine.errors import RunFailed
 
 
-def check_loss(local_loss: float, global_loss: float, *, step: int, positions: list[int]) -> None:
+def check_loss(
+    local_loss: float, global_loss: float, *, step: int, positions: list[list[int]]
+) -> None:
     """Raise `RunFailed` if any rank's loss of this step is not finite; before the optimizer step.
 
-    `positions` are the data positions that this rank read in the step.
+    `positions` are the data positions of this rank's micro batches.
     """
     if math.isfinite(global_loss):
         return
@@ -25,7 +27,7 @@ def check_loss(local_loss: float, global_loss: float, *, step: int, positions: l
     )
 
 
-def check_gradient(norm: float, *, step: int, positions: list[int]) -> None:
+def check_gradient(norm: float, *, step: int, positions: list[list[int]]) -> None:
     """Raise `RunFailed` if the gradient norm of this step is not finite; nothing was updated."""
     if math.isfinite(norm):
         return
@@ -53,5 +55,5 @@ def lost_peers() -> Iterator[None]:
         raise RunFailed(f"rank {rank()}: lost contact with another process ({reason})") from None
 
 
-def _span(positions: list[int]) -> str:
-    return f"{min(positions)} to {max(positions)}"
+def _span(positions: list[list[int]]) -> str:
+    return f"{positions[0][0]} to {positions[-1][-1]}"

@@ -191,17 +191,17 @@ class Strategy:
         """Put the optimizer into the state of a checkpoint after `steps` steps."""
         for name, parameter in self.parameters():
             state = self.optimizer.state[parameter]
-            state["step"] = self._step_count(steps)
+            state["step"] = self._step_count(steps, parameter)
             for key in STATES[1:]:
                 state[key] = self._like(parameter, read(name, key))
 
     def _like(self, parameter: Any, full: torch.Tensor) -> torch.Tensor:
         return full.to(self.device)
 
-    def _step_count(self, steps: int) -> torch.Tensor:
-        # The fused optimizer keeps its count on the device, the plain one on the CPU.
+    def _step_count(self, steps: int, parameter: torch.Tensor) -> torch.Tensor:
+        # The fused optimizer keeps its count beside the parameter, the plain one on the CPU.
         fused = self.optimizer.defaults.get("fused")
-        return torch.tensor(float(steps), device=self.device if fused else "cpu")
+        return torch.tensor(float(steps), device=parameter.device if fused else "cpu")
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
         parameters = list(module.parameters())

@@ -63,7 +63,7 @@ class Zero(Strategy):
         )
         for partition in partitions:
             zeros = {key: torch.zeros_like(partition) for key in STATES[1:]}
-            self.optimizer.state[partition] = {"step": self._step_count(0), **zeros}
+            self.optimizer.state[partition] = {"step": self._step_count(0, partition), **zeros}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -102,8 +102,8 @@ class Zero(Strategy):
             safe_set_local_optimizer_state,
         )
 
-        for state in self.optimizer.state.values():
-            state["step"] = self._step_count(steps)
+        for partition, state in self.optimizer.state.items():
+            state["step"] = self._step_count(steps, partition)
         for name, parameter in self.parameters():
             for key in STATES[1:]:
                 full = read(name, key).to(self.device)

@@ -1,0 +1,82 @@
+"""modelfolder.py: whether a model folder is whole, told by its headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from train.engine import modelfolder
+from train.engine.errors import UserError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with a config.json and one file of weights."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 8, "num_hidden_layers": 1}')
+    tensors = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float16)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def shard(model: Path) -> None:
+    """Name the weights in an index, as a model of several files does."""
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    weight_map = {"a": "model-1.safetensors", "b": "model-1.safetensors"}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def refusal(model: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        modelfolder.check(model)
+    assert str(raised.value).startswith(f"model.name: {model}")
+    return str(raised.value)
+
+
+def test_a_whole_model_passes_in_one_file_or_several(model: Path) -> None:
+    modelfolder.check(model)
+    shard(model)
+    modelfolder.check(model)
+    assert modelfolder.read_shape(model)["vocab_size"] == 8
+
+
+def test_a_config_that_is_none_of_a_language_model_is_refused(model: Path) -> None:
+    for text, said in (
+        ("{", "config.json cannot be read"),
+        ("[]", "config.json is not of a language model"),
+        ('{"vocab_size": 8}', "config.json is not of a language model: no 'num_hidden_layers'"),
+    ):
+        (model / "config.json").write_text(text)
+        assert said in refusal(model)
+    (model / "config.json").unlink()
+    assert "holds no config.json" in refusal(model)
+
+
+def test_a_model_without_weights_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "holds no *.safetensors; convert" in refusal(model)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 40, -1])
+def test_weights_that_are_cut_short_anywhere_are_refused(model: Path, kept: int) -> None:
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:kept])
+    assert "download the model again" in refusal(model)
+
+
+def test_a_pointer_of_git_lfs_is_called_by_its_name(model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4400216536\n"
+    (model / "model.safetensors").write_text(pointer)
+    assert "is a pointer of Git LFS, not the weights" in refusal(model)
+
+
+def test_a_file_that_the_index_names_and_the_folder_lacks_is_refused(model: Path) -> None:
+    shard(model)
+    (model / "model-1.safetensors").unlink()
+    assert "model-1.safetensors is missing" in refusal(model)
+    (model / "model.safetensors.index.json").write_text("{}")
+    assert "index.json is damaged" in refusal(model)
