@@ -208,12 +208,11 @@ def _eager_last(mode: str) -> bool:
 def reason_to_skip(trial: Trial, done: list[dict[str, Any]], left_s: float) -> str | None:
     """Return why a trial is not tried, or None."""
     for one in done:
-        same = all(
-            one[key] == getattr(trial, key) for key in ("implementation", "compile", "attention")
-        )
-        if same and one["status"] == "out_of_memory":
-            if one["micro_batch_size"] <= trial.micro_batch_size:
-                return f"micro batch {one['micro_batch_size']} ran out of memory already"
+        keys = ("implementation", "compile", "attention")
+        same = all(one[key] == getattr(trial, key) for key in keys)
+        smaller = one["micro_batch_size"] <= trial.micro_batch_size
+        if same and smaller and one["status"] == "out_of_memory":
+            return f"micro batch {one['micro_batch_size']} ran out of memory already"
     alike = [
         one["seconds"]
         for one in done
@@ -322,7 +321,7 @@ def _without_result(code: int, in_time: bool, limit_s: float, log: Path) -> dict
     if code == -signal.SIGKILL:
         return {"status": "killed", "reason": "by the system, which was short of memory perhaps"}
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    if re.search(r"out of memory|cannot allocate|can't allocate", " ".join(lines[-5:]), re.I):
+    if re.search("(?i)out of memory|cannot allocate|can't allocate", " ".join(lines[-5:])):
         return {"status": "out_of_memory", "reason": None}
     return {"status": "failed", "reason": f"exit {code}: {record.without_paths(lines[-1])}"[:300]}
 
@@ -412,26 +411,28 @@ def ratios(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _is_candidate(trial: dict[str, Any]) -> bool:
     """Return whether a trial shows what the engine does not do by its own settings."""
-    return trial["compile"] == "layers" or trial["attention"] != "default"
+    return (trial["compile"], trial["attention"]) not in (
+        ("eager", "default"),
+        ("model", "default"),
+    )
 
 
 def table(found: dict[str, Any]) -> str:
     """Return the record as text for a terminal."""
-    rows = [
-        ["", "compile", "attention", "micro", "tokens/s", "p10", "p90", "MFU", "GiB", "reserved"]
-        + ["first step"]
-    ]
+    header = ["compile", "attention", "micro", "tokens/s", "p10", "p90", "MFU", "GiB", "reserved"]
+    rows = [["", *header, "first step"]]
     for one in found["trials"]:
         name = one["implementation"] + ("*" if _is_candidate(one) else "")
         head = [name, one["compile"], one["attention"], str(one["micro_batch_size"])]
         rows.append(head + (_figures(one) if one["status"] == "measured" else [_in_words(one)]))
-    widths = [
-        max(len(row[i]) for row in rows if len(row) == len(rows[0])) for i in range(len(rows[0]))
-    ]
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in (rows if i < 4 else full)) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(widths[i]) if i < 3 else cell.rjust(widths[i]) for i, cell in enumerate(row)]
-        lines.append("  ".join(cells[:4] + row[4:] if len(row) == 5 else cells))
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False)]
+        cells += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=False)]
+        # What was not measured has words instead of figures.
+        lines.append("  ".join(cells if len(row) == len(widths) else [*cells[:4], row[4]]))
     lines.append("")
     for one in found.get("ratios", []):
         engine, trainer = one["engine"], one["trainer"]
@@ -439,7 +440,9 @@ def table(found: dict[str, Any]) -> str:
             f"engine : Trainer = {one['ratio']:.2f}  ({one['kind']}: {_settings(engine)} against "
             f"{_settings(trainer)})"
         )
-    lines += ["", f"MFU: {found['convention']}.", "* a candidate: not what the engine does yet."]
+    lines += ["", f"MFU: {found['convention']}."]
+    if any(_is_candidate(one) for one in found["trials"]):
+        lines.append("* a candidate: not what the engine does by its own settings.")
     best = [one["mfu"] for one in found["trials"] if one.get("mfu")]
     if best:
         lines.append(f"Best MFU {max(best):.1%}; the aim is {AIM_MFU:.0%}.")
@@ -469,7 +472,7 @@ def _in_words(outcome: dict[str, Any]) -> str:
         mfu = f", MFU {outcome['mfu']:.1%}" if outcome["mfu"] else ""
         return f"{outcome['tokens_per_second_median']:,.0f} tokens/s{mfu}"
     reason = f": {outcome['reason']}" if outcome.get("reason") else ""
-    return outcome["status"].replace("_", " ") + reason
+    return f"{outcome['status']}{reason}".replace("_", " ", 1)
 
 
 def _workload(config: Config) -> dict[str, Any]:

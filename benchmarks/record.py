@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from train.engine.runfolder import write_atomically
+from train.engine.durable import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "numpy")

@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 from benchmarks import record
 from train.engine import guard, metrics, strategy
 from train.engine import model as models
-from train.engine.batches import Blocks, block_at
+from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.distributed import agree, init_distributed, rank, world_size
+from train.engine.durable import write_atomically
 from train.engine.errors import run_to_exit
 from train.engine.loss import TokenLoss, global_target_tokens
 from train.engine.presets import PRESETS
-from train.engine.runfolder import write_atomically
 from train.engine.schedule import lr_at
 from train.engine.settings import (
     ModelSettings,
@@ -132,25 +132,29 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
         resume=None,
     )
     timer = metrics.StepTimer(spec.warmup_steps)
-    micro_batch_size = spec.micro_batch_size
     with _kernels(spec, model):
         for step in range(spec.all_steps):
             watch.step_begins()
             started = time.perf_counter()
-            torch.manual_seed(hash((spec.seed, step, rank())) % 2**63)
-            first = step * spec.global_batch_size
-            positions = list(range(first, first + spec.global_batch_size))
-            indices = [block_at(p, num_blocks=blocks.num_full, seed=spec.seed) for p in positions]
+            torch.manual_seed((spec.seed * 1_000_003 + step) * 65_537 + rank())
+            positions = micro_batch_positions(
+                step * spec.global_batch_size,
+                rank=rank(),
+                world_size=world_size(),
+                micro_batch_size=spec.micro_batch_size,
+                gradient_accumulation_steps=spec.gradient_accumulation_steps,
+            )
             batch = []
-            for start in range(0, len(indices), micro_batch_size):
-                rows = blocks.rows(indices[start : start + micro_batch_size])
+            for micro in positions:
+                indices = [block_at(p, num_blocks=blocks.num_full, seed=spec.seed) for p in micro]
+                rows = blocks.rows(indices)
                 batch.append([torch.from_numpy(part).to(device) for part in rows])
             data_seconds = time.perf_counter() - started
             tokens = global_target_tokens((labels for _, labels in batch), device)
             scale = (world_size() / tokens).float()
             local_loss = torch.zeros((), dtype=torch.float64, device=device)
-            for micro, (inputs, labels) in enumerate(batch, start=1):
-                last = micro == spec.gradient_accumulation_steps
+            for number, (inputs, labels) in enumerate(batch, start=1):
+                last = number == spec.gradient_accumulation_steps
                 local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last)
             mine = float(local_loss) / world_size()
             loss, _, _ = agree(mine, False, False, device=device)
@@ -159,9 +163,12 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
             wrapped.set_lr(lr)
             grad_norm = wrapped.step()
             guard.check_gradient(grad_norm, step=step, positions=positions)
-            seconds = time.perf_counter() - started
             if step < spec.warmup_steps + spec.steps:
-                timer.add(tokens=float(tokens), seconds=seconds, data_seconds=data_seconds)
+                timer.add(
+                    tokens=float(tokens),
+                    seconds=time.perf_counter() - started,
+                    data_seconds=data_seconds,
+                )
             watch.loss(torch.tensor(loss))
             if not watch.step_ends():
                 break
@@ -197,7 +204,8 @@ def _train_with_trainer(spec: Spec, device: torch.device, blocks: Blocks, watch:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             watch.loss(trainer.step_loss)
             trainer.step_loss = torch.zeros((), device=device)
-            control.should_training_stop = not watch.step_ends()
+            if not watch.step_ends():
+                control.should_training_stop = True
 
     class WithLosses(Trainer):
         """The Trainer, whose losses stay on the device until the end."""
@@ -242,9 +250,7 @@ def _train_with_trainer(spec: Spec, device: torch.device, blocks: Blocks, watch:
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = WithLosses(
-        model=model, args=arguments, train_dataset=Rows(), callbacks=[Marks()]
-    )
+    trainer = WithLosses(model=model, args=arguments, train_dataset=Rows(), callbacks=[Marks()])
     trainer.train()
     watch.finish({})
 
@@ -340,13 +346,14 @@ class Watch:
         """Note what is trained."""
         self._result["parameters"] = sum(p.numel() for p in model.parameters())
         self._result["flops_per_token"] = models.flops_per_token(model, self._spec.sequence_length)
-        if self._device.type == "cpu" and self._spec.memory_limit_gib is not None:
-            _limit_address_space(self._spec.memory_limit_gib)
 
     def step_begins(self) -> None:
         """Called before each step."""
         if self._began is None:
             self._began = time.perf_counter()
+            # Only now: libraries that are loaded late count for the process, not for the device.
+            if self._device.type == "cpu" and self._spec.memory_limit_gib is not None:
+                _limit_address_space(self._spec.memory_limit_gib)
         if self._step == self._spec.warmup_steps + self._spec.steps:
             self._profiler = _start_profiler()
 

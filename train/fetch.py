@@ -36,7 +36,11 @@ def main(argv: list[str]) -> int:
     config = _with_absolute_paths(config)
     if any(word.startswith(("--data.", "--model.")) for word in script_arguments):
         config = replace(config, staged=None)
-    config = script.stage(config, online=online)
+    try:
+        config = script.stage(config, online=online)
+    except KeyboardInterrupt:
+        # Ctrl+C during a long download; what is half done was put away on the way here.
+        return 130
     if resolved:
         Path(resolved).write_text(arguments.to_yaml(config), encoding="utf-8")
     return 0

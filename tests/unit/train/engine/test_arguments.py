@@ -201,7 +201,9 @@ def test_a_mistake_on_the_command_line_does_not_blame_the_file(tmp_path: Path) -
 
 
 def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    assert refusal(f"--config {tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: there is no such file"
+    assert (
+        refusal(f"--config {tmp_path}/none.yaml") == f"{tmp_path}/none.yaml: there is no such file"
+    )
     assert refusal(f"--config {tmp_path}") == f"{tmp_path}: cannot be read: Is a directory"
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
@@ -210,7 +212,18 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 words = st.one_of(
     st.sampled_from(
-        ["--steps", "--inner.lr", "--inner", "--kind", "--dry_run", "--config", "3", "x", "--", "-x"]
+        [
+            "--steps",
+            "--inner.lr",
+            "--inner",
+            "--kind",
+            "--dry_run",
+            "--config",
+            "3",
+            "x",
+            "--",
+            "-x",
+        ]
     ),
     st.text(max_size=6),
 )

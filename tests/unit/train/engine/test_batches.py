@@ -76,7 +76,7 @@ def test_every_character_of_every_document_is_there_once(
     folder = tmp_path_factory.getbasetemp()
     pieces = [document(text) for text in texts]
     if not "".join(texts).strip():
-        with pytest.raises(UserError, match="^it holds no text, or only white space"):
+        with pytest.raises(UserError, match=r"^it holds no text, or only white space"):
             pack(pieces, letters(), folder, "it")
         return
     meta = pack(pieces, letters(), folder, "it")
@@ -95,7 +95,7 @@ def test_the_largest_id_fits_into_the_stored_type(
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n"]])
 def test_no_text_is_refused_with_its_source(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(UserError, match="^data.train: x.txt holds no text"):
+    with pytest.raises(UserError, match=r"^data.train: x.txt holds no text"):
         pack([document(text) for text in texts], letters(), tmp_path, "data.train: x.txt")
 
 
@@ -230,6 +230,16 @@ def test_every_block_comes_to_every_place_about_equally_often(size: int) -> None
 def test_the_order_of_a_seed_never_changes() -> None:
     # A checkpoint holds a position alone: another order would make its run another run.
     order = [block_at(p, num_blocks=10, seed=42) for p in range(20)]
-    assert order[:10] == [4, 5, 9, 2, 1, 8, 3, 0, 7, 6,]
+    assert order[:10] == [
+        4,
+        5,
+        9,
+        2,
+        1,
+        8,
+        3,
+        0,
+        7,
+        6,
+    ]
     assert order[10:] == [0, 4, 8, 6, 3, 2, 1, 5, 7, 9]
-

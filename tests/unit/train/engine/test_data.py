@@ -196,9 +196,7 @@ def test_what_holds_no_text_is_refused_by_its_setting(tmp_path: Path) -> None:
         ("9" * 5000, "is not JSON that can be read"),
     ],
 )
-def test_a_wrong_line_of_jsonl_is_named_by_its_number(
-    tmp_path: Path, line: str, said: str
-) -> None:
+def test_a_wrong_line_of_jsonl_is_named_by_its_number(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "good"}}\n\n{line}\n')
     assert refusal(path).startswith(f"{path}:3: {said}")

@@ -129,7 +129,7 @@ def test_a_download_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_network_what_needs_one_is_refused_unless_it_is_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^it is not staged; run `make fetch` where"):
+    with pytest.raises(UserError, match=r"^it is not staged; run `make fetch` where"):
         make_once(tmp_path / "a", Path.touch, "it", online=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
@@ -143,6 +143,6 @@ def test_a_place_that_is_read_only_serves_what_is_there(tmp_path: Path) -> None:
         make_once(tmp_path / "file/a/b", Path.touch, "it")
     (tmp_path / "there").mkdir(mode=0o555)
     if os.geteuid() != 0:
-        with pytest.raises(UserError, match="^SLUICE_DATASETS: .*there is not writable"):
+        with pytest.raises(UserError, match=r"^SLUICE_DATASETS: .*there is not writable"):
             make_once(tmp_path / "there/a", Path.touch, "it")
     assert make_once(tmp_path / "there", Path.touch, "it") == tmp_path / "there"

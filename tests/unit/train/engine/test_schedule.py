@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -46,19 +47,15 @@ def test_half_way_cosine_and_linear_meet_and_cosine_is_above_before() -> None:
     assert cosine[25] > linear[25]
 
 
-@given(
-    st.sampled_from(KINDS), st.integers(1, 300), st.integers(0, 400), st.floats(0, 1)
-)
+@given(st.sampled_from(KINDS), st.integers(1, 300), st.integers(0, 400), st.floats(0, 1))
 def test_it_rises_then_falls_and_stays_between_nothing_and_the_peak(
     kind: str, max_steps: int, warmup_steps: int, min_lr_ratio: float
 ) -> None:
-    found = curve(
-        kind, max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio
-    )
+    found = curve(kind, max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
     assert all(0 <= lr <= 2.0 * (1 + 1e-9) for lr in found)
     warm, rest = found[:warmup_steps], found[warmup_steps:]
     assert warm == sorted(warm)
-    assert all(later <= before + 1e-12 for before, later in zip(rest, rest[1:], strict=False))
+    assert all(later <= before + 1e-12 for before, later in pairwise(rest))
     assert all(lr > 0 for lr in warm)
     if min_lr_ratio > 0:
         assert all(lr >= 2.0 * min_lr_ratio * (1 - 1e-9) for lr in rest)

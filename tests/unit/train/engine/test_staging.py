@@ -1,4 +1,4 @@
-"""staging.py: what a run reads is found again while it is the same, and refused when it is wrong."""
+"""staging.py: what a run reads is found again while it is the same, refused when it is wrong."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_training_reads_no_more_than_the_head_of_the_text(
 
 @pytest.mark.parametrize("text", [[], [Piece(" \n\t ", starts=True, ends=True)]])
 def test_no_text_trains_no_tokenizer(out: Path, text: list[Piece]) -> None:
-    with pytest.raises(UserError, match="^data.train: x holds no text, or only white space"):
+    with pytest.raises(UserError, match=r"^data.train: x holds no text, or only white space"):
         tokenizer.train(text, 300, out, "data.train: x")
     assert list(out.iterdir()) == []
 

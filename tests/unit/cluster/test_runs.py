@@ -1,0 +1,246 @@
+"""runs.py: run folders, found by name, made whole, with the code as it is."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import runs
+from cluster.errors import UserError
+
+RECORD = {"job": "rag", "module": "train.labs.rag", "accel": "ddp", "num_processes": 2}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of three files, its runs folder unset, and this test in it."""
+    folder = tmp_path / "checkout"
+    for name in ("slurm/node.sh", "train/labs/rag.py", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "slurm/node.sh").chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("SLUICE_RUNS", raising=False)
+    monkeypatch.delenv("SLUICE_DATASETS", raising=False)
+    # No repository around the temporary folder, no settings of this user.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    return folder
+
+
+Git = Callable[..., None]
+
+
+@pytest.fixture
+def git(checkout: Path) -> Git:
+    """Return a function that runs git in the checkout."""
+
+    def run(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=checkout, check=True, capture_output=True)
+
+    return run
+
+
+def create(name: str = "20260101-000000-abcdef") -> Path:
+    folder = runs.runs_folder() / "rag" / name
+    runs.create(folder, config="a: 1\n", record=dict(RECORD))
+    return folder
+
+
+def code(folder: Path) -> set[str]:
+    root = folder / "code"
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+# ---- making ----
+
+
+def test_a_run_folder_holds_its_record_its_config_and_the_code(checkout: Path) -> None:
+    folder = create()
+    assert runs.record(folder).items() >= RECORD.items()
+    assert (folder / "config.yaml").read_text() == "a: 1\n"
+    assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
+    assert (folder / "code/slurm/node.sh").stat().st_mode & 0o111
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_without_git_the_code_is_all_but_data_and_caches(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_DATASETS", str(checkout / "mydata"))
+    monkeypatch.setenv("SLUICE_RUNS", str(checkout / "myruns"))
+    for name in (
+        *(".venv/x", "runs/x", "datasets/x", "cache/x", "train/__pycache__/x", ".mypy_cache/x"),
+        *("mydata/x", "myruns/x/y/z"),
+    ):
+        (checkout / name).parent.mkdir(parents=True)
+        (checkout / name).touch()
+    (checkout / "site.toml").write_text("account = 'secret'")
+    (checkout / "weights.bin").write_bytes(bytes(runs.MAX_UNTRACKED_BYTES + 1))
+    (checkout / "dangling").symlink_to("nowhere")
+    folder = create()
+    assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
+    assert runs.record(folder)["git_commit"] is None
+
+
+@pytest.mark.needs("git")
+def test_with_git_the_code_is_what_is_tracked_or_new_with_the_edits(
+    checkout: Path, git: Git
+) -> None:
+    (checkout / ".gitignore").write_text("secret\nruns\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (checkout / "README.md").write_text("edited")
+    (checkout / "train/new.py").write_text("new")
+    (checkout / "secret").touch()
+    (checkout / "weights.bin").write_bytes(bytes(runs.MAX_UNTRACKED_BYTES + 1))
+    (checkout / "train/labs/rag.py").unlink()
+    folder = create()
+    assert code(folder) == {".gitignore", "slurm/node.sh", "README.md", "train/new.py"}
+    assert (folder / "code/README.md").read_text() == "edited"
+    record = runs.record(folder)
+    assert len(record["git_commit"]) == 40
+    diff = (folder / "code.diff").read_bytes()
+    assert b"+edited" in diff
+    assert record["git_diff_sha256"] == hashlib.sha256(diff).hexdigest()
+
+
+@pytest.mark.needs("git")
+def test_a_tarball_inside_some_other_repository_is_code_without_git(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", "/")
+    (tmp_path / ".gitignore").write_text("checkout")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["add", "."], [*identity, "commit", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    folder = create()
+    assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
+
+
+def test_a_later_edit_does_not_reach_the_run(checkout: Path) -> None:
+    folder = create()
+    (checkout / "train/labs/rag.py").write_text("edited")
+    assert (folder / "code/train/labs/rag.py").read_text() == "train/labs/rag.py"
+
+
+def test_a_place_that_takes_no_folder_is_refused_and_leaves_nothing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, said in (("README.md/runs", "README.md is not a folder"), ("/proc/x", "/proc")):
+        monkeypatch.setenv("SLUICE_RUNS", place)
+        with pytest.raises(UserError, match=f"^SLUICE_RUNS: .*{said}.*choose another place"):
+            runs.create(runs.new_folder("rag", ""), config="", record=dict(RECORD))
+    assert sorted(path.name for path in checkout.iterdir()) == ["README.md", "slurm", "train"]
+
+
+def test_a_run_folder_that_cannot_be_finished_leaves_nothing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        runs, "_snapshot_code", lambda target: (_ for _ in ()).throw(OSError(28, ""))
+    )
+    with pytest.raises(UserError, match=r"^SLUICE_RUNS: the run folder cannot be made"):
+        create()
+    assert list((checkout / "runs/rag").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "..%2f", "a b", "ü", "$x", "a\n"])
+def test_a_name_that_is_no_word_is_refused(checkout: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^NAME="):
+        runs.new_folder("rag", name)
+
+
+def test_two_runs_of_one_second_have_two_folders(checkout: Path) -> None:
+    assert runs.new_folder("rag", "a_b-1.2") != runs.new_folder("rag", "a_b-1.2")
+
+
+# ---- finding ----
+
+
+def test_a_run_is_found_by_path_stamp_start_name_and_job(checkout: Path) -> None:
+    old = create("20260101-000000-abcdef-first-try")
+    new = create("20260102-000000-123456")
+    other = runs.runs_folder() / "imdb/20260103-000000-fedcba"
+    runs.create(other, config="", record=dict(RECORD))
+    for name, folder in (
+        (str(old), old),
+        ("runs/rag/20260101-000000-abcdef-first-try", old),
+        ("rag/20260101-000000-abcdef-first-try", old),
+        ("20260101", old),
+        ("first-try", old),
+        ("rag", new),
+        ("imdb", other),
+        # Of two jobs the newest, whatever the jobs' names.
+        ("2026", other),
+    ):
+        assert runs.find(name) == folder, name
+
+
+@pytest.mark.parametrize("name", ["", "rga", "/nowhere/at/all", "*", "[", "..", "a/../b", "."])
+def test_a_run_that_is_not_there_is_refused_with_the_newest(checkout: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^RUN=.*holds no runs yet"):
+        runs.find(name)
+    create()
+    with pytest.raises(UserError, match=r"^RUN=.*the newest are rag/20260101-000000-abcdef$"):
+        runs.find(name)
+
+
+def test_a_run_that_is_being_made_is_not_found(checkout: Path) -> None:
+    create().rename(runs.runs_folder() / "rag/.20260101-000000-abcdef.unfinished")
+    with pytest.raises(UserError, match="holds no runs yet"):
+        runs.find("rag")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"job": "rag"}'])
+def test_a_damaged_record_is_refused(checkout: Path, text: str) -> None:
+    folder = create()
+    (folder / "run.json").write_text(text)
+    with pytest.raises(UserError, match=f"^{folder}/run.json: is not the record of a run"):
+        runs.record(folder)
+
+
+# ---- attempts and the lock ----
+
+
+def test_attempts_count_from_one_and_pass_over_what_is_none(checkout: Path) -> None:
+    folder = create()
+    assert runs.new_attempt(folder) == 1
+    (folder / "attempts/notes").mkdir()
+    (folder / "attempts/9").mkdir()
+    assert runs.new_attempt(folder) == 10
+    assert (folder / "attempts/10").is_dir()
+
+
+def test_a_run_that_is_in_use_is_refused_with_its_holder(checkout: Path) -> None:
+    folder = create()
+    runs.check_free(folder)
+    with (folder / "run.lock").open("w") as stream:
+        stream.write("process 7 on node1")
+        stream.flush()
+        runs.check_free(folder)
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another run works on it \(process 7 on node1\)"):
+            runs.check_free(folder)
+    runs.check_free(folder)
+    (folder / "run.lock").unlink()
+    (folder / "run.lock").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        runs.check_free(folder)
+
+
+def test_the_command_prints_the_folder_of_a_run(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = create()
+    assert runs.main(["rag"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert json.loads((folder / "run.json").read_text())["job"] == "rag"
