@@ -1,6 +1,6 @@
 """The record of a measurement: its figures with all circumstances, never a host's name or a path.
 
-Only the standard library is needed, and nothing of train/ but its writer of files.
+Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
-
-from train.engine.durable import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "numpy")
@@ -53,11 +51,18 @@ def nvidia_smi(*fields: str) -> dict[str, str] | None:
 
 
 def save(folder: Path, name: str, record: dict[str, Any]) -> Path:
-    """Write `record` as FOLDER/NAME.json, whole or not at all; return the file."""
+    """Write `record` as FOLDER/NAME.json; return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    write(path, record)
     return path
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as JSON, whole or not at all: the writer may be ended at any time."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def without_paths(text: str) -> str:

@@ -26,7 +26,6 @@ from train.engine import guard, metrics, strategy
 from train.engine import model as models
 from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.distributed import agree, init_distributed, rank, world_size
-from train.engine.durable import write_atomically
 from train.engine.errors import run_to_exit
 from train.engine.loss import TokenLoss, global_target_tokens
 from train.engine.presets import PRESETS
@@ -468,7 +467,7 @@ class Watch:
             )
 
     def _write(self) -> None:
-        write_atomically(self._path, json.dumps(self._result, indent=2))
+        record.write(self._path, self._result)
 
 
 def _limit_address_space(gib: float) -> None:

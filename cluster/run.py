@@ -196,11 +196,14 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         if (folder / "export").is_dir():
             print(f"  model        {_short(folder / 'export')}  (Hugging Face format)")
         print(f'next: make generate RUN={name} PROMPT="The cluster"')
-        print(f"      tensorboard --logdir {_short(folder / 'tensorboard')}")
+        tensorboard = _short(Path(sys.executable).with_name("tensorboard"))
+        print(f"      {tensorboard} --logdir {_short(folder / 'tensorboard')}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")
     elif code:
+        # A script that ended well has said so; this one could not.
+        path.write_text(json.dumps({"outcome": "failed", "exit_code": code}, indent=2) + "\n")
         print(f"\nfailed with exit code {code}; log: {_short(path.parent / 'node-0.log')}")
         if any((folder / "checkpoints").glob("step-*")):
             print(f"continue from the last checkpoint with: make run RUN={name}")

@@ -104,6 +104,8 @@ def dataset_rows(
     # Not `import`: tools that read the code take the checkout's folder `datasets` for it.
     datasets: Any = importlib.import_module("datasets")
     what = f"data.name: {name} ({config}, {split})"
+    # Its warnings are about the next lines, which say more.
+    datasets.logging.set_verbosity_error()
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=commit)
     except (httpx2.HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
@@ -114,7 +116,10 @@ def dataset_rows(
         raise UserError(f"{what} cannot be loaded: {_reason(error)}") from None
     # The library may have lost the hub since, and taken another revision from its cache.
     if not all(commit in Path(file["filename"]).parts for file in rows.cache_files):
-        raise UserError(f"{what} could not be loaded at revision {commit[:12]}; run it again")
+        raise UserError(
+            f"{what} could not be loaded at revision {commit[:12]}, only an earlier one from the "
+            "cache; run it again, or give data.revision"
+        )
     if text_column not in rows.column_names:
         raise no_column(what, text_column, rows.column_names)
     for batch in rows.iter(batch_size=1000):

@@ -49,7 +49,8 @@ def make_once(
             make(unfinished)
             unfinished.rename(folder)
         except BaseException as error:
-            if not (goes_on and isinstance(error, CutOff | KeyboardInterrupt)):
+            was_cut_off = isinstance(error, CutOff | KeyboardInterrupt)
+            if not (goes_on and was_cut_off and any(unfinished.iterdir())):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
     return folder
