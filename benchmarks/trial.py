@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from benchmarks import record
 from train.engine import guard, metrics, strategy
@@ -118,8 +117,10 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
     with device:
         model = models.build(config, Path(spec.tokenizer), spec.seed)
     watch.describe(model)
-    loss_module = (LayersCompiled if spec.compile == "layers" else TokenLoss)(model, device, True)
-    if spec.compile == "model":
+    loss_module = TokenLoss(model, device, bf16=True)
+    if spec.compile == "layers":
+        loss_module.compile_parts()
+    elif spec.compile == "model":
         loss_module.compile(dynamic=False)
     wrapped = strategy.prepare(
         loss_module,
@@ -252,33 +253,6 @@ def _train_with_trainer(spec: Spec, device: torch.device, blocks: Blocks, watch:
     trainer = WithLosses(model=model, args=arguments, train_dataset=Rows(), callbacks=[Marks()])
     trainer.train()
     watch.finish({})
-
-
-class LayersCompiled(TokenLoss):
-    """A candidate for the engine: compile one decoder layer, for all of them, and the loss.
-
-    Two small graphs instead of one large one, so the first step waits less. And the attention
-    mask stays outside of them, where transformers can see that none is needed: a compiled model
-    makes one in full, which rules out the fastest kernels.
-    """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
-        super().__init__(model, device, bf16)
-        for layer in model.get_decoder().layers:
-            layer.compile(dynamic=False)
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return what TokenLoss returns."""
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=inputs, use_cache=False).logits
-        return _cross_entropy(logits, labels)
-
-
-@torch.compile(dynamic=False)
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         resume = (step, checkpoint.reader(last)[0])
     loss_module = TokenLoss(model, device, bf16)
     if config.compile:
-        loss_module.compile(dynamic=False)
+        loss_module.compile_parts()
     wrapped = strategy.prepare(
         loss_module,
         config.optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # place (5e-7); eight optimizer steps do not amplify that beyond this.
 TOLERANCE = 1e-5
 Trajectory = list[dict[str, Any]]
+# A schedule that does not look at max_steps: a run that ends early is a part of a longer one.
+CONSTANT = [
+    *("--model.preset", "tiny", "--data.sequence_length", "64"),
+    *("--data.train", "train/samples/train.txt"),
+    *("--data.validation", "train/samples/validation.txt"),
+    *("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"),
+    *("--optimizer.lr", "3e-3", "--optimizer.max_grad_norm", "0.5"),
+    *("--schedule.kind", "constant", "--schedule.warmup_steps", "4", "--export", "false"),
+    *("--log_every_steps", "1", "--evaluation.max_tokens", "512"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,30 +108,41 @@ def test_the_loss_falls_and_clipping_took_part(trajectories: dict[Any, Trajector
     assert all(line["grad_norm"] > 0.5 for line in reference[1:])
 
 
-def test_another_strategy_and_world_size_continue_a_run(
-    launch: Launch, tmp_path: Path, trajectories: dict[Any, Trajectory]
-) -> None:
-    settings = [
-        *("--model.preset", "tiny", "--data.sequence_length", "64"),
-        *("--data.train", "train/samples/train.txt"),
-        *("--data.validation", "train/samples/validation.txt"),
-        *("--batch.global_batch_size", "8", "--batch.micro_batch_size", "2"),
-        *("--optimizer.lr", "3e-3", "--optimizer.max_grad_norm", "0.5"),
-        *("--schedule.kind", "constant", "--schedule.warmup_steps", "4", "--export", "false"),
-        *("--log_every_steps", "1", "--evaluation.max_tokens", "512"),
-    ]
+Train = Callable[..., list[dict[str, Any]]]
 
-    def train(run_folder: Path, accel: str, num_processes: int, max_steps: int) -> None:
-        ending = ("--run_folder", str(run_folder), "--max_steps", str(max_steps))
-        done = launch(accel, num_processes, "train.tinyllama", *settings, *ending)
+
+@pytest.fixture
+def train(launch: Launch) -> Train:
+    """Return a function that trains to `max_steps` and returns the lines with a loss."""
+
+    def run(folder: Path, accel: str, num_processes: int, max_steps: int, *more: str) -> Trajectory:
+        ending = ("--run_folder", str(folder), "--max_steps", str(max_steps), *more)
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "inductor")}
+        arguments = (*CONSTANT, *ending)
+        done = launch(accel, num_processes, "train.tinyllama", *arguments, environment=environment)
         assert done.returncode == 0, done.stderr
+        return read_metrics(folder)[1:]
 
-    straight, changing = tmp_path / "straight", tmp_path / "changing"
-    train(straight, "ddp", 1, 8)
+    return run
+
+
+def test_another_strategy_and_world_size_continue_a_run(train: Train, tmp_path: Path) -> None:
+    expected = train(tmp_path / "straight", "ddp", 1, 8)
+    changing = tmp_path / "changing"
     train(changing, "zero3", 2, 3)
     train(changing, "ddp", 1, 5)
     train(changing, "fsdp2", 2, 7)
-    train(changing, "zero2", 2, 8)
-    expected = {line["step"]: line["loss"] for line in read_metrics(straight)[1:]}
-    found = {line["step"]: line["loss"] for line in read_metrics(changing)[1:]}
-    assert found == pytest.approx(expected, abs=TOLERANCE)
+    found = train(changing, "zero2", 2, 8)
+    assert _losses(found) == pytest.approx(_losses(expected), abs=TOLERANCE)
+
+
+@pytest.mark.needs("c++")
+def test_compiled_layers_give_the_same_curve(train: Train, tmp_path: Path) -> None:
+    expected = train(tmp_path / "eager", "ddp", 1, 4)
+    found = train(tmp_path / "compiled", "ddp", 1, 4, "--compile")
+    assert _losses(found) == pytest.approx(_losses(expected), abs=TOLERANCE)
+    assert any((tmp_path / "inductor").iterdir()), "nothing was compiled"
+
+
+def _losses(lines: Trajectory) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines}

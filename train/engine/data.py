@@ -18,7 +18,7 @@ from train.engine.errors import UserError
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
-PIECE_CHARACTERS = 256 * 1024
+PIECE_CHARACTERS = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ def from_rows(rows: Iterable[str], *, join_rows: bool) -> Iterator[Piece]:
         return
     for row in rows:
         if row.strip():
-            yield Piece(row, starts=True, ends=True)
+            # A long row comes in pieces too: a book in one line would take gigabytes to tokenize.
+            size = PIECE_CHARACTERS
+            yield from running_text(row[i : i + size] for i in range(0, len(row), size))
 
 
 def running_text(stretches: Iterable[str]) -> Iterator[Piece]:
-    """Yield one document in pieces of about 256 Ki characters, cut at ends of lines.
+    """Yield one document in pieces of about 64 Ki characters, cut at ends of lines.
 
     A cut costs at most one token: some tokenizers put a space before the first word of a piece.
     """

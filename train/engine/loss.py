@@ -32,6 +32,19 @@ class TokenLoss(nn.Module):
         self.model = model
         self.device_type = device.type
         self.bf16 = bf16
+        self._cross_entropy = _cross_entropy
+
+    def compile_parts(self) -> None:
+        """Compile a decoder layer, once for all of them, and the loss.
+
+        Not the model as a whole: that makes one graph of all layers, which takes several times as
+        long at each start and restart, and in it transformers builds the causal mask in full
+        (masking_utils.find_packed_sequence_indices cannot look at values while it is traced),
+        which rules out the flash kernels and shared key-value heads.
+        """
+        for layer in self.model.get_decoder().layers:
+            layer.compile(dynamic=False)
+        self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
     def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss in nats, summed over targets, fp32, for inputs and labels of (B, T).
@@ -40,9 +53,13 @@ class TokenLoss(nn.Module):
         """
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=inputs, use_cache=False).logits
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        return self._cross_entropy(logits, labels)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 def global_target_tokens(labels: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:

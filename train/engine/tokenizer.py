@@ -130,19 +130,21 @@ def _convert_sentencepiece(model: Path, folder: Path) -> None:
             f"model.tokenizer: {model.parent} holds neither tokenizer.json nor tokenizer.model; "
             "give a folder that does with --model.tokenizer"
         )
-    # Slow to import, and needed only here: once for each tokenizer.model.
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError):
+        raise UserError(
+            f"model.tokenizer: {model} is not a sentencepiece model; give its tokenizer.json"
+        ) from None
+    # Slow to import (it brings torch), and needed only here: once for each tokenizer.model.
     from transformers import LlamaTokenizer
 
     lone = folder / "source"
     lone.mkdir()
     shutil.copyfile(model, lone / "tokenizer.model")
-    try:
-        LlamaTokenizer.from_pretrained(lone).save_pretrained(folder)
-    except Exception as error:  # protobuf's and sentencepiece's own errors have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"model.tokenizer: {model} is not a sentencepiece model: {reason}"
-        ) from None
+    LlamaTokenizer.from_pretrained(lone).save_pretrained(folder)
     shutil.rmtree(lone)
 
 

@@ -120,7 +120,7 @@ def measured(**values: Any) -> dict[str, Any]:
 def test_a_candidate_is_compared_apart_from_what_the_engine_does() -> None:
     trials = [
         measured(),
-        measured(compile="layers", tokens_per_second_median=150.0),
+        measured(compile="model", tokens_per_second_median=150.0),
         measured(implementation="trainer", tokens_per_second_median=80.0),
         measured(implementation="trainer", compile="model", status="failed"),
     ]
