@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -68,13 +69,15 @@ def test_a_progress_bar_is_shown_before_its_line_ends() -> None:
     with os.fdopen(reading, "rb") as source:
         thread = threading.Thread(target=copy, args=(source, shown))
         thread.start()
-        so_far = b""
-        for part in (b"\r 10%", b"\r 20%", b" eta", b"\r 30%"):
-            os.write(writing, part)
-            so_far += part
-            wait_until(lambda so_far=so_far: shown.getvalue() == so_far, "the bar was held back")
+        for so_far in (b"\r 10%", b"\r 10%\r 20%", b"\r 10%\r 20% eta", b"\r 10%\r 20% eta\r"):
+            os.write(writing, so_far.removeprefix(shown.getvalue()))
+            wait_until(partial(_shows, shown, so_far), "the bar was held back")
         os.close(writing)
         thread.join()
+
+
+def _shows(shown: io.BytesIO, text: bytes) -> bool:
+    return shown.getvalue() == text
 
 
 class Broken(io.BytesIO):

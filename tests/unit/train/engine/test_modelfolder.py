@@ -17,7 +17,7 @@ from train.engine.errors import UserError
 def model(tmp_path: Path) -> Path:
     """A folder with a config.json and one file of weights."""
     (tmp_path / "config.json").write_text('{"vocab_size": 8, "num_hidden_layers": 1}')
-    tensors = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float16)}
+    tensors: dict[str, np.ndarray] = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float16)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path
 

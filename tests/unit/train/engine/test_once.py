@@ -55,7 +55,7 @@ def wait_for(path: Path) -> None:
 def test_it_is_made_once_and_found_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = []
+    made: list[Path] = []
     for _ in range(2):
         folder = make_once(tmp_path / "a/b", made.append, "the thing")
         assert folder == tmp_path / "a/b"

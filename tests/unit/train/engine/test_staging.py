@@ -92,17 +92,19 @@ def test_the_second_time_nothing_is_said_and_nothing_is_touched(
     assert Blocks(staging.staged_path(first.train), 32).packed.num_bytes == len(TEXT)
 
 
-def rewrite(texts: Path) -> None:
+def rewrite(texts: Path) -> dict[str, Any]:
+    """Change the training text; return no settings."""
     # As long as it was: its time tells.
     time.sleep(0.01)
     (texts / "train.txt").write_text(TEXT.swapcase())
+    return {}
 
 
 CHANGES: list[Callable[[Path], dict[str, Any]]] = [
     lambda texts: {"train": str(texts / "validation.txt")},
     lambda texts: {"join_rows": True},
     lambda texts: {"text_column": "body"},
-    lambda texts: rewrite(texts) or {},
+    rewrite,
 ]
 
 
