@@ -19,7 +19,8 @@ def gpus() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+        named = [device.strip() for device in visible.split(",")]
+        return [device for device in named if device not in ("", "-1")]
     return [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
 
 

@@ -27,6 +27,8 @@ export TOKENIZERS_PARALLELISM=false
 export TRITON_CACHE_DIR="$SLUICE_SCRATCH/triton"
 export TORCHINDUCTOR_CACHE_DIR="$SLUICE_SCRATCH/inductor"
 export TORCH_EXTENSIONS_DIR="$SLUICE_SCRATCH/extensions"
+# On a CPU DeepSpeed would look for a GPU, in the launcher already, and warn that there is none.
+if [[ $SLUICE_DEVICE == cpu ]]; then export DS_ACCELERATOR=cpu; fi
 # Unless told, the launcher dies of USR1 at once and leaves its processes behind.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # Seconds that the processes have to save after a signal before they are killed.

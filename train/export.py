@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from safetensors import SafetensorError
 
 from train.engine import staging, tokenizer
-from train.engine.errors import UserError, check_writable_folder, run_to_exit
+from train.engine.errors import RunFailed, UserError, check_writable_folder, run_to_exit
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,25 @@ def export(
 
     The folder appears at once, whole; one of an earlier export is replaced.
     """
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    replaced = output.with_name(f".{output.name}.replaced")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _fill(unfinished, checkpoint, tokenizer_folder, dtype)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if output.exists():
+            output.rename(replaced)
+        unfinished.rename(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(f"{output}: could not be written ({error})") from None
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fill(
+    folder: Path, checkpoint: Path, tokenizer_folder: Path, dtype: torch.dtype | None
+) -> None:
     import torch
 
     # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
@@ -37,9 +57,6 @@ def export(
     from train.engine.model import empty
 
     disable_progress_bar()
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     read, names = reader(checkpoint)
     model = empty(checkpoint)
     dtype = dtype or torch.float32
@@ -50,19 +67,13 @@ def export(
     assert not any(p.is_meta for p in model.parameters()), missing
     model.config.dtype = dtype
     model.config.use_cache = True
-    model.save_pretrained(unfinished, max_shard_size="5GB")
+    model.save_pretrained(folder, max_shard_size="5GB")
     # safetensors makes files that only their owner reads; the folder has the umask's mode.
-    for file in unfinished.iterdir():
-        file.chmod(unfinished.stat().st_mode & 0o666)
+    for file in folder.iterdir():
+        file.chmod(folder.stat().st_mode & 0o666)
     for name in tokenizer.FILES:
         if (tokenizer_folder / name).exists():
-            shutil.copyfile(tokenizer_folder / name, unfinished / name)
-    replaced = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        output.rename(replaced)
-    unfinished.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+            shutil.copyfile(tokenizer_folder / name, folder / name)
 
 
 def newest_checkpoint(run_folder: Path) -> Path:
@@ -98,8 +109,13 @@ def main(argv: list[str]) -> int:
     try:
         config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
         tokenizer_folder = staging.staged_path(config["staged"]["tokenizer"])
-    except (OSError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{run_folder}: is not a run folder: no config.yaml of a run") from None
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"SLUICE_DATASETS: {tokenizer_folder} holds no tokenizer; name the datasets folder "
+            "that the run was made with"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 

@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--max_new_tokens: {options.max_new_tokens} is not positive")
     if options.temperature < 0:
         raise UserError(f"--temperature: {options.temperature} is negative")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top_p: {options.top_p} is not above 0 and up to 1")
     model_folder = Path(options.run_folder) / "export"
     if not (model_folder / "config.json").is_file():
         raise UserError(

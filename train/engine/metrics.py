@@ -53,7 +53,8 @@ def peak_flops(device_name: str) -> float | None:
 
 def _is_chip(device_name: str, chip: str) -> bool:
     rest = device_name.removeprefix(chip)
-    return rest != device_name and not rest[:1].isalnum()
+    # A slice (MIG) has the whole GPU's name before its own.
+    return rest != device_name and not rest[:1].isalnum() and " MIG " not in rest
 
 
 class StepTimer:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
@@ -37,6 +38,7 @@ def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrain
     if config.model.preset is None:
         assert config.staged is not None and config.staged.model is not None
         folder = staged_path(config.staged.model)
+        disable_progress_bar()
         # Without dtype the weights would come in the precision they were stored in.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
@@ -46,7 +48,7 @@ def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrain
     assert all(p.dtype == torch.float32 for p in model.parameters())
     model.config.use_cache = False
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 

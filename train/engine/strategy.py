@@ -184,7 +184,11 @@ class Strategy:
 
     def full(self, parameter: Any, state: str) -> torch.Tensor:
         """Return one state of a parameter, gathered to its full shape; collective."""
-        tensor = parameter.detach() if state == "weight" else self.optimizer.state[parameter][state]
+        tensor = parameter.detach()
+        if state != "weight":
+            moments = self.optimizer.state[parameter]
+            # Before the first step there are none; they begin as zeros.
+            tensor = moments[state] if moments else torch.zeros_like(tensor)
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def load_optimizer(self, steps: int, read: ReadState) -> None:

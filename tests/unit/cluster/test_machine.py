@@ -16,7 +16,7 @@ from cluster import machine
         ("3", ["3"]),
         ("", []),
         ("-1", []),
-        ("GPU-a, GPU-b", ["GPU-a", " GPU-b"]),
+        ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]),
     ],
 )
 def test_the_gpus_are_those_that_are_visible(

@@ -297,7 +297,7 @@ def test_processes_that_stage_the_same_at_once_make_it_once(texts: Path) -> None
 
 
 def test_killed_while_it_packs_it_leaves_no_packed_text(texts: Path, datasets: Path) -> None:
-    (texts / "train.txt").write_text(TEXT * 2000)
+    (texts / "train.txt").write_text(TEXT * 600)
     killed = subprocess.Popen(command(texts), cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(datasets.glob("packed/.*.unfinished/tokens.bin")):
@@ -307,5 +307,5 @@ def test_killed_while_it_packs_it_leaves_no_packed_text(texts: Path, datasets: P
     killed.wait(timeout=10)
     assert [name for name in packed(datasets) if name[0] != "."] == []
     found = stage(configure(texts))
-    assert Blocks(staging.staged_path(found.train), 32).packed.num_bytes == 2000 * len(TEXT)
+    assert Blocks(staging.staged_path(found.train), 32).packed.num_bytes == 600 * len(TEXT)
     assert not list(datasets.glob("*/.*.unfinished"))

@@ -1,0 +1,100 @@
+"""Guards: what is not finite ends the run and says where; a lost peer is one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from train.engine import guard
+from train.engine.errors import RunFailed, UserError
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that sets what the other rank says; this one is rank 1."""
+
+    def other_says(text: str) -> None:
+        monkeypatch.setattr(guard, "rank", lambda: 1)
+        monkeypatch.setattr(guard, "gather_strings", lambda mine: [text, mine])
+
+    return other_says
+
+
+def test_finite_numbers_pass_without_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(guard, "gather_strings")
+    guard.check_loss(5.0, 10.0, step=3, positions=[[0]])
+    guard.check_gradient(0.0, step=3, positions=[[0]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_names_step_rank_and_positions(value: float) -> None:
+    with pytest.raises(RunFailed) as error:
+        guard.check_loss(value, value, step=7, positions=[[8, 9], [40, 41]])
+    assert "the loss of step 7 is not finite (rank 0, positions 8 to 41);" in str(error.value)
+    assert "the last checkpoint is from before it" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_ranks_whose_loss_is_not_finite_are_named(
+    two_ranks: Callable[[str], None],
+) -> None:
+    two_ranks("")
+    with pytest.raises(RunFailed, match=r"not finite \(rank 1, positions 4 to 5\);"):
+        guard.check_loss(math.nan, math.nan, step=7, positions=[[4], [5]])
+    two_ranks("rank 0, positions 0 to 3")
+    with pytest.raises(RunFailed, match=r"not finite \(rank 0, positions 0 to 3\);"):
+        guard.check_loss(2.0, math.nan, step=7, positions=[[4], [5]])
+    with pytest.raises(RunFailed, match=r"\(rank 0, positions 0 to 3; rank 1, positions 4 to 5\)"):
+        guard.check_loss(math.inf, math.inf, step=7, positions=[[4], [5]])
+
+
+def test_a_sum_that_overflows_where_no_rank_did_says_so(two_ranks: Callable[[str], None]) -> None:
+    two_ranks("")
+    with pytest.raises(RunFailed, match=r"step 7 is not finite \(the sum over ranks\);"):
+        guard.check_loss(1e308, math.inf, step=7, positions=[[4], [5]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_names_step_and_every_ranks_positions(
+    two_ranks: Callable[[str], None], value: float
+) -> None:
+    two_ranks("rank 0, positions 0 to 3")
+    with pytest.raises(RunFailed) as error:
+        guard.check_gradient(value, step=7, positions=[[4], [5]])
+    assert (
+        "the gradient of step 7 is not finite "
+        "(rank 0, positions 0 to 3; rank 1, positions 4 to 5);" in str(error.value)
+    )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore",
+        "NCCL error in: ../ProcessGroupNCCL.cpp:3690, remote process exited\nmore",
+        "Connection reset by peer\nmore",
+    ],
+)
+def test_a_lost_peer_is_one_line(text: str) -> None:
+    with pytest.raises(RunFailed) as error, guard.lost_peers():
+        raise RuntimeError(text)
+    reason = text.splitlines()[0]
+    assert str(error.value) == f"rank 0: lost contact with another process ({reason})"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RunFailed("the loss of step 1 is not finite (gloo)"),
+        UserError("data.train: /gloo/text.txt does not exist"),
+        ValueError("gloo"),
+    ],
+)
+def test_another_error_passes_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as passed, guard.lost_peers():
+        raise error
+    assert passed.value is error
