@@ -49,6 +49,7 @@ class Config(TrainingConfig):
 
 def stage(config: Config, *, online: bool) -> Config:
     """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    # Said here rather than after the wait in a queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     return replace(config, staged=staging.stage(config, online=online))
 
@@ -63,11 +64,9 @@ def main(argv: list[str]) -> int:
         config = stage(config, online=False)
     if os.environ.get("RANK", "0") == "0":
         run_folder.mkdir(parents=True, exist_ok=True)
-        lock(run_folder)
+        lock(run_folder)  # held until this process ends, however it ends
 
     # Only now, so that a mistake above is answered at once.
-    import torch.distributed as dist
-
     from train.engine import guard, signals
     from train.engine.distributed import init_distributed, is_main_process
 
@@ -80,7 +79,6 @@ def main(argv: list[str]) -> int:
                 say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
             signals.reset()
             finished = train(config, run_folder, device, rehearse_stop=False)
-    dist.destroy_process_group()
     return 0 if finished else EXIT_REQUEUE
 
 
@@ -90,7 +88,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     from train.engine import checkpoint, guard, metrics, signals, strategy
     from train.engine import model as models
-    from train.engine.distributed import agree, barrier, is_main_process, rank, world_size
+    from train.engine.distributed import agree, is_main_process, rank, world_size
     from train.engine.loss import TokenLoss, evaluate, global_target_tokens
 
     # ---- data ----
@@ -115,11 +113,15 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     last = checkpoints.newest()
     step, position, resume = 0, 0, None
     line: dict[str, Any] = {"step": 0}
-    same = {"data": config.staged.train, "sequence_length": sequence_length, "seed": config.seed}
+    must_match = {
+        "data": config.staged.train,
+        "sequence_length": sequence_length,
+        "seed": config.seed,
+    }
     if last is not None:
         state = checkpoint.read_state(last)
         models.check_same_shape(model, last)
-        for key, value in same.items():
+        for key, value in must_match.items():
             if state[key] != value:
                 raise UserError(
                     f"{last}: was made with {key} {state[key]}, not {value}; continue the run with "
@@ -155,7 +157,8 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     timer = metrics.StepTimer()
 
     def save() -> None:
-        state = {**same, "position": position, "line": line, "accel": accel, "world": world_size()}
+        state = {**must_match, "position": position, "line": line.copy()}
+        state |= {"accel": accel, "world_size": world_size()}
         checkpoints.save(step, wrapped, state)
 
     # ---- train ----
@@ -184,8 +187,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             break
 
         started = time.perf_counter()
-        # Dropout, if a model has any, is as reproducible as the order of the data.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + rank())
+        # Dropout, if a model has any, follows from seed, step and rank: nothing to save, and no two
+        # of them share a value (a step below a million, a rank below 65,537).
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
         positions = micro_batch_positions(
             position,
             rank=rank(),
@@ -205,6 +209,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         for number, (inputs, labels) in enumerate(batch, start=1):
             last_micro = number == gradient_accumulation_steps
             local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last_micro)
+        # Without the scale's world size, the ranks' parts add up to the mean over all tokens.
         mine = float(local_loss) / world_size()
         loss, stops, writing = agree(
             mine, signals.received() is not None, checkpoints.writing, device=device
@@ -245,9 +250,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     if saved_step != step:
         save()
     checkpoints.finish()
-    newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
     if is_main_process():
         assert record is not None
+        newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
         if stopping and step % config.log_every_steps == 0:
             record.write(line)
         record.close()
@@ -262,7 +267,6 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
                 export(newest, tokenizer_folder, run_folder / "export")
             outcome = {"outcome": "finished", **timer.summary(), "metrics": line}
         write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
-    barrier()
     return not stopping
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
@@ -38,7 +38,7 @@ FORMAT = 1
 
 
 class Checkpoints:
-    """The checkpoints of a run folder; every method is collective."""
+    """The checkpoints of a run folder; its methods are collective, its properties are not."""
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class Checkpoints:
     def save(self, step: int, strategy: Strategy, state: dict[str, Any]) -> None:
         """Copy the state of the run and start writing it as checkpoint `step`.
 
-        All ranks take part. Publishing waits for `poll` or `finish`; with `asynchronous` off, it
+        All ranks take part. Publishing waits for `finish`; with `asynchronous` off, it
         is done on return. `state` must hold what else the run needs, as JSON.
 
         Raises:
@@ -104,8 +104,9 @@ class Checkpoints:
                 write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
                 files += ["config.json", "state.json"]
             self._report = {"files": {name: describe(folder / name) for name in files}}
-        except (OSError, SafetensorError) as error:
-            self._report = {"error": f"rank {rank()}: {error}"}
+        except Exception as error:
+            # Whatever it is, the other ranks must hear of it: they wait for this one's report.
+            self._report = {"error": f"rank {rank()}: {error or type(error).__name__}"}
 
     @property
     def writing(self) -> bool:
@@ -153,15 +154,19 @@ class Checkpoints:
             write_atomically(unpublished / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             fsync(unpublished)
             unpublished.rename(self.folder / f"step-{step:08d}")
-            fsync(self.folder)
-            write_atomically(self.folder / "latest", f"step-{step:08d}\n")
         except OSError as error:
             return f"rank 0: {error}"
-        for old in step_folders(self.folder)[self.settings.keep :]:
-            # Renamed first: a deletion that is cut off must not leave half a checkpoint.
-            doomed = old.with_name(f".{old.name}.deleted")
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            fsync(self.folder)
+            # For people and their scripts; resuming looks at the checkpoints themselves.
+            write_atomically(self.folder / "latest", f"step-{step:08d}\n")
+            for old in step_folders(self.folder)[self.settings.keep :]:
+                # Renamed first: a deletion that is cut off must not leave half a checkpoint.
+                doomed = old.with_name(f".{old.name}.deleted")
+                old.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        except OSError as error:
+            say(f"checkpoint {step} is complete, but {self.folder} could not be tidied: {error}")
         return None
 
     # ---- resuming ----
@@ -175,7 +180,9 @@ class Checkpoints:
         Raises:
             RunFailed: there are checkpoints and none is complete.
         """
-        folders = step_folders(self.folder)
+        # Rank 0 looks: another node may see an older listing of a network file system.
+        found = from_main_process(json.dumps([path.name for path in step_folders(self.folder)]))
+        folders = [self.folder / name for name in json.loads(found or "[]")]
         for folder in folders:
             problem = _first(gather_strings(find_damage(folder, rank(), world_size()) or ""))
             if not problem:

@@ -35,7 +35,8 @@ def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except (UserError, RunFailed) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        # In one write: several ranks may say it at the same moment.
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
     except Exception:
         traceback.print_exc()
@@ -57,8 +58,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 def check_writable_folder(folder: Path, setting: str) -> None:
     """Raise `UserError` if `folder`, or the nearest parent that exists, cannot be written to."""
     existing = folder
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except PermissionError:
+        raise UserError(f"{setting}: {folder} is closed to you; choose another place") from None
     if not existing.is_dir():
         raise UserError(f"{setting}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

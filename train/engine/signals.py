@@ -1,20 +1,35 @@
-"""A cluster's request to stop: TERM, USR1 or Ctrl+C set a flag that all processes agree on."""
+"""A request to stop: TERM, USR1, Ctrl+C or a closed terminal set a flag that all ranks agree on."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from types import FrameType
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 _received: signal.Signals | None = None
 
 
 def install() -> None:
-    """From now on TERM, USR1 and INT only set a flag; the loop reads it at the end of a step.
+    """From now on TERM, USR1, INT and HUP only set a flag; the loop reads it at the end of a step.
 
     A handler that saved by itself would save on one rank while another waits in a collective.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _remember)
+
+
+def die_with_launcher() -> None:
+    """From now on be killed when the launcher dies, on Linux.
+
+    The launcher puts each process into a session of its own. A process that outlives a launcher
+    that was killed would train on unseen, and hold its GPU and the run folder.
+    """
+    if sys.platform == "linux" and "RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
