@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import arguments, staging
+from train.engine import arguments, signals, staging
 from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.errors import EXIT_REQUEUE, UserError, run_to_exit
 from train.engine.runfolder import lock, say, write_outcome
@@ -56,6 +56,7 @@ def stage(config: Config, *, online: bool) -> Config:
 
 def main(argv: list[str]) -> int:
     """Run the script; return its exit code."""
+    signals.die_with_launcher()
     config = arguments.parse(Config, argv, prog="train/tinyllama.py", dry_run=DRY_RUN)
     run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
     if run_folder == Path():
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
         lock(run_folder)  # held until this process ends, however it ends
 
     # Only now, so that a mistake above is answered at once.
-    from train.engine import guard, signals
+    from train.engine import guard
     from train.engine.distributed import init_distributed, is_main_process
 
     signals.install()
@@ -86,7 +87,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     """Train to the end, or until the cluster asks to stop; return whether it is the end."""
     import torch
 
-    from train.engine import checkpoint, guard, metrics, signals, strategy
+    from train.engine import checkpoint, guard, metrics, strategy
     from train.engine import model as models
     from train.engine.distributed import agree, is_main_process, rank, world_size
     from train.engine.loss import TokenLoss, evaluate, global_target_tokens

@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, Launch, launch_command, losses, read_metrics
 from train.engine.checkpoint import find_damage, step_folders
 
+pytestmark = pytest.mark.timeout(900)
 # A step takes some 20 ms, so that a checkpoint is being written most of the time.
 SETTINGS = [
     *("--model.preset", "tiny", "--data.sequence_length", "64"),
@@ -119,13 +120,14 @@ def test_two_processes_killed_with_their_launcher_resume_exactly(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     ) as process:
         wait_for(process, "step     12 ")
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
+    # The processes are not the launcher's group; they must not outlive it all the same.
     done = launch("zero2", 2, "train.tinyllama", *settings, str(killed))
     assert done.returncode == 0, done.stderr
-    assert "resuming from step-000000" in done.stdout
+    (resumed,) = [line for line in done.stdout.splitlines() if line.startswith("resuming from")]
+    assert 10 <= int(resumed.rpartition(" ")[2]) < 40, "the killed run trained on"
     assert losses(killed) == losses(straight)
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, Launch, launch_command, read_metrics
 
+# Ten launches in one fixture, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(900)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # fp32 sums of 512 terms of size 6, taken in another order, differ by a few units in the last
 # place (5e-7); eight optimizer steps do not amplify that beyond this.
