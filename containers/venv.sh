@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Make or refresh the virtual environment from containers/locks:  containers/venv.sh [--dev]
+# Make or refresh a virtual environment from containers/locks:  containers/venv.sh [--FLAVOUR]
 #
+#   --base   what the commands of cluster/ need, and no torch (seconds, 60 MB)
+#   --cpu    also what trains, with the CPU build of torch: the default
 #   --dev    also the tools of `make test` and `make lint`
+#   --cuda   what trains, with the CUDA build of torch (5 GB); for a machine with GPUs, no image
+#   --nvcc, --sbom    what serves while an image is built
 #   VENV     where it lies (.venv; a relative path counts from the repository root)
 #   PYTHON   the interpreter to make it from (otherwise the first that fits on PATH)
 #
@@ -14,9 +18,15 @@ readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
 # The Pythons for which every locked package has a wheel, on Linux and on macOS.
 readonly python_versions='3.14 3.13 3.12 3.11'
 readonly python_range='3.11 to 3.14'
-# Measured: 1.8 GB with the tools of --dev, which are 0.2 GB of them; the rest is pip's working
-# space.
-readonly whole_mib=3000 tools_mib=500
+# Measured: base 0.06 GB, cpu 1.6, dev 1.8, cuda 5.0, nvcc 2.0; the rest is pip's working space.
+needed_mib() { # needed_mib FLAVOUR
+  case $1 in
+  base | sbom) echo 300 ;;
+  cpu | dev) echo 3000 ;;
+  nvcc) echo 4000 ;;
+  cuda) echo 9000 ;;
+  esac
+}
 
 note() { printf '%s\n' "$*" >&2; }
 fail() {
@@ -26,11 +36,17 @@ fail() {
 
 # ---- what is asked for ----------------------------------------------------------------------
 
-flavour=cpu
 case "$#:${1-}" in
-0:) ;;
-1:--dev) flavour=dev ;;
-*) fail "venv.sh: '$*' is not understood; use containers/venv.sh or containers/venv.sh --dev" ;;
+0:) flavour=cpu ;;
+1:--base | 1:--cpu | 1:--dev | 1:--cuda | 1:--nvcc | 1:--sbom) flavour=${1#--} ;;
+*) fail "venv.sh: '$*' is not understood; use containers/venv.sh [--base|--cpu|--dev|--cuda]" ;;
+esac
+readonly flavour
+# What each flavour also is: dev.txt holds all of cpu.txt, and cpu.txt and cuda.txt all of base.txt.
+case $flavour in
+dev) readonly holds='base cpu dev' ;;
+cpu | cuda) readonly holds="base $flavour" ;;
+*) readonly holds=$flavour ;;
 esac
 
 # CDPATH would send a relative cd elsewhere.
@@ -57,8 +73,8 @@ system = os.uname()
 print(flavour, system.sysname, system.machine, "python%d.%d" % sys.version_info[:2], digest)
 '
 key() {
-  local files=("$locks/pip.txt" "$locks/torch-cpu.txt" "$locks/cpu.txt")
-  if [[ $1 == dev ]]; then files+=("$locks/dev.txt"); fi
+  local files=("$locks/pip.txt" "$locks/$1.txt")
+  if [[ $1 == cpu || $1 == dev ]]; then files+=("$locks/torch-cpu.txt"); fi
   # Without site-packages (-S) and the user's settings (-I) this takes 20 ms.
   "$venv/bin/python" -I -S -c "$key_program" "$1" "${files[@]}"
 }
@@ -70,8 +86,11 @@ is_ready() { # is_ready FLAVOUR
   grep -qxF -e "$line" -- "$stamp"
 }
 
+# Whoever trains does so in the CUDA environment too.
+serves() { is_ready "$flavour" || { [[ $flavour == cpu ]] && is_ready cuda; }; }
+
 # No lock is taken here: an install removes the stamp before it changes anything.
-if is_ready "$flavour"; then exit 0; fi
+if serves; then exit 0; fi
 
 # ---- an interpreter -------------------------------------------------------------------------
 
@@ -117,7 +136,8 @@ find_python
 # ---- one at a time --------------------------------------------------------------------------
 
 # Only a folder that this script made, or an empty one, may be cleared.
-if [[ -d $venv && ! -e $lock_file && -n $(ls -A -- "$venv/") ]]; then
+# First what is in it: another set-up may be about to put its lock there, as the first thing.
+if [[ -d $venv && -n $(ls -A -- "$venv/") && ! -e $lock_file ]]; then
   fail "VENV=$venv: the folder was not made by containers/venv.sh; set VENV to another path, or delete it"
 fi
 if ! mkdir -p -- "$venv" 2>/dev/null || ! : 2>/dev/null >>"$lock_file"; then
@@ -141,7 +161,7 @@ except OSError as reason:
 "$python" -I -c "$lock_program" "$venv"
 
 # Another set-up may have finished while this one waited.
-if is_ready "$flavour"; then exit 0; fi
+if serves; then exit 0; fi
 
 # ---- pip, with its words kept for the case that something fails -----------------------------
 
@@ -257,13 +277,26 @@ install_torch() {
 
 # ---- the rest -------------------------------------------------------------------------------
 
+# The lines of a lock that are (or, with !, are not) about one package.
+part() { # part LOCK NAME [!]
+  awk -v name="^$2==" -v but="${3-}" '/^[^ ]/ {wanted = ($0 ~ name) != (but == "!")} wanted' "$1"
+}
+
 install_rest() { # install_rest LOCK
-  # deepspeed is built here, as pure Python, from source: its build needs the locked setuptools
-  # in the environment, because build isolation would fetch another one without a hash.
-  awk '/^[^ ]/ {wanted = /^setuptools==/} wanted' "$1" >"$venv/setuptools.txt"
-  pip_install --require-hashes -r "$venv/setuptools.txt" || stop setuptools
-  DS_BUILD_OPS=0 pip_install --require-hashes --no-build-isolation -r "$1" || stop "$1"
-  rm -- "$venv/setuptools.txt"
+  local file=$venv/part.txt
+  if ! grep -q '^deepspeed==' -- "$1"; then
+    pip_install --require-hashes --only-binary :all: -r "$1" || stop "$1"
+    return
+  fi
+  # deepspeed is built here from source: its build needs the locked setuptools in the environment,
+  # because build isolation would fetch another one without a hash, and torch where it compiles
+  # ops. That is for the caller to ask, with DS_BUILD_... as DeepSpeed itself knows them.
+  part "$1" deepspeed ! >"$file"
+  pip_install --require-hashes --only-binary :all: -r "$file" || stop "$1"
+  part "$1" deepspeed >"$file"
+  note "  deepspeed"
+  DS_BUILD_OPS=0 pip_install --require-hashes --no-build-isolation -r "$file" || stop deepspeed
+  rm -- "$file"
 }
 
 # ---- do it ----------------------------------------------------------------------------------
@@ -271,29 +304,44 @@ install_rest() { # install_rest LOCK
 # pip turns Ctrl-C into an ordinary failure, which would be reported as one.
 trap 'note "$venv: interrupted; the next run starts again"; exit 130' INT
 
-if [[ $flavour == dev ]] && is_ready cpu; then
-  note "$venv: adding the tools of $locks/dev.txt (about half a minute)"
-  check_space "$tools_mib"
+# What is there, if all of it is up to date and this flavour holds it, stays and is added to.
+there=''
+if [[ -f $stamp ]]; then
+  # The last line of a damaged stamp may have no end.
+  while read -r part _ || [[ -n $part ]]; do
+    if ! is_ready "$part"; then
+      there=''
+      break
+    fi
+    if [[ " $holds " != *" $part "* ]]; then
+      fail "VENV=$venv: holds the $part environment; set VENV to another path for $flavour, or delete it"
+    fi
+    there=$part
+  done <"$stamp"
+fi
+lock=$locks/$flavour.txt
+if [[ -n $there ]]; then
+  note "$venv: adding what $lock has beyond $there"
+  check_space $(($(needed_mib "$flavour") - $(needed_mib "$there") + 500))
   rm -- "$stamp"
 else
   # What lies here is unfinished or out of date.
   rm -f -- "$stamp"
   clear_folder
-  note "$venv: installing the $flavour environment with Python $python_version (once; about 3 minutes and 2 GB)"
-  check_space "$whole_mib"
+  note "$venv: installing the $flavour environment with Python $python_version (once)"
+  check_space "$(needed_mib "$flavour")"
   make_empty
-  install_torch
 fi
-note "  $locks/$flavour.txt ($(grep -c '^[^ ]' "$locks/$flavour.txt") packages)"
-install_rest "$locks/$flavour.txt"
+if [[ ($flavour == cpu || $flavour == dev) && $there != cpu ]]; then install_torch; fi
+note "  $lock ($(grep -c '^[^ ]' "$lock") packages)"
+install_rest "$lock"
 if ! quietly "${pip[@]}" check; then
   last_words
   fail "$venv: the locked packages do not fit together on this machine (above); please report it"
 fi
 
-# The stamp comes last and whole. dev.txt holds all of cpu.txt, so it answers for both.
-key cpu >"$stamp.new"
-if [[ $flavour == dev ]]; then key dev >>"$stamp.new"; fi
+# The stamp comes last and whole.
+for part in $holds; do key "$part"; done >"$stamp.new"
 mv -- "$stamp.new" "$stamp"
 rm -f -- "$output" "$details"
 note "$venv: ready after $SECONDS s"

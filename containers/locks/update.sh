@@ -25,6 +25,17 @@ done
 env -u UV_FIND_LINKS "${compile[@]}" --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
   --extra cuda --constraint containers/locks/cpu.txt --output-file containers/locks/cuda.txt
 
+# What the commands on a laptop or a login node need; the same versions as in the rest.
+"${compile[@]}" --universal --python-version 3.11 --constraint containers/locks/cpu.txt \
+  --output-file containers/locks/base.txt
+
+# What serves only while an image is built, which is a Linux on x86-64.
+for group in nvcc sbom; do
+  uv pip compile --group "$group" --quiet --generate-hashes --no-header --no-annotate \
+    --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
+    --output-file "containers/locks/$group.txt"
+done
+
 # pip itself, which containers/venv.sh brings to this version everywhere.
 uv pip compile - --quiet --generate-hashes --no-header --no-annotate \
   --universal --python-version 3.11 --output-file containers/locks/pip.txt <<<pip

@@ -126,6 +126,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop")
     write_pip_wheel(folder)
     write_wheel(folder, "setuptools", "1.0", {"setuptools.py": b""})
+    write_wheel(folder, "light", "1.0", {"light.py": b""})
     write_wheel(folder, "tool", "1.0", {"tool.py": b""})
     write_sdist(folder)
     for build, version in (("cpu", "2.13.0+cpu"), ("cuda", "2.13.0"), ("cuda", "2.14.0")):
@@ -215,10 +216,14 @@ def make_checkout(root: Path, shop: Path, python: Path) -> Checkout:
     cpu = pin("setuptools==1.0", shop / "setuptools-1.0-py3-none-any.whl")
     cpu += pin("deepspeed==1.0", shop / "deepspeed-1.0.tar.gz")
     torch = shop / "cpu/torch-2.13.0+cpu-py3-none-any.whl"
+    plain_torch = shop / "cuda/torch-2.13.0-py3-none-any.whl"
     checkout.lock("pip.txt", pin(f"pip=={pip.name.split('-')[1]}", pip))
     checkout.lock("torch-cpu.txt", pin("torch==2.13.0+cpu", torch, " ; python_version >= '3.0'"))
-    checkout.lock("cpu.txt", cpu)
-    checkout.lock("dev.txt", cpu + pin("tool==1.0", shop / "tool-1.0-py3-none-any.whl"))
+    base = pin("light==1.0", shop / "light-1.0-py3-none-any.whl")
+    checkout.lock("base.txt", base)
+    checkout.lock("cpu.txt", base + cpu)
+    checkout.lock("cuda.txt", base + cpu + pin("torch==2.13.0", plain_torch))
+    checkout.lock("dev.txt", base + cpu + pin("tool==1.0", shop / "tool-1.0-py3-none-any.whl"))
     return checkout
 
 
@@ -309,6 +314,7 @@ def test_the_environment_holds_what_the_locks_name(finished: Checkout) -> None:
     # In spite of PYTHONPATH and `user = true`: see the fixture.
     installed = finished.installed()
     assert installed.pop("pip") == importlib.metadata.version("pip")
+    assert installed.pop("light") == "1.0"
     assert installed == {"setuptools": "1.0", "torch": "2.13.0+cpu", "deepspeed": "1.0"}
 
 
@@ -410,11 +416,46 @@ def test_dev_adds_to_a_plain_environment_and_satisfies_it(ready: Checkout) -> No
     (ready.venv / "left over").touch()
     done = ready.run("--dev")
     assert done.returncode == 0, done.stderr
-    assert "adding the tools" in done.stderr
+    assert "adding what containers/locks/dev.txt has beyond cpu" in done.stderr
     assert ready.installed()["tool"] == "1.0"
     assert (ready.venv / "left over").exists()
     assert ready.run().stderr == ""
     assert ready.run("--dev").stderr == ""
+
+
+def test_base_has_no_torch_and_grows_into_the_rest(checkout: Checkout) -> None:
+    assert checkout.run("--base").returncode == 0
+    assert set(checkout.installed()) == {"pip", "light"}
+    (checkout.venv / "left over").touch()
+    done = checkout.run()
+    assert "adding what containers/locks/cpu.txt has beyond base" in done.stderr
+    assert checkout.installed()["torch"] == "2.13.0+cpu"
+    assert (checkout.venv / "left over").exists()
+    assert checkout.run("--base").stderr == ""
+
+
+def test_nothing_is_added_to_what_is_out_of_date(checkout: Checkout) -> None:
+    assert checkout.run().returncode == 0
+    (checkout.venv / "left over").touch()
+    # What base names is as it was; the rest of the environment is not.
+    lengthen_a_lock(checkout)
+    done = checkout.run()
+    assert done.returncode == 0, done.stderr
+    assert "installing the cpu environment" in done.stderr
+    assert not (checkout.venv / "left over").exists()
+
+
+def test_the_cuda_environment_serves_to_train_and_is_not_replaced(checkout: Checkout) -> None:
+    checkout.environment["PIP_FIND_LINKS"] = f"{checkout.shop} {checkout.shop}/cuda"
+    done = checkout.run("--cuda")
+    assert done.returncode == 0, done.stderr
+    assert checkout.installed()["torch"] == "2.13.0"
+    assert checkout.run().stderr == ""
+    assert checkout.run("--base").stderr == ""
+    refused = checkout.run("--dev")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error: VENV=.venv: holds the cuda environment" in refused.stderr
+    assert checkout.installed()["torch"] == "2.13.0"
 
 
 # ---- interruptions, and two at once ---------------------------------------------------------
