@@ -1,0 +1,278 @@
+#!/usr/bin/env bash
+# Make a root filesystem of Debian for `Bootstrap: localimage`:  containers/base.sh OUT
+#
+#   OUT      the folder to make; it must not exist, or be empty
+#   SUITE    Debian's release (bookworm)
+#   TMPDIR   where it is put together, in about 0.5 GB (/tmp)
+#
+# For where no registry of images can be reached: the packages come from the mirror that this
+# system's apt is set to. The tree holds nothing of this machine or its mirror, and the same state
+# of a mirror gives the same tree: its digest is the only line on stdout. OUT.log has the record.
+set -euo pipefail
+
+note() { printf '%s\n' "$*" >&2; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# ---- what is asked for ----------------------------------------------------------------------
+
+if (($# != 1)) || [[ $1 == -* || -z $1 ]]; then
+  fail "base.sh: '$*' is not understood; use containers/base.sh OUT"
+fi
+out=$(realpath -m -- "$1")
+readonly out log=$out.log
+readonly suite=${SUITE:-bookworm}
+[[ $suite =~ ^[a-z][a-z-]*$ ]] || fail "SUITE=$suite: not a release of Debian; set it to one," \
+  "such as bookworm"
+# Measured for bookworm: 180 MB in the archive, as much again while it is made, and in OUT.
+readonly needed_mib=500
+# Files that are newer get this time, bookworm's release, so that two runs agree.
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1686355200}
+# What apt answers in is read below.
+export LC_ALL=C
+
+# ---- what it takes --------------------------------------------------------------------------
+
+if ! type -P mmdebstrap >/dev/null; then
+  fail "mmdebstrap: not on PATH; install it (root can: apt-get install mmdebstrap), or take a" \
+    "base image from a registry"
+fi
+if [[ -e $out && ! -d $out ]] || [[ -d $out && -n $(ls -A -- "$out/") ]]; then
+  fail "$out: is there already and not an empty folder; name another, or delete it"
+fi
+
+free_ids() { # the next range that no line of the two files has
+  cat -- /etc/subuid /etc/subgid 2>/dev/null | awk -F : '
+    BEGIN { first = 100000 }
+    $2 + $3 > first { first = $2 + $3 }
+    END { print first "-" first + 65535 }'
+}
+
+mode=unshare
+if ((EUID == 0)); then
+  # A container's root may lack the right to mount, which root's way needs.
+  if unshare --mount true 2>/dev/null; then mode=root; fi
+else
+  for command in newuidmap newgidmap; do
+    type -P "$command" >/dev/null ||
+      fail "$command: not on PATH, and only root can go without; root can: apt-get install uidmap"
+  done
+  user=$(id -un)
+  for file in /etc/subuid /etc/subgid; do
+    # A line begins with the user's name or number.
+    if [[ ! -r $file ]] || ! grep -q -E "^($user|$EUID):" "$file"; then
+      fail "$file: no line for $user, whose processes need a range of ids; root can: usermod" \
+        "--add-subuids $(free_ids) --add-subgids $(free_ids) $user"
+    fi
+  done
+  unshare -r true 2>/dev/null ||
+    fail "user namespaces: $user may not make them; ask the administrator to allow them (sysctl" \
+      "user.max_user_namespaces), or run this as root"
+fi
+
+if ! mkdir -p -- "$out" 2>/dev/null || ! : 2>/dev/null >"$log" || [[ ! -w $out ]]; then
+  fail "$out: it, or $log, cannot be made or written; name a folder that can"
+fi
+# mmdebstrap's words may hold a mirror's address.
+chmod 600 -- "$log"
+
+work=$(mktemp -d -- "${TMPDIR:-/tmp}/base.XXXXXX" 2>/dev/null) ||
+  fail "TMPDIR=${TMPDIR:-/tmp}: no folder can be made there; make room, or set TMPDIR to another"
+done_with=false
+clean_up() {
+  rm -rf -- "$work"
+  # A half of a tree is not left to be taken for a whole.
+  if ! $done_with; then find "$out/" -mindepth 1 -delete; fi
+}
+trap clean_up EXIT
+trap 'note "$out: interrupted"; exit 130' INT TERM
+# mmdebstrap's root is another user in there, who has to pass, and needs to list nothing.
+chmod 711 -- "$work"
+
+for folder in "$work" "$out"; do
+  free_mib=$(df -Pk -- "$folder/" | awk 'NR == 2 {
+    for (i = 2; i <= NF; i++) if ($i ~ /%$/) print int($(i - 1) / 1024)
+  }')
+  if [[ -n $free_mib ]] && ((free_mib < needed_mib)); then
+    fail "$folder: $free_mib MiB are free on its file system, $needed_mib are needed; make room," \
+      "or set TMPDIR or OUT to another disk"
+  fi
+done
+
+# ---- the mirror that this system uses -------------------------------------------------------
+
+apt_path() { # apt_path ITEM/KIND: a path from apt's configuration
+  local line
+  line=$(apt-config shell value "$1")
+  # It quotes for a shell; one line is one plain path.
+  line=${line#value=\'}
+  printf '%s\n' "${line%\'}"
+}
+
+# Of the system's sources those of Debian's section main for this suite, its updates and its
+# security fixes, as they stand, with the keys and options they name. A third party's repository
+# may name its suite after Debian's, but then it names keys of its own.
+readonly pick='
+function wanted(name) {
+  return name == suite || name == suite "-updates" || name == suite "-security"
+}
+function trusted(keys) { return keys == "" || keys ~ /debian-archive/ }
+'
+# shellcheck disable=SC2016  # awk expands these.
+readonly pick_lines=$pick'
+$1 == "deb" {
+  keys = ""
+  rest = $0
+  if (match(rest, /\[[^]]*\]/)) {
+    options = substr(rest, RSTART + 1, RLENGTH - 2)
+    rest = substr(rest, 1, RSTART - 1) " " substr(rest, RSTART + RLENGTH)
+    count = split(options, option, " ")
+    for (i = 1; i <= count; i++) if (option[i] ~ /^signed-by=/) keys = option[i]
+  }
+  sub(/#.*/, "", rest)
+  count = split(rest, word, " ")
+  section = 0
+  for (i = 4; i <= count; i++) if (word[i] == "main") section = 1
+  if (wanted(word[3]) && section && trusted(keys)) print
+}'
+# shellcheck disable=SC2016  # awk expands these.
+readonly pick_paragraphs=$pick'
+BEGIN { RS = ""; FS = "\n" }
+{
+  delete value
+  others = ""
+  for (i = 1; i <= NF; i++) {
+    if ($i !~ /^[ \t]/) {
+      name = tolower(substr($i, 1, index($i, ":") - 1))
+      value[name] = substr($i, index($i, ":") + 1)
+      if (name != "suites" && name != "types") others = others $i "\n"
+    } else {
+      value[name] = value[name] " " $i
+      if (name != "suites" && name != "types") others = others $i "\n"
+    }
+  }
+  suites = ""
+  count = split(value["suites"], word, " ")
+  for (i = 1; i <= count; i++) if (wanted(word[i])) suites = suites " " word[i]
+  keys = value["signed-by"]
+  gsub(/[ \t]/, "", keys)
+  if (suites != "" && trusted(keys) && tolower(value["enabled"]) !~ /no|false|off|0/ &&
+      (" " value["types"] " ") ~ / deb / && (" " value["components"] " ") ~ /[ \t]main[ \t]/)
+    print "Types: deb\nSuites:" suites "\n" others
+}'
+
+list=$work/host.list paragraphs=$work/host.sources
+: >"$list"
+: >"$paragraphs"
+is_there() { # is_there FILE: and may be read; a system may lack any of them
+  if [[ -f $1 && ! -r $1 ]]; then note "note: $1: not for this user to read; passed over"; fi
+  [[ -f $1 && -r $1 ]]
+}
+if type -P apt-config >/dev/null; then
+  parts=$(apt_path Dir::Etc::sourceparts/d)
+  for file in "$(apt_path Dir::Etc::sourcelist/f)" "${parts%/}"/*.list; do
+    if is_there "$file"; then awk -v suite="$suite" "$pick_lines" "$file" >>"$list"; fi
+  done
+  for file in "${parts%/}"/*.sources; do
+    if is_there "$file"; then
+      # A comment may stand within a paragraph, which it does not end.
+      sed '/^#/d' -- "$file" | awk -v suite="$suite" "$pick_paragraphs" >>"$paragraphs"
+    fi
+  done
+fi
+
+public_sources() { # public_sources OPTIONS: lines that hold wherever the tree is used
+  printf 'deb %shttp://deb.debian.org/debian %s main\n' "$1" "$suite"
+  # Debian's moving suites have no updates of their own.
+  case $suite in
+  sid | unstable | testing | experimental) return ;;
+  esac
+  printf 'deb %shttp://deb.debian.org/debian %s-updates main\n' "$1" "$suite"
+  printf 'deb %shttp://deb.debian.org/debian-security %s-security main\n' "$1" "$suite"
+}
+
+mirror=() whence="this system's mirror"
+if [[ -s $list ]]; then mirror+=("$list"); fi
+if [[ -s $paragraphs ]]; then mirror+=("$paragraphs"); fi
+if ((${#mirror[@]} == 0)); then
+  whence='http://deb.debian.org, as this system has no mirror for it'
+  options=''
+  for file in /usr/share/keyrings/debian-archive-keyring.{gpg,pgp}; do
+    if [[ -r $file ]]; then options="[signed-by=$file] "; fi
+  done
+  mirror=("$work/public.list")
+  public_sources "$options" >"${mirror[0]}"
+fi
+
+# ---- the system's settings of transport -----------------------------------------------------
+
+# Proxies, certificates, limits; a mirror that does not answer is said in seconds.
+{
+  if type -P apt-config >/dev/null; then
+    apt-config dump | grep '^Acquire::' |
+      grep -v -E '^Acquire::(IndexTargets|Languages|Changelogs|CompressionTypes|Gzip|Retries)' |
+      grep -v -E '^Acquire::https?::Timeout'
+  fi
+  printf '%s;\n' 'Acquire::Retries "0"' 'Acquire::http::Timeout "5"' 'Acquire::https::Timeout "5"'
+} >"$work/apt.conf"
+
+# Passwords for the mirror, which mmdebstrap's root may not read here; only while it is made.
+hooks=()
+if type -P apt-config >/dev/null; then
+  parts=$(apt_path Dir::Etc::netrcparts/d)
+  for file in "$(apt_path Dir::Etc::netrc/f)" "${parts%/}"/*.conf; do
+    if is_there "$file"; then cat -- "$file" >>"$work/auth.conf"; fi
+  done
+  if [[ -s $work/auth.conf ]]; then
+    chmod 600 -- "$work/auth.conf"
+    hooks+=("--setup-hook=upload '$work/auth.conf' /etc/apt/auth.conf")
+  fi
+fi
+
+# ---- make it --------------------------------------------------------------------------------
+
+# This runs as root in there, before the tree is packed: what tells of this machine goes.
+# shellcheck disable=SC2016  # That shell expands it.
+readonly forget='set -eu
+cd "$1"
+rm -rf etc/apt/apt.conf etc/apt/apt.conf.d/99mmdebstrap etc/apt/auth.conf
+find etc/apt/auth.conf.d etc/apt/sources.list.d -mindepth 1 -delete
+find var/log var/cache/ldconfig -type f -delete
+printf "%s\n" "$SLUICE_SOURCES" >etc/apt/sources.list
+rm -f etc/hostname etc/resolv.conf etc/machine-id
+echo localhost >etc/hostname
+: >etc/resolv.conf
+: >etc/machine-id
+chmod 644 etc/apt/sources.list etc/hostname etc/resolv.conf etc/machine-id'
+
+stop() { # stop WHAT: a step failed
+  local reason
+  # apt names what it could not fetch, then why.
+  reason=$(sed -n -e 's/^[EW]: Failed to fetch \([^ ]*\) *\(.*\)$/\1 could not be fetched (\2)/p' \
+    -e 't end' -e d -e ':end' -e q -- "$log")
+  if [[ -n $reason ]]; then
+    fail "$1: $reason; check the network and apt's sources and proxy, then run this again"
+  fi
+  sed -e '/^$/d' -e 's/^/  /' -- "$log" | tail -n 8 | cut -c 1-240 >&2
+  fail "$1: failed; the reason is above, the whole record in $log"
+}
+
+note "$out: making Debian $suite from $whence (about half a minute)"
+SLUICE_SOURCES=$(public_sources '')
+export SLUICE_SOURCES TMPDIR=$work
+archive=$work/base.tar
+mmdebstrap --mode="$mode" --variant=minbase --include=ca-certificates --format=tar \
+  --aptopt="$work/apt.conf" "${hooks[@]}" --customize-hook="$forget" \
+  "$suite" "$archive" "${mirror[@]}" >"$log" 2>&1 </dev/null || stop "mmdebstrap"
+
+# An ordinary user can make no devices; Apptainer binds the host's.
+tar -x -f "$archive" -C "$out" --exclude='./dev/*' --no-same-owner --same-permissions \
+  >>"$log" 2>&1 || stop "tar"
+# Some folders are closed to all but root, whoever that is: here it is the one who runs this.
+chmod -R u+rwX -- "$out" || stop "chmod"
+digest=$(sha256sum <"$archive")
+done_with=true
+note "$out: ready after $SECONDS s"
+printf 'sha256:%s\n' "${digest%% *}"
