@@ -30,6 +30,10 @@ NEEDS = {
     "pgrep": ["pgrep", "--version"],
     "git": ["git", "--version"],
     "c++": ["c++", "--version"],
+    "apptainer": [str(CHECKOUT / "containers/install-apptainer.sh"), "--check"],
+    "mmdebstrap": ["mmdebstrap", "--version"],
+    "docker-registry": ["docker-registry", "--version"],
+    "skopeo": ["skopeo", "--version"],
 }
 
 

@@ -1,0 +1,261 @@
+#!/usr/bin/env bash
+# Build the image, test it, and write down what it is:  containers/build.sh
+#
+#   VARIANT  cuda or cpu (cuda)
+#   BASE     docker (Debian from Docker Hub); docker://NAME:TAG or docker://NAME@sha256:...;
+#            debian (made here from the configured Debian mirror); or a folder or .sif file
+#   IMAGE    the file to make (images/sluice-VARIANT.sif)
+#   TMPDIR   where there is room on a local disk (/tmp)
+#   CUDA_ARCHITECTURES   for which GPUs DeepSpeed's ops are compiled ("8.0 8.6 8.9 9.0 10.0 12.0")
+#   COMPRESSION   zstd, or gzip for nodes whose squashfuse is too old to know it (zstd)
+#
+# Needs no root. Beside the image it leaves the manifest (.json), the list of packages (.txt), the
+# SBOM (.cdx.json) and the log (.log).
+set -euo pipefail
+
+note() { printf '%s\n' "$*" >&2; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+readonly here=$PWD
+
+# ---- what is asked for ----------------------------------------------------------------------
+
+readonly variant=${VARIANT:-cuda} base=${BASE:-docker}
+readonly image=${IMAGE:-${SLUICE_IMAGES:-images}/sluice-$variant.sif}
+readonly architectures=${CUDA_ARCHITECTURES:-8.0 8.6 8.9 9.0 10.0 12.0}
+readonly venv=${VENV:-.venv} compression=${COMPRESSION:-zstd}
+
+# Measured, in MiB: the base twice, the environment twice, pip's working space, and the image.
+case $variant in
+cpu) readonly work_mib=6000 image_mib=800 ;;
+cuda) readonly work_mib=24000 image_mib=5000 ;;
+*) fail "VARIANT=$variant: there are cuda and cpu" ;;
+esac
+# Measured on the cpu image, 1.9 GB, 2 cores: gzip 121 s and 543 MB, zstd at 9 15 s and 513 MB.
+case $compression in
+zstd) packing='-comp zstd -Xcompression-level 9' ;;
+gzip) packing='-comp gzip' ;;
+*) fail "COMPRESSION=$compression: there are zstd and gzip" ;;
+esac
+if [[ $# -ne 0 ]]; then fail "build.sh: '$*' is not understood; it takes variables, see its first lines"; fi
+if [[ ! $architectures =~ ^[0-9]+\.[0-9]+(\ [0-9]+\.[0-9]+)*$ ]]; then
+  fail "CUDA_ARCHITECTURES=$architectures: give compute capabilities such as \"8.0 9.0\""
+fi
+for name in BASE IMAGE TMPDIR; do
+  # Apptainer takes a comma for the end of an argument.
+  if [[ ${!name-} == *,* ]]; then fail "$name=${!name}: holds a comma; choose a path without"; fi
+done
+if [[ $image != *.sif ]]; then fail "IMAGE=$image: give the name of a file that ends in .sif"; fi
+# It would be stored in the image.
+if [[ $base == *://*@*/* || $base == *://*:*@* && $base != *@sha256:* ]]; then
+  fail "BASE: an address with a password in it would be stored in the image; use \`apptainer registry login\`"
+fi
+
+# ---- can this machine build it? -------------------------------------------------------------
+
+case "$(uname -s) $(uname -m)" in
+'Linux x86_64') ;;
+*) fail "$(uname -s) $(uname -m): images are built on Linux on x86-64; build there, then copy the file" ;;
+esac
+
+if ! unshare --user --map-root-user true 2>/dev/null; then
+  fail "user namespaces: this kernel gives none to $(id -un), and a build without root needs them; ask the administrator for user.max_user_namespaces > 0 (Debian: kernel.unprivileged_userns_clone=1; Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0), or build on another machine and copy the file"
+elif ((EUID != 0)) &&
+  ! { command -v newuidmap >/dev/null && grep -q "^\($(id -un)\|$(id -u)\):" /etc/subuid; } &&
+  ! command -v fakeroot >/dev/null; then
+  fail "$(id -un): has no line in /etc/subuid, and there is no fakeroot command; ask the administrator for one of them (usermod --add-subuids, or the package fakeroot)"
+fi
+
+apptainer=$(containers/install-apptainer.sh --check) || exit 2
+
+free_mib() { # free_mib FOLDER, or its nearest parent that exists
+  local folder=$1
+  until [[ -d $folder ]]; do folder=$(dirname -- "$folder"); done
+  df -Pk -- "$folder" | awk 'NR == 2 {
+    for (i = 2; i <= NF; i++) if ($i ~ /%$/) print int($(i - 1) / 1024)
+  }'
+}
+
+readonly temporary=${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}
+[[ -d $temporary && -w $temporary ]] ||
+  fail "TMPDIR=$temporary: is not a folder that can be written; set TMPDIR to one on a local disk"
+case $(stat --file-system --format %T -- "$temporary") in
+nfs | lustre | gpfs | cifs | smb2 | fuseblk | beegfs | ceph | panfs | afs)
+  fail "TMPDIR=$temporary: a build on a network file system fails half-way; set TMPDIR to a folder on a local disk"
+  ;;
+esac
+free=$(free_mib "$temporary")
+((free >= work_mib)) ||
+  fail "TMPDIR=$temporary: $free MiB are free, the build takes $work_mib; make room, or set TMPDIR to a folder on another local disk"
+free=$(free_mib "$(dirname -- "$image")")
+((free >= image_mib)) ||
+  fail "IMAGE=$image: $free MiB are free there, the image takes $image_mib; make room, or set IMAGE to a path on another disk"
+mkdir -p -- "$(dirname -- "$image")" 2>/dev/null && [[ -w $(dirname -- "$image") ]] ||
+  fail "IMAGE=$image: its folder cannot be written; set IMAGE to a path that can"
+
+"$here/containers/venv.sh" --base
+readonly python=$venv/bin/python
+
+case $base in
+docker) reference=docker.io/library/debian:bookworm-slim kind=docker ;;
+docker://*) reference=${base#docker://} kind=docker ;;
+debian) kind=debian ;;
+*)
+  kind=local
+  [[ -f $base/etc/os-release || (-f $base && $base == *.sif) ]] ||
+    fail "BASE=$base: is neither docker, docker://NAME, debian, nor the folder of a root file system or a .sif file"
+  ;;
+esac
+if [[ $kind == docker ]]; then
+  if ! answer=$("$python" -I containers/registry.py "$reference" 2>&1); then
+    fail "BASE=$base: $answer; check the network, or take BASE=debian, which needs a Debian mirror only"
+  fi
+  reference=$answer
+fi
+
+# ---- a place to work, gone afterwards -------------------------------------------------------
+
+work=$(mktemp -d -- "$temporary/sluice-build-XXXXXX")
+readonly log=$work/build.log
+clean_up() {
+  # A root file system has folders that even their owner may not enter.
+  if ! chmod -R u+rwX -- "$work" || ! rm -rf -- "$work"; then
+    note "note: $work: could not be deleted as a whole; delete it"
+  fi
+}
+trap clean_up EXIT
+trap 'note "interrupted; nothing was changed"; exit 130' INT TERM HUP
+
+# Nothing in the home folder: its quota is where builds die.
+export APPTAINER_TMPDIR=$work APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$work/cache}
+
+kept_log=${image%.sif}.log
+stop() { # stop WHAT: with the last words of the log, and the log kept
+  tail -n 12 -- "$log" | cut -c 1-240 | sed 's/^/  /' >&2
+  cp -- "$log" "$kept_log"
+  fail "$1; the reason is above, the whole log in $kept_log"
+}
+
+# Shows the steps as they come; the whole goes to the log.
+show() { tee -a -- "$log" | sed -unE '/^(\/opt\/[a-z]+: |  [a-z]|ok |FAILED|skipped)/p' >&2; }
+
+# ---- the base -------------------------------------------------------------------------------
+
+note "$image: building ($variant, from $base); about $([[ $variant == cpu ]] && echo 4 || echo 20) minutes"
+bootstrap=localimage
+case $kind in
+docker)
+  bootstrap=docker from=$reference digest=${reference##*@}
+  # As Docker does: a registry on this very machine needs no certificate.
+  if [[ $reference =~ ^(localhost|127\.0\.0\.1)[:/] ]]; then export APPTAINER_NOHTTPS=1; fi
+  ;;
+debian)
+  note "  base from the Debian mirror"
+  from=$work/base
+  digest=$(containers/base.sh "$from") || exit 2
+  ;;
+local)
+  from=$(realpath -- "$base")
+  if [[ -d $from ]]; then
+    digest=$(tar --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner \
+      --exclude=./dev/* --directory "$from" . | sha256sum)
+  else
+    digest=$(sha256sum -- "$from")
+  fi
+  digest=sha256:${digest%% *}
+  ;;
+esac
+
+# ---- build ----------------------------------------------------------------------------------
+
+commit=unknown
+if git rev-parse --verify --quiet HEAD >/dev/null 2>&1; then
+  commit=$(git rev-parse HEAD)
+  if [[ -n $(git status --porcelain) ]]; then commit+=-dirty; fi
+  # With this, Apptainer 1.5 and later give the same file for the same content.
+  SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+  export SOURCE_DATE_EPOCH
+fi
+
+# How pip and apt of this machine are set; bound, so that nothing of it stays.
+mkdir -m 700 -- "$work/settings"
+binds=(--bind "$work/settings:/mnt")
+"$python" -I containers/settings.py "$work/settings" >"$work/binds"
+while IFS= read -r bind; do binds+=(--bind "$bind"); done <"$work/binds"
+
+arguments=(--build-arg "BOOTSTRAP=$bootstrap" --build-arg "FROM=$from" --build-arg "VARIANT=$variant"
+  --build-arg "CUDA_ARCHITECTURES=$architectures" --build-arg "BASE_DIGEST=$digest"
+  --build-arg "GIT_COMMIT=$commit")
+
+# Only what Apptainer needs of the environment: what a %post sees, it can leave behind.
+only_what_serves() {
+  local serves='HOME|USER|PATH|LANG|SOURCE_DATE_EPOCH|(https?|no)_proxy|(HTTPS?|NO)_PROXY' name
+  serves+='|APPTAINER_(TMPDIR|CACHEDIR|CONFIGDIR|NOHTTPS|DOCKER_USERNAME|DOCKER_PASSWORD)'
+  while IFS= read -r name; do
+    if [[ ! $name =~ ^($serves)$ ]]; then unset "$name"; fi
+  done < <(compgen -e)
+}
+
+# Root in a container or a restricted shell lacks capabilities that Apptainer asks for; in a user
+# namespace it has all of them. The usual users are mapped, because a base's files have several
+# owners; not all that there are, or Apptainer takes it for the machine's own root.
+as_builder() {
+  if ((EUID != 0)); then
+    "$@"
+    return
+  fi
+  mkfifo -- "$work/asks" "$work/mapped"
+  {
+    read -r pid <"$work/asks"
+    if ! { echo '0 0 65536' >"/proc/$pid/uid_map" && echo '0 0 65536' >"/proc/$pid/gid_map"; }; then
+      note "root may not map users here; build as an ordinary user"
+    fi
+    echo >"$work/mapped"
+  } &
+  # shellcheck disable=SC2016  # For the inner shell to expand.
+  unshare --user bash -c 'echo $$ >"$0/asks"; read -r _ <"$0/mapped"; exec "$@"' "$work" "$@"
+}
+
+readonly unfinished=$work/${image##*/}
+(
+  only_what_serves
+  as_builder "$apptainer" build --notest --mksquashfs-args "$packing" "${binds[@]}" \
+    "${arguments[@]}" "$unfinished" apptainer.def
+) 2>&1 | show || stop "$image: the build failed"
+
+# ---- test -----------------------------------------------------------------------------------
+
+only_what_serves
+inside=(--cleanenv --no-home)
+if ((EUID == 0)); then inside+=(--userns); fi
+gpu=()
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then gpu=(--nv); fi
+note "  self-test"
+"$apptainer" test "${inside[@]}" "${gpu[@]}" "$unfinished" 2>&1 | show ||
+  stop "$image: the self-test failed"
+
+# ---- write down what it is ------------------------------------------------------------------
+
+readonly stem=${image%.sif}
+{
+  "$apptainer" exec "${inside[@]}" "$unfinished" cat /opt/sluice/share/packages.txt >"$work/packages"
+  "$apptainer" exec "${inside[@]}" "$unfinished" cat /opt/sluice/share/sbom.cdx.json >"$work/sbom"
+  "$apptainer" inspect --json "$unfinished" >"$work/labels"
+} 2>>"$log" || stop "$image: its contents cannot be read"
+"$python" -I containers/manifest.py "$unfinished" --labels "$work/labels" --packages "$work/packages" \
+  --base "$base" --apptainer "$("$apptainer" version)" >"$work/manifest"
+
+# First across file systems, under another name; jobs may be starting in the one that is there.
+mv -- "$unfinished" "$image.unfinished"
+# The image before its manifest: one that has none, or another's, is refused.
+mv -- "$image.unfinished" "$image"
+mv -- "$work/packages" "$stem.txt"
+mv -- "$work/sbom" "$stem.cdx.json"
+mv -- "$log" "$stem.log"
+mv -- "$work/manifest" "$stem.json"
+size=$(stat --format %s -- "$image")
+note "$image: ready after $SECONDS s, $((size / 1000000)) MB, $(wc -l <"$stem.txt") packages"

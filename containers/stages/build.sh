@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The build stage of apptainer.def, inside it:  build.sh VARIANT CUDA_ARCHITECTURES
+# Makes /opt/sluice, the environment of the jobs, and /opt/sbom, the tools that list what is in it.
+set -euo pipefail
+
+readonly variant=$1 architectures=$2
+readonly here=/opt/containers settings=/mnt
+
+# Neither the caller's home, which Apptainer mounts at /root, nor its /tmp, which may be small, is
+# for a build to touch; pip unpacks gigabytes.
+export TMPDIR=/opt/tmp HOME=/opt/tmp
+mkdir -p "$TMPDIR"
+
+# ---- what the build machine has set ---------------------------------------------------------
+
+if [[ -f $settings/pip.conf ]]; then export PIP_CONFIG_FILE=$settings/pip.conf; fi
+# Proxies; exported, as pip and the ops' build read them.
+if [[ -f $settings/environment.sh ]]; then
+  # shellcheck disable=SC1091
+  . "$settings/environment.sh"
+fi
+export PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+
+# ---- the environment ------------------------------------------------------------------------
+
+packages=(python3 python3-venv ca-certificates)
+# The ops' compilers: g++ for the host's part; nvcc comes from PyPI.
+if [[ $variant == cuda ]]; then packages+=(g++ python3-dev); fi
+bash "$here/stages/packages.sh" "${packages[@]}"
+
+export PYTHON=/usr/bin/python3
+if [[ $variant == cuda ]]; then
+  # nvcc has a place of its own, which stays behind in this stage.
+  VENV=/opt/nvcc "$here/venv.sh" --nvcc
+  export CUDA_HOME
+  CUDA_HOME=$(echo /opt/nvcc/lib/python3*/site-packages/nvidia/cu13)
+  # The wheels lay it out a little otherwise than the builders of extensions look for it.
+  ln -s lib "$CUDA_HOME/lib64"
+  ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so"
+  export TORCH_CUDA_ARCH_LIST=$architectures DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1
+  # There is no GPU here, and so it would build the ops of its CPU accelerator under these names.
+  export DS_ACCELERATOR=cuda
+  # The same image runs on every node, whatever CPU this machine has.
+  export CXX=$here/stages/portable-c++
+  VENV=/opt/sluice "$here/venv.sh" --cuda
+else
+  VENV=/opt/sluice "$here/venv.sh"
+fi
+VENV=/opt/sbom "$here/venv.sh" --sbom
+cp /opt/pyproject.toml /opt/sbom/
+
+# ---- what goes along with it ----------------------------------------------------------------
+
+mkdir -p /opt/sluice/share
+cp "$here/selftest.py" /opt/sluice/
+# So that the self-test compares with what was asked for, not with what was installed.
+cd "$here/locks"
+case $variant in
+cpu) cat pip.txt torch-cpu.txt cpu.txt ;;
+cuda) cat pip.txt cuda.txt ;;
+*) exit 2 ;;
+esac >/opt/sluice/share/lock.txt
+rm -rf "$TMPDIR"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Install Debian packages in an image that is being built:  packages.sh PACKAGE...
+# The build machine's mirror, proxy and certificates serve, and are not left behind.
+set -euo pipefail
+
+# What containers/settings.py wrote, if the build machine has something to say.
+readonly settings=/mnt
+
+options=(-o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 -o APT::Install-Recommends=0)
+# shellcheck disable=SC1091
+codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME-}")
+# A mirror is for one release: on a base of another, the base's own sources serve.
+if [[ -f $settings/apt/$codename.list ]]; then
+  options+=(-o "Dir::Etc::SourceList=$settings/apt/$codename.list" -o Dir::Etc::SourceParts=/dev/null)
+fi
+if [[ -f $settings/apt/apt.conf ]]; then export APT_CONFIG=$settings/apt/apt.conf; fi
+
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq "${options[@]}" update
+apt-get -qq "${options[@]}" install --yes "$@"
+
+# What differs from build to build, or tells of the build machine.
+apt-get clean
+rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/aux-cache /var/log/apt
+rm -f /var/log/dpkg.log /var/log/alternatives.log /var/log/bootstrap.log
