@@ -10,6 +10,8 @@
 #: TIME    time limit, instead of what the job says
 #: NAME    a word to find the run again by
 #: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
+#: RUNTIME apptainer or host: where it runs (in the image if it is there and Apptainer is)
+#: IMAGE   the image, a .sif file (images/sluice-cpu.sif; with GPUs images/sluice-cuda.sif)
 #: ARGS    the rest, passed on as it is: ARGS="--max_steps 500 --optimizer.lr 1e-4"
 JOB ?= tinyllama
 
@@ -30,45 +32,62 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag = $(if $($(1)),--$(2)=$(call quote,$($(1))))
 
+# Only those that are given: what is not has its default in the script.
+image_settings = $(foreach name,VARIANT BASE IMAGE COMPRESSION,$(if $($(name)),$(name)=$(call quote,$($(name)))))
+
 python = $(call quote,$(VENV)/bin/python)
 tool = $(call quote,$(VENV)/bin/$(1))
 sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
 options = $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) $(call flag,RUN,run)
-run_folder = $$($(python) -m cluster.runs $(call quote,$(RUN)))
+placed = $(call flag,RUNTIME,runtime) $(call flag,IMAGE,image)
+with_run = $(python) -m cluster.container $(1) $(call flag,RUN,run) $(placed) --
+one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $(call flag,KEY,key)
 
 # All bash of the repository, wherever it lies. `find`, because a checkout may come without git.
-not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./runs -o -path ./datasets -o -path ./cache
+not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./.apptainer -o -path ./runs -o -path ./datasets -o -path ./cache
 each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
-	\( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 | xargs -0
+	\( -name '*.sh' -o -name '*.sbatch' -o -name 'portable-c++' -o -path ./.ci/run \) -print0 | xargs -0
 
 # Recipes are one command each: what went wrong is said by that command, not by make.
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help dry-run run fetch export generate test lint format bench bench-gpu clean setup setup-dev
+.PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu clean
+.PHONY: setup setup-train setup-dev
 
 help: ## this list
 	echo 'usage: make TARGET [VARIABLE=VALUE ...]'
 	echo
-	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	echo
 	sed -n 's/^#: /  /p' $(firstword $(MAKEFILE_LIST))
 
 # ---- train ----------------------------------------------------------------------------------
 
 dry-run: | setup ## a short pass of JOB on CPU, two processes, no network: train, resume, export
-	$(python) -m cluster.run --dry_run $(options) -- $(ARGS)
+	$(python) -m cluster.run --dry_run $(options) $(placed) -- $(ARGS)
 
 run: | setup ## JOB on this machine, in full; RUN=... continues a run
-	$(python) -m cluster.run $(options) -- $(ARGS)
+	$(python) -m cluster.run $(options) $(placed) -- $(ARGS)
 
 fetch: | setup ## download, tokenize and pack what JOB reads, so that it needs no network
-	$(python) -m cluster.run --fetch $(call flag,JOB,job) -- $(ARGS)
+	$(python) -m cluster.run --fetch $(call flag,JOB,job) $(placed) -- $(ARGS)
 
 export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
-	folder=$(run_folder) && $(python) -m train.export "$$folder" $(ARGS)
+	$(call with_run,train.export) $(ARGS)
 
 generate: | setup ## text from RUN that goes on from PROMPT="..."
-	folder=$(run_folder) && $(python) -m train.generate "$$folder" $(call flag,PROMPT,prompt) $(ARGS)
+	$(call with_run,train.generate) $(call flag,PROMPT,prompt) $(ARGS)
+
+# ---- the image ------------------------------------------------------------------------------
+
+build-image: ## the Apptainer image: VARIANT=cuda (or cpu), BASE=docker (or debian, a folder, a .sif)
+	$(image_settings) containers/build.sh
+
+verify-image: | setup ## is the image (VARIANT=, IMAGE=) whole, and signed by the public KEY=?
+	$(python) -m cluster.image verify $(one_image)
+
+sign-image: | setup ## sign it with the private KEY=, or with one of Apptainer's PGP keyring
+	$(python) -m cluster.image sign $(one_image)
 
 # ---- develop --------------------------------------------------------------------------------
 
@@ -89,10 +108,10 @@ format: | setup-dev ## lay out Python and bash as `make lint` wants them
 	$(python) -m ruff format .
 	$(each_bash_file) $(call tool,shfmt) -i 2 -w
 
-bench: | setup ## memory and speed of the data path, as ratios against peers (benchmarks/)
+bench: | setup-train ## memory and speed of the data path, as ratios against peers (benchmarks/)
 	$(python) -m benchmarks.corpus $(ARGS)
 
-bench-gpu: | setup ## training speed on one GPU: tokens/s, MFU, beside the Hugging Face Trainer
+bench-gpu: | setup-train ## training speed on one GPU: tokens/s, MFU, beside the Hugging Face Trainer
 	$(python) -m benchmarks.gpu $(ARGS)
 
 clean: ## delete the tools' caches; never runs, data or the environment
@@ -101,8 +120,12 @@ clean: ## delete the tools' caches; never runs, data or the environment
 
 # ---- the environment ------------------------------------------------------------------------
 
-# Says nothing and takes no time when all is there.
+# Says nothing and takes no time when all is there. What runs in the image needs no more than
+# this; without an image the commands add what trains.
 setup:
+	containers/venv.sh --base
+
+setup-train:
 	containers/venv.sh
 
 setup-dev:

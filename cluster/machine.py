@@ -1,10 +1,12 @@
-"""What the machine at hand has: GPUs, free ports."""
+"""What the machine at hand has: GPUs, free ports, the Python environment of the host."""
 
 from __future__ import annotations
 
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from cluster.errors import UserError
@@ -35,3 +37,31 @@ def free_port() -> int:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
     raise UserError("no free port between 20000 and 30000 on this machine")
+
+
+def environment_variant() -> str | None:
+    """Return which build of torch this environment is for, cpu or cuda; None if it is no .venv.
+
+    That is one that containers/venv.sh did not make, and whose contents we do not know.
+    """
+    stamp, lock = (Path(sys.prefix) / name for name in (".sluice-stamp", ".sluice-lock"))
+    if stamp.is_file():
+        lines = stamp.read_text(encoding="utf-8").splitlines()
+        return "cuda" if any(line.startswith("cuda ") for line in lines) else "cpu"
+    return "cpu" if lock.exists() else None
+
+
+def complete_environment() -> None:
+    """Put what trains into the environment at hand, if only the commands are there yet.
+
+    Where that fails, containers/venv.sh has said why, and this process ends with its code.
+    """
+    variant = environment_variant()
+    if variant is None:
+        return
+    prefix = Path(sys.prefix)
+    short = prefix.relative_to(Path.cwd()) if prefix.is_relative_to(Path.cwd()) else prefix
+    command = ["containers/venv.sh", f"--{variant}"]
+    code = subprocess.call(command, env={**os.environ, "VENV": str(short)})
+    if code:
+        sys.exit(code)

@@ -10,15 +10,16 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+
+from cluster import container, machine, runs
 from cluster import job as jobs
-from cluster import machine, runs
 from cluster.errors import UserError, run_to_exit
 from cluster.output import run_logged
 
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nproc", default="", help="processes (one for each GPU, or 1)")
     parser.add_argument("--run", default="", help="continue this run")
     parser.add_argument("--name", default="", help="a word to find the run again by")
+    parser.add_argument("--runtime", default="", help="apptainer or host (what is there)")
+    parser.add_argument("--image", default="", help="the image (one of images/)")
     parser.add_argument("--dry_run", action="store_true", help="a short pass on the CPU")
     parser.add_argument("--fetch", action="store_true", help="only put in place what the job reads")
     for size in ("nodes", "gpus", "time"):
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
                 "job alone, in as many processes as NPROC says"
             )
     if options.fetch:
-        return fetch(options.job, script_arguments)
+        return fetch(options.job, script_arguments, options.runtime, options.image)
     if options.dry_run:
         script_arguments = ["--dry_run", *script_arguments]
     return run(
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> int:
         name=options.name,
         dry_run=options.dry_run,
         script_arguments=script_arguments,
+        runtime_name=options.runtime,
+        image=options.image,
     )
 
 
@@ -70,12 +75,23 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
-def fetch(job_name: str, script_arguments: list[str]) -> int:
+def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: str) -> int:
     """Download, tokenize and pack what the job reads; return the exit code."""
     job = jobs.load(job_name)
-    command = [sys.executable, "-m", "train.fetch", job.module, "--online", "--"]
-    command += ["--config", str(job.path), *script_arguments]
-    code = subprocess.call(command, env=_environment())
+    runtime = container.choose(
+        runtime_name, image, container.variants(gpus=bool(machine.gpus()), strict=False)
+    )
+    print(f"fetching {runtime}", flush=True)
+    environment = _environment()
+    code = container.call(
+        runtime,
+        "train.fetch",
+        [job.module, "--online", "--", "--config", str(job.path), *script_arguments],
+        code=Path.cwd(),
+        environment=environment,
+        writable=_caches(environment) if runtime.image else [],
+        online=True,
+    )
     if code == 0:
         print(f"staged in {_datasets_folder()}; the job needs no network now")
     return code
@@ -90,6 +106,8 @@ def run(
     name: str,
     dry_run: bool,
     script_arguments: list[str],
+    runtime_name: str = "",
+    image: str = "",
 ) -> int:
     """Resolve, record and run a job with one launcher on this machine; return its exit code.
 
@@ -117,30 +135,51 @@ def run(
         raise UserError(
             f"NPROC={num_processes}: this machine has {len(devices)} GPUs, one for each process"
         )
+    runtime = container.choose(
+        runtime_name, image, container.variants(gpus=bool(devices), strict=True)
+    )
     environment = _environment()
     environment |= {"SLUICE_WORLD_SIZE": str(num_processes), "HF_HUB_OFFLINE": "1"}
+    environment["SLUICE_DEVICE"] = "cuda" if devices else "cpu"
     if not devices:
         # Or torch would use the GPUs that there are.
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    if runtime.image and not (code_folder / "slurm/container.sh").is_file():
+        raise UserError(
+            f"RUN={continued}: its code is from before there was an image; take RUNTIME=host"
+        )
     config = _resolve(
-        record["module"], ["--config", str(settings), *script_arguments], environment, code_folder
+        runtime,
+        record["module"],
+        ["--config", str(settings), *script_arguments],
+        environment,
+        code_folder,
     )
     if isinstance(config, int):
         return config
+    variables = container.variables(runtime)
+    if runtime.image:
+        binds = container.extra_binds(yaml.safe_load(config), _datasets_folder())
+        variables["SLUICE_EXTRA_BINDS"] = "\n".join(binds)
+        variables["SLUICE_CACHE"] = str(_cache_folder())
+        for path in (folder, code_folder, _datasets_folder(), _cache_folder()):
+            container.bind(path, path, "ro")
     if continued:
+        _say_what_differs(record, runtime.record())
         settings.write_text(config, encoding="utf-8")
     else:
         make = ["make", "run", f"JOB={job.name}", f"ACCEL={accel}", f"NPROC={num_processes}"]
         record |= {"accel": accel, "num_nodes": 1, "num_processes": num_processes}
+        record |= runtime.record()
         record["command"] = shlex.join([*make, f"ARGS={shlex.join(script_arguments)}"])
         runs.create(folder, config=config, record=record)
     attempt = runs.new_attempt(folder)
-    print(f"run folder {_short(folder)} (on the host, no container), attempt {attempt}", flush=True)
+    print(f"run folder {_short(folder)} ({runtime}), attempt {attempt}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         environment |= {
             "PYTHONUNBUFFERED": "1",
             "SLUICE_TERMINAL": "1" if sys.stderr.isatty() else "0",
-            "SLUICE_PYTHON": sys.executable,
+            **variables,
             "SLUICE_MODULE": record["module"],
             "SLUICE_ACCEL": accel,
             "SLUICE_NUM_NODES": "1",
@@ -150,7 +189,6 @@ def run(
             "SLUICE_RUN_FOLDER": str(folder),
             "SLUICE_ATTEMPT": str(attempt),
             "SLUICE_SCRATCH": scratch,
-            "SLUICE_DEVICE": "cuda" if devices else "cpu",
             "SLUICE_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
         }
         command: list[str | Path] = [
@@ -165,24 +203,71 @@ def run(
 
 
 def _resolve(
-    module: str, script_arguments: list[str], environment: dict[str, str], code_folder: Path
+    runtime: container.Runtime,
+    module: str,
+    script_arguments: list[str],
+    environment: dict[str, str],
+    code_folder: Path,
 ) -> str | int:
     """Return the job's settings as the script resolves them, or the exit code of its refusal."""
+    datasets_missing = not _datasets_folder().exists()
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         resolved = Path(scratch) / "config.yaml"
-        # -P: the code of the run that is continued, not that of the current folder.
-        command = [sys.executable, "-P", "-m", "train.fetch", module, f"--resolved={resolved}"]
-        code = subprocess.call(
-            [*command, "--", *script_arguments],
-            env=environment | {"PYTHONPATH": _python_path(code_folder)},
+        code = container.call(
+            runtime,
+            "train.fetch",
+            [module, f"--resolved={resolved}", "--", *script_arguments],
+            code=code_folder,
+            environment=environment,
+            writable=[Path(scratch), *_writable_folders(environment)] if runtime.image else [],
         )
+        if datasets_missing and not resolved.exists() and _is_empty(_datasets_folder()):
+            # It was made for the container alone.
+            _datasets_folder().rmdir()
         # --help was asked for: everything is said.
         return resolved.read_text(encoding="utf-8") if resolved.exists() else code
 
 
-def _python_path(code_folder: Path) -> str:
-    given = os.environ.get("PYTHONPATH")
-    return f"{code_folder}{os.pathsep}{given}" if given else str(code_folder)
+def _writable_folders(environment: dict[str, str]) -> list[Path]:
+    """Return the datasets folder, made where it is missing, and the cache if there is one."""
+    folders = [_made(_datasets_folder(), "SLUICE_DATASETS")]
+    home = Path(environment["HF_HOME"]).absolute()
+    return [*folders, home] if home.is_dir() else folders
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _caches(environment: dict[str, str]) -> list[Path]:
+    """Return the folders that a download writes to, made where they are missing."""
+    names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
+    places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
+    return [_made(_datasets_folder(), "SLUICE_DATASETS"), *(_made(*place) for place in places)]
+
+
+def _made(folder: Path, variable: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{variable}: {folder} cannot be made: {error.strerror}; choose another place"
+        ) from None
+    return folder
+
+
+def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say it if a run goes on in another image than it began in."""
+
+    def said(record: dict[str, Any]) -> tuple[str, str | None]:
+        image = record["image"]
+        if image is None:
+            return "on the host", None
+        return f"in {image['path']} ({image['sha256'][:12]})", image["sha256"]
+
+    # A run of before there were images has no record of it.
+    if "runtime" in began and said(began)[1] != said(now)[1]:
+        print(f"note: began {said(began)[0]}, now {said(now)[0]}", file=sys.stderr)
 
 
 def _say_what_next(folder: Path, attempt: int, code: int) -> None:
@@ -196,8 +281,10 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         if (folder / "export").is_dir():
             print(f"  model        {_short(folder / 'export')}  (Hugging Face format)")
         print(f'next: make generate RUN={name} PROMPT="The cluster"')
-        tensorboard = _short(Path(sys.executable).with_name("tensorboard"))
-        print(f"      {tensorboard} --logdir {_short(folder / 'tensorboard')}")
+        tensorboard = Path(sys.executable).with_name("tensorboard")
+        # With an image the environment need not have what trains.
+        first = "" if tensorboard.exists() else "containers/venv.sh && "
+        print(f"      {first}{_short(tensorboard)} --logdir {_short(folder / 'tensorboard')}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")
@@ -211,7 +298,7 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
 
 def _environment() -> dict[str, str]:
     """Return the environment for the training side, with the places of what it reads."""
-    cache = Path(os.environ.get("SLUICE_CACHE", "cache")).absolute()
+    cache = _cache_folder()
     # Where `hf auth login` puts the token, which is not part of the cache.
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
     no_bars = "0" if sys.stderr.isatty() else "1"
@@ -230,6 +317,10 @@ def _environment() -> dict[str, str]:
 
 def _datasets_folder() -> Path:
     return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("SLUICE_CACHE", "cache")).absolute()
 
 
 def _number(given: str) -> int | None:

@@ -18,7 +18,8 @@ from typing import Any
 from cluster.errors import UserError, run_to_exit
 
 # A checkout without git (a tarball): what is not code.
-NOT_CODE = {".git", ".venv", "runs", "datasets", "cache", "__pycache__", "site.toml"}
+NOT_CODE = {".git", ".apptainer", ".venv", "runs", "datasets", "cache", "images", "site.toml"}
+NOT_CODE |= {"__pycache__"}
 # A file that git does not know is code up to this size, and data above it.
 MAX_UNTRACKED_BYTES = 1_000_000
 

@@ -13,12 +13,20 @@ import pytest
 
 from tests.conftest import CHECKOUT
 
-# Run by others: this test is part of the first, the second needs a network, the third a GPU.
+# Run by others: this test is part of the first, the image is built and used in tests/image, the
+# rest needs a hub or a GPU.
 RUN_ELSEWHERE = {
     "make test": "",
+    "containers/install-apptainer.sh": "tests/image/conftest.py",
+    "make build-image VARIANT=cpu BASE=debian": "tests/image/conftest.py",
+    "make dry-run ACCEL=zero3": "tests/image/test_container_runs.py",
+    "make build-image": "",
     "make fetch JOB=tinyllama": "tests/unit/train/test_hub.py",
     "make run JOB=tinyllama ACCEL=zero2 NPROC=8": "tests/unit/train/test_hub.py",
 }
+
+
+NOT_CODE = (".git", ".apptainer", ".venv", "runs", "datasets", "cache", "images", "__pycache__")
 
 
 def commands() -> list[str]:
@@ -31,7 +39,7 @@ def commands() -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the checkout in which a user has put some text."""
     copy = tmp_path_factory.mktemp("user") / "sluice"
-    not_code = shutil.ignore_patterns(".git", ".venv", "runs", "datasets", "cache", "__pycache__")
+    not_code = shutil.ignore_patterns(*NOT_CODE)
     shutil.copytree(CHECKOUT, copy, ignore=not_code)
     shutil.copytree(copy / "train/samples", copy / "my-text", ignore=shutil.ignore_patterns("*.md"))
     return copy

@@ -6,6 +6,7 @@ real. Training for real, by this road, is in tests/unit/train/test_hub.py and te
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -78,6 +79,11 @@ def checkout(tmp_path: Path, clean_environment: dict[str, str]) -> Checkout:
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("cluster", "configs", "slurm", "train"):
         shutil.copytree(CHECKOUT / name, root / name, ignore=ignore)
+    shutil.copytree(CHECKOUT / "containers/locks", root / "containers/locks")
+    # The environment of the tests has all; what the command asks for is noted.
+    environment_maker = root / "containers/venv.sh"
+    environment_maker.write_text('#!/bin/sh\necho "$VENV $@" >> set-up\n')
+    environment_maker.chmod(0o755)
     environment = {k: v for k, v in clean_environment.items() if k != "SLUICE_DATASETS"}
     environment |= {"HOME": str(tmp_path), "GIT_CEILING_DIRECTORIES": str(tmp_path)}
     found = Checkout(root, environment)
@@ -104,6 +110,7 @@ def test_a_run_is_recorded_and_started_with_what_was_resolved(checkout: Checkout
     assert shlex.split(record["command"])[:5] == [
         *("make", "run", "JOB=tinyllama", "ACCEL=zero2", "NPROC=2")
     ]
+    assert (record["runtime"], record["image"]) == ("host", None)
     words = (folder / "words").read_text().splitlines()
     assert words == ["--config", str(folder / "config.yaml")]
     expected = {
@@ -249,6 +256,90 @@ def test_a_continuation_that_is_refused_changes_nothing(checkout: Checkout) -> N
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert (folder / "config.yaml").read_text() == before
     assert [path.name for path in (folder / "attempts").iterdir()] == ["1"]
+
+
+# ---- in an image ----
+
+# Runs the command outside, with what is on the PATH: the words after the image.
+APPTAINER = """#!/bin/sh
+until [ "${1%.sif}" != "$1" ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def make_image(checkout: Checkout, content: bytes) -> dict[str, str]:
+    """Put a file that passes for an image into the checkout; return the variables that it takes."""
+    folder = checkout.root / "images"
+    folder.mkdir(exist_ok=True)
+    (folder / "sluice-cpu.sif").write_bytes(content)
+    locks = [checkout.root / f"containers/locks/{n}.txt" for n in ("pip", "torch-cpu", "cpu")]
+    manifest = {
+        "variant": "cpu",
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "lock_sha256": hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest(),
+    }
+    (folder / "sluice-cpu.json").write_text(json.dumps(manifest))
+    program = checkout.root.parent / "apptainer"
+    program.write_text(APPTAINER)
+    program.chmod(0o755)
+    python = str(Path(sys.executable).parent)
+    path = f"{python}{os.pathsep}{checkout.environment['PATH']}"
+    return {"APPTAINER": str(program), "PATH": path}
+
+
+def test_a_run_in_an_image_is_recorded_and_goes_on_in_the_one_of_today(checkout: Checkout) -> None:
+    done = checkout.run("--dry_run", **make_image(checkout, b"one"))
+    assert (done.returncode, done.stderr) == (0, "error: a rank says\n")
+    assert "(in images/sluice-cpu.sif), attempt 1" in done.stdout
+    assert not (checkout.root / "set-up").exists()
+    record = json.loads((checkout.folder / "run.json").read_text())
+    image = checkout.root / "images/sluice-cpu.sif"
+    one, two = (hashlib.sha256(content).hexdigest() for content in (b"one", b"two"))
+    assert (record["runtime"], record["image"]) == (
+        "apptainer",
+        {"path": str(image), "sha256": one},
+    )
+    assert len(record["lock_sha256"]) == 64
+    seen = checkout.seen()
+    assert (seen["SLUICE_IMAGE"], seen["SLUICE_EXTRA_BINDS"]) == (str(image), "")
+    assert "SLUICE_PYTHON" not in seen
+
+    name = checkout.folder.name
+    same = checkout.run("--run", name, **make_image(checkout, b"one"))
+    assert same.stderr == "error: a rank says\n"
+    other = checkout.run("--run", name, **make_image(checkout, b"two"))
+    assert other.returncode == 0
+    assert other.stderr.splitlines()[0] == (
+        f"note: began in {image} ({one[:12]}), now in {image} ({two[:12]})"
+    )
+    host = checkout.run("--run", name, "--runtime", "host")
+    assert host.stderr.splitlines()[0] == f"note: began in {image} ({one[:12]}), now on the host"
+    assert "(on the host, no container), attempt 4" in host.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "content"), [(["--", "--max_step", "1"], b"one"), (["--image", "x.sif"], b"one")]
+)
+def test_what_is_refused_before_a_run_in_an_image_leaves_nothing(
+    checkout: Checkout, words: list[str], content: bytes
+) -> None:
+    done = checkout.run("--dry_run", *words, **make_image(checkout, content))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert not (checkout.root / "runs").exists()
+    assert not (checkout.root / "datasets").exists()
+
+
+def test_a_damaged_image_starts_nothing(checkout: Checkout) -> None:
+    variables = make_image(checkout, b"one")
+    (checkout.root / "images/sluice-cpu.sif").write_bytes(b"onf")
+    for words in (["--dry_run"], ["--fetch"], ["--dry_run", "--runtime", "apptainer"]):
+        done = checkout.run(*words, **variables)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert "its bytes are not those of its manifest" in done.stderr
+    assert not (checkout.root / "runs").exists()
+    assert not (checkout.root / "datasets").exists()
 
 
 # ---- the command itself ----
