@@ -11,6 +11,10 @@
 #: NAME    a word to find the run again by
 #: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
 #: RUNTIME apptainer or host: where it runs (in the image if it is there and Apptainer is)
+#: VARIANT cpu or cuda, of an image
+#: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
+#: KEY     to sign an image with (private), or to verify it with (public)
+#: PROMPT  what a generated text goes on from
 #: IMAGE   the image, a .sif file (images/sluice-cpu.sif; with GPUs images/sluice-cuda.sif)
 #: ARGS    the rest, passed on as it is: ARGS="--max_steps 500 --optimizer.lr 1e-4"
 JOB ?= tinyllama
@@ -31,9 +35,6 @@ endif
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
 flag = $(if $($(1)),--$(2)=$(call quote,$($(1))))
-
-# Only those that are given: what is not has its default in the script.
-image_settings = $(foreach name,VARIANT BASE IMAGE COMPRESSION,$(if $($(name)),$(name)=$(call quote,$($(name)))))
 
 python = $(call quote,$(VENV)/bin/python)
 tool = $(call quote,$(VENV)/bin/$(1))
@@ -81,7 +82,7 @@ generate: | setup ## text from RUN that goes on from PROMPT="..."
 # ---- the image ------------------------------------------------------------------------------
 
 build-image: ## the Apptainer image: VARIANT=cuda (or cpu), BASE=docker (or debian, a folder, a .sif)
-	$(image_settings) containers/build.sh
+	containers/build.sh
 
 verify-image: | setup ## is the image (VARIANT=, IMAGE=) whole, and signed by the public KEY=?
 	$(python) -m cluster.image verify $(one_image)

@@ -7,7 +7,8 @@
 #
 # For where no registry of images can be reached: the packages come from the mirror that this
 # system's apt is set to. The tree holds nothing of this machine or its mirror, and the same state
-# of a mirror gives the same tree: its digest is the only line on stdout. OUT.log has the record.
+# of a mirror gives the same tree: its digest is the only line on stdout. OUT.log, or $BASE_LOG, has
+# the record.
 set -euo pipefail
 
 note() { printf '%s\n' "$*" >&2; }
@@ -22,7 +23,7 @@ if (($# != 1)) || [[ $1 == -* || -z $1 ]]; then
   fail "base.sh: '$*' is not understood; use containers/base.sh OUT"
 fi
 out=$(realpath -m -- "$1")
-readonly out log=$out.log
+readonly out log=${BASE_LOG:-$out.log}
 readonly suite=${SUITE:-bookworm}
 [[ $suite =~ ^[a-z][a-z-]*$ ]] || fail "SUITE=$suite: not a release of Debian; set it to one," \
   "such as bookworm"
@@ -30,8 +31,10 @@ readonly suite=${SUITE:-bookworm}
 readonly needed_mib=500
 # Files that are newer get this time, bookworm's release, so that two runs agree.
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1686355200}
-# What apt answers in is read below.
 export LC_ALL=C
+
+# CDPATH would send a relative cd elsewhere.
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # ---- what it takes --------------------------------------------------------------------------
 
@@ -101,87 +104,7 @@ for folder in "$work" "$out"; do
   fi
 done
 
-# ---- the mirror that this system uses -------------------------------------------------------
-
-apt_path() { # apt_path ITEM/KIND: a path from apt's configuration
-  local line
-  line=$(apt-config shell value "$1")
-  # It quotes for a shell; one line is one plain path.
-  line=${line#value=\'}
-  printf '%s\n' "${line%\'}"
-}
-
-# Of the system's sources those of Debian's section main for this suite, its updates and its
-# security fixes, as they stand, with the keys and options they name. A third party's repository
-# may name its suite after Debian's, but then it names keys of its own.
-readonly pick='
-function wanted(name) {
-  return name == suite || name == suite "-updates" || name == suite "-security"
-}
-function trusted(keys) { return keys == "" || keys ~ /debian-archive/ }
-'
-# shellcheck disable=SC2016  # awk expands these.
-readonly pick_lines=$pick'
-$1 == "deb" {
-  keys = ""
-  rest = $0
-  if (match(rest, /\[[^]]*\]/)) {
-    options = substr(rest, RSTART + 1, RLENGTH - 2)
-    rest = substr(rest, 1, RSTART - 1) " " substr(rest, RSTART + RLENGTH)
-    count = split(options, option, " ")
-    for (i = 1; i <= count; i++) if (option[i] ~ /^signed-by=/) keys = option[i]
-  }
-  sub(/#.*/, "", rest)
-  count = split(rest, word, " ")
-  section = 0
-  for (i = 4; i <= count; i++) if (word[i] == "main") section = 1
-  if (wanted(word[3]) && section && trusted(keys)) print
-}'
-# shellcheck disable=SC2016  # awk expands these.
-readonly pick_paragraphs=$pick'
-BEGIN { RS = ""; FS = "\n" }
-{
-  delete value
-  others = ""
-  for (i = 1; i <= NF; i++) {
-    if ($i !~ /^[ \t]/) {
-      name = tolower(substr($i, 1, index($i, ":") - 1))
-      value[name] = substr($i, index($i, ":") + 1)
-      if (name != "suites" && name != "types") others = others $i "\n"
-    } else {
-      value[name] = value[name] " " $i
-      if (name != "suites" && name != "types") others = others $i "\n"
-    }
-  }
-  suites = ""
-  count = split(value["suites"], word, " ")
-  for (i = 1; i <= count; i++) if (wanted(word[i])) suites = suites " " word[i]
-  keys = value["signed-by"]
-  gsub(/[ \t]/, "", keys)
-  if (suites != "" && trusted(keys) && tolower(value["enabled"]) !~ /no|false|off|0/ &&
-      (" " value["types"] " ") ~ / deb / && (" " value["components"] " ") ~ /[ \t]main[ \t]/)
-    print "Types: deb\nSuites:" suites "\n" others
-}'
-
-list=$work/host.list paragraphs=$work/host.sources
-: >"$list"
-: >"$paragraphs"
-is_there() { # is_there FILE: and may be read; a system may lack any of them
-  if [[ -f $1 && ! -r $1 ]]; then note "note: $1: not for this user to read; passed over"; fi
-  [[ -f $1 && -r $1 ]]
-}
-if type -P apt-config >/dev/null; then
-  parts=$(apt_path Dir::Etc::sourceparts/d)
-  for file in "$(apt_path Dir::Etc::sourcelist/f)" "${parts%/}"/*.list; do
-    if is_there "$file"; then awk -v suite="$suite" "$pick_lines" "$file" >>"$list"; fi
-  done
-  for file in "${parts%/}"/*.sources; do
-    if is_there "$file"; then
-      # A comment may stand within a paragraph, which it does not end.
-      sed '/^#/d' -- "$file" | awk -v suite="$suite" "$pick_paragraphs" >>"$paragraphs"
-    fi
-  done
-fi
+# ---- the mirror ------------------------------------------------------------------------------
 
 public_sources() { # public_sources OPTIONS: lines that hold wherever the tree is used
   printf 'deb %shttp://deb.debian.org/debian %s main\n' "$1" "$suite"
@@ -193,9 +116,11 @@ public_sources() { # public_sources OPTIONS: lines that hold wherever the tree i
   printf 'deb %shttp://deb.debian.org/debian-security %s-security main\n' "$1" "$suite"
 }
 
+SUITE=$suite containers/mirror.sh "$work"
 mirror=() whence="this system's mirror"
-if [[ -s $list ]]; then mirror+=("$list"); fi
-if [[ -s $paragraphs ]]; then mirror+=("$paragraphs"); fi
+for file in "$work/host.list" "$work/host.sources"; do
+  if [[ -e $file ]]; then mirror+=("$file"); fi
+done
 if ((${#mirror[@]} == 0)); then
   whence='http://deb.debian.org, as this system has no mirror for it'
   options=''
@@ -206,30 +131,12 @@ if ((${#mirror[@]} == 0)); then
   public_sources "$options" >"${mirror[0]}"
 fi
 
-# ---- the system's settings of transport -----------------------------------------------------
-
-# Proxies, certificates, limits; a mirror that does not answer is said in seconds.
-{
-  if type -P apt-config >/dev/null; then
-    apt-config dump | grep '^Acquire::' |
-      grep -v -E '^Acquire::(IndexTargets|Languages|Changelogs|CompressionTypes|Gzip|Retries)' |
-      grep -v -E '^Acquire::https?::Timeout'
-  fi
-  printf '%s;\n' 'Acquire::Retries "0"' 'Acquire::http::Timeout "5"' 'Acquire::https::Timeout "5"'
-} >"$work/apt.conf"
-
 # Passwords for the mirror, which mmdebstrap's root may not read here; only while it is made.
 hooks=()
-if type -P apt-config >/dev/null; then
-  parts=$(apt_path Dir::Etc::netrcparts/d)
-  for file in "$(apt_path Dir::Etc::netrc/f)" "${parts%/}"/*.conf; do
-    if is_there "$file"; then cat -- "$file" >>"$work/auth.conf"; fi
-  done
-  if [[ -s $work/auth.conf ]]; then
-    chmod 600 -- "$work/auth.conf"
-    hooks+=("--setup-hook=upload '$work/auth.conf' /etc/apt/auth.conf")
-  fi
+if [[ -e $work/auth.conf ]]; then
+  hooks+=("--setup-hook=upload '$work/auth.conf' /etc/apt/auth.conf")
 fi
+if [[ ! -e $work/apt.conf ]]; then : >"$work/apt.conf"; fi
 
 # ---- make it --------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@
 #   BASE     docker (Debian from Docker Hub); docker://NAME:TAG or docker://NAME@sha256:...;
 #            debian (made here from the configured Debian mirror); or a folder or .sif file
 #   IMAGE    the file to make (images/sluice-VARIANT.sif)
-#   TMPDIR   where there is room on a local disk (/tmp)
-#   CUDA_ARCHITECTURES   for which GPUs DeepSpeed's ops are compiled ("8.0 8.6 8.9 9.0 10.0 12.0")
+#   TMPDIR   where there is room on a local disk (/tmp); APPTAINER_TMPDIR counts before it
+#   CUDA_ARCHITECTURES   for which GPUs DeepSpeed's ops are compiled (those in apptainer.def)
 #   COMPRESSION   zstd, or gzip for nodes whose squashfuse is too old to know it (zstd)
 #
 # Needs no root. Beside the image it leaves the manifest (.json), the list of packages (.txt), the
@@ -26,7 +26,7 @@ readonly here=$PWD
 
 readonly variant=${VARIANT:-cuda} base=${BASE:-docker}
 readonly image=${IMAGE:-${SLUICE_IMAGES:-images}/sluice-$variant.sif}
-readonly architectures=${CUDA_ARCHITECTURES:-8.0 8.6 8.9 9.0 10.0 12.0}
+readonly stem=${image%.sif} architectures=${CUDA_ARCHITECTURES-}
 readonly venv=${VENV:-.venv} compression=${COMPRESSION:-zstd}
 
 # Measured, in MiB: the base twice, the environment twice, pip's working space, and the image.
@@ -38,22 +38,30 @@ esac
 # Measured on the cpu image, 1.9 GB, 2 cores: gzip 121 s and 543 MB, zstd at 9 15 s and 513 MB.
 case $compression in
 zstd) packing='-comp zstd -Xcompression-level 9' ;;
-gzip) packing='-comp gzip' ;;
+gzip) packing='' ;;
 *) fail "COMPRESSION=$compression: there are zstd and gzip" ;;
 esac
 if [[ $# -ne 0 ]]; then fail "build.sh: '$*' is not understood; it takes variables, see its first lines"; fi
-if [[ ! $architectures =~ ^[0-9]+\.[0-9]+(\ [0-9]+\.[0-9]+)*$ ]]; then
+if [[ -n $architectures && ! $architectures =~ ^[0-9]+\.[0-9]+(\ [0-9]+\.[0-9]+)*$ ]]; then
   fail "CUDA_ARCHITECTURES=$architectures: give compute capabilities such as \"8.0 9.0\""
 fi
-for name in BASE IMAGE TMPDIR; do
-  # Apptainer takes a comma for the end of an argument.
-  if [[ ${!name-} == *,* ]]; then fail "$name=${!name}: holds a comma; choose a path without"; fi
-done
 if [[ $image != *.sif ]]; then fail "IMAGE=$image: give the name of a file that ends in .sif"; fi
 # It would be stored in the image.
 if [[ $base == *://*@*/* || $base == *://*:*@* && $base != *@sha256:* ]]; then
   fail "BASE: an address with a password in it would be stored in the image; use \`apptainer registry login\`"
 fi
+if [[ -n ${APPTAINER_TMPDIR-} ]]; then
+  readonly roomy=APPTAINER_TMPDIR temporary=$APPTAINER_TMPDIR
+else
+  readonly roomy=TMPDIR temporary=${TMPDIR:-/tmp}
+fi
+# Apptainer takes them for the ends of arguments and of binds.
+for name in BASE IMAGE "$roomy"; do
+  if [[ $name == BASE && $base == docker://* ]]; then continue; fi
+  if [[ ${!name-} == *[,:]* ]]; then
+    fail "$name=${!name}: holds a comma or a colon; choose a path without"
+  fi
+done
 
 # ---- can this machine build it? -------------------------------------------------------------
 
@@ -71,6 +79,10 @@ elif ((EUID != 0)) &&
 fi
 
 apptainer=$(containers/install-apptainer.sh --check) || exit 2
+version=$("$apptainer" version)
+if [[ $compression == zstd && $(printf '%s\n' 1.4 "$version" | sort -V | head -n 1) != 1.4 ]]; then
+  fail "COMPRESSION=zstd: needs Apptainer 1.4 or newer, this is $version; set COMPRESSION=gzip"
+fi
 
 free_mib() { # free_mib FOLDER, or its nearest parent that exists
   local folder=$1
@@ -80,17 +92,16 @@ free_mib() { # free_mib FOLDER, or its nearest parent that exists
   }'
 }
 
-readonly temporary=${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}
 [[ -d $temporary && -w $temporary ]] ||
-  fail "TMPDIR=$temporary: is not a folder that can be written; set TMPDIR to one on a local disk"
+  fail "$roomy=$temporary: is not a folder that can be written; set $roomy to one on a local disk"
 case $(stat --file-system --format %T -- "$temporary") in
-nfs | lustre | gpfs | cifs | smb2 | fuseblk | beegfs | ceph | panfs | afs)
-  fail "TMPDIR=$temporary: a build on a network file system fails half-way; set TMPDIR to a folder on a local disk"
+nfs | lustre | gpfs | cifs | smb2 | fuseblk | fhgfs | ceph | panfs | afs)
+  fail "$roomy=$temporary: a build on a network file system fails half-way; set $roomy to a folder on a local disk"
   ;;
 esac
 free=$(free_mib "$temporary")
 ((free >= work_mib)) ||
-  fail "TMPDIR=$temporary: $free MiB are free, the build takes $work_mib; make room, or set TMPDIR to a folder on another local disk"
+  fail "$roomy=$temporary: $free MiB are free, the build takes $work_mib; make room, or set $roomy to a folder on another local disk"
 free=$(free_mib "$(dirname -- "$image")")
 ((free >= image_mib)) ||
   fail "IMAGE=$image: $free MiB are free there, the image takes $image_mib; make room, or set IMAGE to a path on another disk"
@@ -123,9 +134,10 @@ work=$(mktemp -d -- "$temporary/sluice-build-XXXXXX")
 readonly log=$work/build.log
 clean_up() {
   # A root file system has folders that even their owner may not enter.
-  if ! chmod -R u+rwX -- "$work" || ! rm -rf -- "$work"; then
+  if chmod -R u+rwX -- "$work" 2>/dev/null && rm -rf -- "$work"; then return; fi
+  # What an interrupted build left can belong to the ids that the user has in /etc/subuid.
+  unshare --map-root-user --map-auto rm -rf -- "$work" ||
     note "note: $work: could not be deleted as a whole; delete it"
-  fi
 }
 trap clean_up EXIT
 trap 'note "interrupted; nothing was changed"; exit 130' INT TERM HUP
@@ -133,11 +145,12 @@ trap 'note "interrupted; nothing was changed"; exit 130' INT TERM HUP
 # Nothing in the home folder: its quota is where builds die.
 export APPTAINER_TMPDIR=$work APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$work/cache}
 
-kept_log=${image%.sif}.log
+# Not over the log of the image that is there.
+keep_log() { cp -- "$1" "$stem.failed.log"; }
 stop() { # stop WHAT: with the last words of the log, and the log kept
   tail -n 12 -- "$log" | cut -c 1-240 | sed 's/^/  /' >&2
-  cp -- "$log" "$kept_log"
-  fail "$1; the reason is above, the whole log in $kept_log"
+  keep_log "$log"
+  fail "$1; the reason is above, the whole log in $stem.failed.log"
 }
 
 # Shows the steps as they come; the whole goes to the log.
@@ -156,13 +169,15 @@ docker)
 debian)
   note "  base from the Debian mirror"
   from=$work/base
-  digest=$(containers/base.sh "$from") || exit 2
+  if ! digest=$(BASE_LOG="$stem.failed.log" containers/base.sh "$from"); then exit 2; fi
+  rm -- "$stem.failed.log"
   ;;
 local)
   from=$(realpath -- "$base")
   if [[ -d $from ]]; then
     digest=$(tar --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner \
-      --exclude=./dev/* --directory "$from" . | sha256sum)
+      --exclude=./dev/* --directory "$from" . | sha256sum) ||
+      fail "BASE=$base: not all of it can be read by $(id -un) (above); make it this user's"
   else
     digest=$(sha256sum -- "$from")
   fi
@@ -184,21 +199,25 @@ fi
 # How pip and apt of this machine are set; bound, so that nothing of it stays.
 mkdir -m 700 -- "$work/settings"
 binds=(--bind "$work/settings:/mnt")
-"$python" -I containers/settings.py "$work/settings" >"$work/binds"
+"$python" -I containers/settings.py "$work/settings" >"$work/binds" || exit 2
 while IFS= read -r bind; do binds+=(--bind "$bind"); done <"$work/binds"
 
 arguments=(--build-arg "BOOTSTRAP=$bootstrap" --build-arg "FROM=$from" --build-arg "VARIANT=$variant"
-  --build-arg "CUDA_ARCHITECTURES=$architectures" --build-arg "BASE_DIGEST=$digest"
-  --build-arg "GIT_COMMIT=$commit")
+  --build-arg "BASE_DIGEST=$digest" --build-arg "GIT_COMMIT=$commit")
+if [[ -n $architectures ]]; then arguments+=(--build-arg "CUDA_ARCHITECTURES=$architectures"); fi
+if [[ -n $packing ]]; then arguments+=(--mksquashfs-args "$packing"); fi
 
-# Only what Apptainer needs of the environment: what a %post sees, it can leave behind.
-only_what_serves() {
-  local serves='HOME|USER|PATH|LANG|SOURCE_DATE_EPOCH|(https?|no)_proxy|(HTTPS?|NO)_PROXY' name
-  serves+='|APPTAINER_(TMPDIR|CACHEDIR|CONFIGDIR|NOHTTPS|DOCKER_USERNAME|DOCKER_PASSWORD)'
-  while IFS= read -r name; do
-    if [[ ! $name =~ ^($serves)$ ]]; then unset "$name"; fi
-  done < <(compgen -e)
-}
+# Only what Apptainer needs of the environment: what a %post sees, it can leave behind. By Python,
+# because a shell keeps names that it cannot speak of, and env's arguments can be read by everybody.
+serves='HOME|USER|PATH|LANG|SOURCE_DATE_EPOCH|SSL_CERT_(FILE|DIR)'
+serves+='|(https?|no)_proxy|(HTTPS?|NO)_PROXY'
+serves+='|APPTAINER_(TMPDIR|CACHEDIR|CONFIGDIR|NOHTTPS|DOCKER_USERNAME|DOCKER_PASSWORD)'
+run=("$python" -I -c '
+import os, re, sys
+serves, *command = sys.argv[1:]
+kept = {name: value for name, value in os.environ.items() if re.fullmatch(serves, name)}
+os.execve(command[0], command, kept)
+' "$serves" "$apptainer")
 
 # Root in a container or a restricted shell lacks capabilities that Apptainer asks for; in a user
 # namespace it has all of them. The usual users are mapped, because a base's files have several
@@ -211,51 +230,60 @@ as_builder() {
   mkfifo -- "$work/asks" "$work/mapped"
   {
     read -r pid <"$work/asks"
+    answer=mapped
     if ! { echo '0 0 65536' >"/proc/$pid/uid_map" && echo '0 0 65536' >"/proc/$pid/gid_map"; }; then
-      note "root may not map users here; build as an ordinary user"
+      answer='root may not map users here; build as an ordinary user'
     fi
-    echo >"$work/mapped"
+    echo "$answer" >"$work/mapped"
   } &
   # shellcheck disable=SC2016  # For the inner shell to expand.
-  unshare --user bash -c 'echo $$ >"$0/asks"; read -r _ <"$0/mapped"; exec "$@"' "$work" "$@"
+  unshare --user bash -c '
+    echo $$ >"$0/asks"; read -r answer <"$0/mapped"
+    if [[ $answer != mapped ]]; then echo "$answer"; exit 2; fi
+    exec "$@"' "$work" "$@"
 }
 
 readonly unfinished=$work/${image##*/}
-(
-  only_what_serves
-  as_builder "$apptainer" build --notest --mksquashfs-args "$packing" "${binds[@]}" \
-    "${arguments[@]}" "$unfinished" apptainer.def
-) 2>&1 | show || stop "$image: the build failed"
+as_builder "${run[@]}" build --notest "${binds[@]}" "${arguments[@]}" "$unfinished" apptainer.def \
+  2>&1 | show || stop "$image: the build failed"
 
 # ---- test -----------------------------------------------------------------------------------
 
-only_what_serves
 inside=(--cleanenv --no-home)
 if ((EUID == 0)); then inside+=(--userns); fi
+# Without FUSE an image cannot be mounted; it is unpacked for each of the commands below.
+if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then inside+=(--unsquash); fi
 gpu=()
 if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then gpu=(--nv); fi
 note "  self-test"
-"$apptainer" test "${inside[@]}" "${gpu[@]}" "$unfinished" 2>&1 | show ||
+"${run[@]}" test "${inside[@]}" "${gpu[@]}" "$unfinished" 2>&1 | show ||
   stop "$image: the self-test failed"
 
 # ---- write down what it is ------------------------------------------------------------------
 
-readonly stem=${image%.sif}
+contents=("${run[@]}" exec "${inside[@]}" "$unfinished" cat)
 {
-  "$apptainer" exec "${inside[@]}" "$unfinished" cat /opt/sluice/share/packages.txt >"$work/packages"
-  "$apptainer" exec "${inside[@]}" "$unfinished" cat /opt/sluice/share/sbom.cdx.json >"$work/sbom"
-  "$apptainer" inspect --json "$unfinished" >"$work/labels"
+  "${contents[@]}" /opt/sluice/share/packages.txt >"$work/packages" &&
+    "${contents[@]}" /opt/sluice/share/sbom.cdx.json >"$work/sbom" &&
+    "${run[@]}" inspect --json "$unfinished" >"$work/labels"
 } 2>>"$log" || stop "$image: its contents cannot be read"
 "$python" -I containers/manifest.py "$unfinished" --labels "$work/labels" --packages "$work/packages" \
-  --base "$base" --apptainer "$("$apptainer" version)" >"$work/manifest"
+  --base "$base" --apptainer "$version" >"$work/manifest"
 
-# First across file systems, under another name; jobs may be starting in the one that is there.
-mv -- "$unfinished" "$image.unfinished"
-# The image before its manifest: one that has none, or another's, is refused.
-mv -- "$image.unfinished" "$image"
-mv -- "$work/packages" "$stem.txt"
-mv -- "$work/sbom" "$stem.cdx.json"
-mv -- "$log" "$stem.log"
-mv -- "$work/manifest" "$stem.json"
+# ---- put it in place ------------------------------------------------------------------------
+
+# Two builds of one image do not mix, and from here on there is nothing to interrupt.
+exec 8<"$(dirname -- "$image")"
+flock 8
+trap '' INT TERM HUP
+# First across file systems, under another name; jobs may be starting in the one that is there. The
+# image before its manifest: one that has none, or another's, is refused.
+if ! mv -- "$unfinished" "$image.unfinished" || ! mv -- "$image.unfinished" "$image" ||
+  ! mv -- "$work/packages" "$stem.txt" || ! mv -- "$work/sbom" "$stem.cdx.json" ||
+  ! mv -- "$log" "$stem.log" || ! mv -- "$work/manifest" "$stem.json"; then
+  rm -f -- "$image.unfinished"
+  fail "IMAGE=$image: could not be put in place; the reason is above"
+fi
+rm -f -- "$stem.failed.log"
 size=$(stat --format %s -- "$image")
 note "$image: ready after $SECONDS s, $((size / 1000000)) MB, $(wc -l <"$stem.txt") packages"

@@ -40,12 +40,17 @@ def split(reference: str) -> tuple[str, str, str]:
     return registry, path, digest if at else tag or "latest"
 
 
+NAME = r"[\w.-]+(:\d+)?(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
+
+
 def resolve(reference: str) -> str:
     """Return `reference` with a digest instead of a tag.
 
     Raises:
         Unreachable: the registry does not answer, or has no such image.
     """
+    if not re.fullmatch(NAME, reference):
+        raise Unreachable(f"{reference} is not a name such as registry/owner/image:tag")
     registry, path, tag = split(reference)
     api = f"{_address(registry)}/v2"
     if tag.startswith("sha256:"):

@@ -26,11 +26,15 @@ PIP_SETTINGS = (
     "no-index",
     "trusted-host",
     "proxy",
+    "cert",
     "timeout",
     "default-timeout",
     "retries",
 )
+# A setting of apt that names a file of this machine.
+APT_FILE = r'(Acquire::https::\S*(?:CaInfo|SslCert|SslKey)) "(/.+)";'
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+CERTIFICATES_NAME = "ca-certificates.crt"
 # Where systems keep the certificates that they trust: Debian, Red Hat, SUSE.
 CERTIFICATES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -43,15 +47,15 @@ def main(folder: Path) -> list[str]:
     """Write the settings below `folder`; return binds, as SOURCE:TARGET."""
     certificates = _certificates()
     if certificates:
-        shutil.copyfile(certificates, folder / "ca-certificates.crt")
+        shutil.copyfile(certificates, folder / CERTIFICATES_NAME)
     binds = _pip(folder)
-    _apt(folder, bool(certificates))
-    _environment(folder, bool(certificates))
+    _apt(folder)
+    _environment(folder)
     return binds
 
 
 def _certificates() -> Path | None:
-    for name in (*map(os.environ.get, ("SSL_CERT_FILE", "PIP_CERT")), *CERTIFICATES):
+    for name in (os.environ.get("SSL_CERT_FILE"), *CERTIFICATES):
         if name and Path(name).is_file():
             return Path(name)
     return None
@@ -79,15 +83,18 @@ def _pip(folder: Path) -> list[str]:
         mounted = MOUNT / target / path.relative_to(through)
         return f"file://{mounted}" if url.scheme == "file" else str(mounted)
 
+    settings = _pip_settings()
+    if given := settings.pop("cert", None):
+        shutil.copyfile(given, folder / "pip-certificates.crt")
+        settings["cert"] = str(MOUNT / "pip-certificates.crt")
+    elif (folder / CERTIFICATES_NAME).exists():
+        settings["cert"] = str(MOUNT / CERTIFICATES_NAME)
     lines = ["[global]"]
-    for key, value in _pip_settings().items():
+    for key, value in settings.items():
         if key in ("index-url", "extra-index-url", "find-links"):
             is_index = key != "find-links"
             value = "\n    ".join(inside(place, is_index=is_index) for place in value.split())
         lines.append(f"{key} = {value}")
-    if (folder / "ca-certificates.crt").exists():
-        lines.append(f"cert = {MOUNT / 'ca-certificates.crt'}")
-    # No half-read file under a name that is taken for whole, and nobody else reads passwords.
     _write(folder / "pip.conf", "\n".join(lines))
     return binds
 
@@ -108,58 +115,50 @@ def _pip_settings() -> dict[str, str]:
 # ---- apt ----------------------------------------------------------------------------------------
 
 
-def _apt(folder: Path, has_certificates: bool) -> None:
+def _apt(folder: Path) -> None:
     """Write the mirror of this machine's own release, and how it is reached."""
-    if not shutil.which("apt-get") or not shutil.which("apt-config"):
-        return
-    target = folder / "apt"
-    target.mkdir()
-    dump = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True).stdout
-    # How to fetch; not what this machine's apt runs before and after, or where it keeps things.
-    lines = [
-        line
-        for line in dump.splitlines()
-        if re.match(r"Acquire::(Check|Retries|https?::|ftp::|Max-)", line)
-        and not re.search(r"::(CaInfo|CAInfo|SslCert|SslKey|Proxy-Auto-Detect)\b", line)
-    ]
-    if has_certificates:
-        lines.append(f'Acquire::https::CAInfo "{MOUNT / "ca-certificates.crt"}";')
-    passwords = [Path("/etc/apt/auth.conf"), *Path("/etc/apt/auth.conf.d").glob("*.conf")]
-    texts = [path.read_text() for path in passwords if os.access(path, os.R_OK)]
-    if texts:
-        _write(target / "auth.conf", "\n".join(texts))
-        lines.append(f'Dir::Etc::netrc "{MOUNT / "apt/auth.conf"}";')
-    _write(target / "apt.conf", "\n".join(lines))
     codename = _codename()
-    sources = _apt_sources(codename) if codename else []
-    if sources:
-        _write(target / f"{codename}.list", "\n".join(sources))
+    if not codename:
+        return
+    target = folder / "apt" / codename
+    target.mkdir(parents=True)
+    command: list[str | Path] = ["containers/mirror.sh", target]
+    subprocess.run(command, env=os.environ | {"SUITE": codename}, check=True)
+    settings = target / "apt.conf"
+    if not settings.exists():
+        return
+    inside = MOUNT / "apt" / codename
+    lines: list[str] = []
+    for line in settings.read_text(encoding="utf-8").splitlines():
+        # A program of this machine that is not in the container.
+        if re.match(r"Acquire::https?::Proxy-?Auto-?Detect\b", line, re.IGNORECASE):
+            continue
+        file = re.fullmatch(APT_FILE, line, re.IGNORECASE)
+        if file and Path(file[2]).is_file():
+            name = f"{len(lines)}.pem"
+            shutil.copyfile(file[2], target / name)
+            line = f'{file[1]} "{inside / name}";'
+        lines.append(line)
+    if (target / "auth.conf").exists():
+        lines.append(f'Dir::Etc::netrc "{inside / "auth.conf"}";')
+    if (folder / CERTIFICATES_NAME).exists() and not any("CaInfo" in line for line in lines):
+        lines.append(f'Acquire::https::CaInfo "{MOUNT / CERTIFICATES_NAME}";')
+    _write(settings, "\n".join(lines))
 
 
 def _codename() -> str:
     try:
-        text = Path("/etc/os-release").read_text()
+        text = Path("/etc/os-release").read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
     match = re.search(r'^VERSION_CODENAME="?([a-z]+)"?$', text, re.MULTILINE)
     return match[1] if match else ""
 
 
-def _apt_sources(codename: str) -> list[str]:
-    """Return the lines of a sources.list for this release, as this machine's apt resolves them."""
-    # Not `indextargets`, which names only what has been downloaded before.
-    command = ["apt-get", "update", "--print-uris"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # The distribution's own archive: its keys are in the base, those of others are not.
-    ours = rf"{codename}(?:-updates|-security)?"
-    found = re.findall(rf"^'(\S+)/dists/({ours})/InRelease'", shown, re.MULTILINE)
-    return [f"deb {site} {release} main" for site, release in dict.fromkeys(found)]
-
-
 # ---- the environment ----------------------------------------------------------------------------
 
 
-def _environment(folder: Path, has_certificates: bool) -> None:
+def _environment(folder: Path) -> None:
     """Write what the shell in the container exports."""
     lines = []
     for name in PROXIES:
@@ -169,16 +168,23 @@ def _environment(folder: Path, has_certificates: bool) -> None:
                 lines.append(f"export {spelled}='{quoted}'")
     if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
         lines.append(f"export SOURCE_DATE_EPOCH={int(epoch)}")
-    if has_certificates:
-        lines.append(f"export SSL_CERT_FILE={MOUNT / 'ca-certificates.crt'}")
+    if (folder / CERTIFICATES_NAME).exists():
+        lines.append(f"export SSL_CERT_FILE={MOUNT / CERTIFICATES_NAME}")
     _write(folder / "environment.sh", "\n".join(lines))
 
 
 def _write(path: Path, text: str) -> None:
+    # There are passwords in some of these.
     path.touch(mode=0o600)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for bind in main(Path(sys.argv[1])):
-        print(bind)
+    try:
+        for bind in main(Path(sys.argv[1])):
+            print(bind)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines() or ["the reason is above"]
+        sys.exit(f"error: {error.cmd[0]} {error.cmd[-1]}: {said[-1]}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}; mend pip's or apt's settings")

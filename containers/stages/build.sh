@@ -6,6 +6,15 @@ set -euo pipefail
 readonly variant=$1 architectures=$2
 readonly here=/opt/containers settings=/mnt
 
+case $variant in
+cpu) locks=(pip torch-cpu cpu) ;;
+cuda) locks=(pip cuda) ;;
+*)
+  echo "error: VARIANT=$variant: there are cpu and cuda" >&2
+  exit 2
+  ;;
+esac
+
 # Neither the caller's home, which Apptainer mounts at /root, nor its /tmp, which may be small, is
 # for a build to touch; pip unpacks gigabytes.
 export TMPDIR=/opt/tmp HOME=/opt/tmp
@@ -29,9 +38,15 @@ if [[ $variant == cuda ]]; then packages+=(g++ python3-dev); fi
 bash "$here/stages/packages.sh" "${packages[@]}"
 
 export PYTHON=/usr/bin/python3
+environment() { # environment FOLDER FLAVOUR
+  if VENV=$1 "$here/venv.sh" "--$2"; then return; fi
+  # The file that it names is gone with this stage.
+  if [[ -f $1/setup.log ]]; then cat -- "$1/setup.log"; fi
+  exit 2
+}
 if [[ $variant == cuda ]]; then
   # nvcc has a place of its own, which stays behind in this stage.
-  VENV=/opt/nvcc "$here/venv.sh" --nvcc
+  environment /opt/nvcc nvcc
   export CUDA_HOME
   CUDA_HOME=$(echo /opt/nvcc/lib/python3*/site-packages/nvidia/cu13)
   # The wheels lay it out a little otherwise than the builders of extensions look for it.
@@ -42,11 +57,11 @@ if [[ $variant == cuda ]]; then
   export DS_ACCELERATOR=cuda
   # The same image runs on every node, whatever CPU this machine has.
   export CXX=$here/stages/portable-c++
-  VENV=/opt/sluice "$here/venv.sh" --cuda
+  environment /opt/sluice cuda
 else
-  VENV=/opt/sluice "$here/venv.sh"
+  environment /opt/sluice cpu
 fi
-VENV=/opt/sbom "$here/venv.sh" --sbom
+environment /opt/sbom sbom
 cp /opt/pyproject.toml /opt/sbom/
 
 # ---- what goes along with it ----------------------------------------------------------------
@@ -54,10 +69,5 @@ cp /opt/pyproject.toml /opt/sbom/
 mkdir -p /opt/sluice/share
 cp "$here/selftest.py" /opt/sluice/
 # So that the self-test compares with what was asked for, not with what was installed.
-cd "$here/locks"
-case $variant in
-cpu) cat pip.txt torch-cpu.txt cpu.txt ;;
-cuda) cat pip.txt cuda.txt ;;
-*) exit 2 ;;
-esac >/opt/sluice/share/lock.txt
+for name in "${locks[@]}"; do cat "$here/locks/$name.txt"; done >/opt/sluice/share/lock.txt
 rm -rf "$TMPDIR"

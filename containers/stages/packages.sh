@@ -6,14 +6,16 @@ set -euo pipefail
 # What containers/settings.py wrote, if the build machine has something to say.
 readonly settings=/mnt
 
-options=(-o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 -o APT::Install-Recommends=0)
+options=(-o APT::Sandbox::User=root -o Dpkg::Use-Pty=0 -o APT::Install-Recommends=0
+  -o Acquire::Retries=3 -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30)
 # shellcheck disable=SC1091
 codename=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME-}")
 # A mirror is for one release: on a base of another, the base's own sources serve.
-if [[ -f $settings/apt/$codename.list ]]; then
-  options+=(-o "Dir::Etc::SourceList=$settings/apt/$codename.list" -o Dir::Etc::SourceParts=/dev/null)
+readonly mirror=$settings/apt/$codename
+if [[ -f $mirror/apt.conf ]]; then export APT_CONFIG=$mirror/apt.conf; fi
+if compgen -G "$mirror/host.*" >/dev/null; then
+  options+=(-o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$mirror")
 fi
-if [[ -f $settings/apt/apt.conf ]]; then export APT_CONFIG=$settings/apt/apt.conf; fi
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get -qq "${options[@]}" update

@@ -57,7 +57,7 @@ version() { sed -n "s/^pypi $1 //p" "$share/packages.txt"; }
 
 # ---- where things will be bound -------------------------------------------------------------
 
-mkdir -p /workspace /datasets /run-folder /cache /scratch /home/sluice
+mkdir -p /workspace /datasets /run-folder /cache
 
 # ---- what has served ------------------------------------------------------------------------
 

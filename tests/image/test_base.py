@@ -45,7 +45,8 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="sluice-base-"))
     path.chmod(0o755)
     (path / "containers").mkdir()
-    shutil.copy(ROOT / "containers/base.sh", path / "containers")
+    for script in ("base.sh", "mirror.sh"):
+        shutil.copy(ROOT / "containers" / script, path / "containers")
     yield path
     shutil.rmtree(path)
 

@@ -12,7 +12,9 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -31,7 +33,6 @@ SECRETS = {
     "environment": "sluice-planted-in-environment",
     "pip": "sluice-planted-in-pip",
     "apt": "sluice-planted-in-apt",
-    "base": "sluice-planted-in-base",
 }
 
 
@@ -61,7 +62,8 @@ def refusal(builder: Account, builder_checkout: Path, tmp_path: Path):
         assert line.startswith("error: "), done.stderr
         assert not any("error" in step.lower() for step in steps)
         assert took_s < 5
-        assert not list(image.parent.glob("*")), "something was written"
+        written = {file.name for file in image.parent.glob("*")}
+        assert written <= {"image.failed.log"}
         assert not list((builder.home / "tmp").glob("sluice-build-*")), "something was left"
         return line
 
@@ -114,11 +116,12 @@ def test_an_unreachable_base_is_said_with_another_way(refusal, base: str) -> Non
         ({"BASE": "/nowhere"}, "BASE=/nowhere"),
         ({"BASE": "docker://someone:word@registry.example/debian"}, "apptainer registry login"),
         ({"IMAGE": "image.img"}, "ends in .sif"),
-        ({"IMAGE": "a,b.sif"}, "holds a comma"),
+        ({"IMAGE": "a,b.sif"}, "holds a comma or a colon"),
         ({"IMAGE": "/proc/image.sif"}, "IMAGE=/proc/image.sif"),
         ({"TMPDIR": "/nowhere"}, "TMPDIR=/nowhere"),
         ({"CUDA_ARCHITECTURES": "sm_90"}, "compute capabilities"),
         ({"COMPRESSION": "rar"}, "zstd and gzip"),
+        ({"BASE": "docker://127.0.0.1:port/debian"}, "is not a name such as"),
     ],
 )
 def test_bad_input_is_one_line(refusal, environment: dict[str, str], says: str) -> None:
@@ -178,6 +181,36 @@ def test_the_log_has_the_self_test(image: Path) -> None:
         assert f"\nok       {check}: " in log
 
 
+def test_the_self_test_finds_another_version_and_a_lost_library(
+    image: Path, apptainer: str, tmp_path: Path
+) -> None:
+    def inside(*command: str | Path, binds: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        options = ["--userns"] if IS_ROOT else []
+        options += ["--cleanenv", "--no-home", *(f"--bind={bind}" for bind in binds)]
+        return subprocess.run(
+            [apptainer, "exec", *options, image, *command],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    lock = inside("cat", "/opt/sluice/share/lock.txt").stdout
+    (tmp_path / "lock.txt").write_text(lock.replace("rich==", "rich==0."))
+    place = inside("bash", "-c", "echo /opt/sluice/lib/python3*/site-packages/numpy.libs")
+    (tmp_path / "empty").mkdir()
+    done = inside(
+        *("python", "/opt/sluice/selftest.py"),
+        binds=(
+            f"{tmp_path}/lock.txt:/opt/sluice/share/lock.txt",
+            f"{tmp_path}/empty:{place.stdout.strip()}",
+        ),
+    )
+    assert done.returncode == 1
+    found = re.findall(r"^(ok|FAILED) +(.+?): ", done.stdout, re.MULTILINE)
+    verdicts = {name: verdict for verdict, name in found}
+    assert verdicts["imports"] == verdicts["versions"] == verdicts["shared libraries"] == "FAILED"
+
+
 # ---- a whole build as root, from a registry, with passwords all around ----------------------
 
 
@@ -208,9 +241,15 @@ def registry(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[s
         server.wait()
 
 
-def wait_for(port: int) -> None:
-    import socket
+def digest_of(registry: str) -> str:
+    """Return the digest of the base, as another tool than ours tells it."""
+    asked = ["skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}"]
+    return subprocess.run(
+        [*asked, f"docker://{registry}/sluice/base:12"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
+
+def wait_for(port: int) -> None:
     for _ in range(100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -310,11 +349,7 @@ def test_two_builds_from_the_same_inputs_have_the_same_packages(
 @pytest.mark.timeout(1500)
 def test_a_base_of_a_registry_is_recorded_by_its_digest(second_image: Path, registry: str) -> None:
     base = json.loads(second_image.with_suffix(".json").read_text())["base"]
-    asked = ["skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}"]
-    digest = subprocess.run(
-        [*asked, f"docker://{registry}/sluice/base:12"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    assert base["digest"] == digest
+    assert base["digest"] == digest_of(registry)
 
 
 @pytest.mark.slow
@@ -372,33 +407,53 @@ def light_checkout(builder: Account) -> Path:
     return checkout
 
 
-@pytest.mark.parametrize("kind", ["folder", "sif", "docker by digest"])
-def test_a_base_can_be(
-    kind: str, builder: Account, light_checkout: Path, base: Path, registry: str, apptainer: str
-) -> None:
-    of: str | Path = base
-    digest = None
-    if kind == "sif":
-        of = builder.home / "base.sif"
-        if not of.exists():
-            assert builder.run(apptainer, "build", of, base).returncode == 0
-        digest = f"sha256:{hashlib.sha256(of.read_bytes()).hexdigest()}"
-    elif kind == "docker by digest":
-        asked = ["skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}"]
-        digest = subprocess.run(
-            [*asked, f"docker://{registry}/sluice/base:12"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        of = f"docker://{registry}/sluice/base@{digest}"
-    make = ["make", "build-image", "VARIANT=cpu", f"BASE={of}", "IMAGE=images/light.sif"]
-    done = builder.run(*make, cwd=light_checkout, environment={"APPTAINER": apptainer})
+def build_light(
+    builder: Account, checkout: Path, base: str | Path, apptainer: str
+) -> dict[str, str]:
+    """Build images/light.sif; return what its manifest says of the base."""
+    make = ["make", "build-image", "VARIANT=cpu", f"BASE={base}", "IMAGE=images/light.sif"]
+    done = builder.run(*make, cwd=checkout, environment={"APPTAINER": apptainer})
     assert done.returncode == 0, done.stderr
-    recorded = json.loads((light_checkout / "images/light.json").read_text())["base"]
-    assert recorded["name"] == str(of)
-    assert recorded["digest"].startswith("sha256:")
-    assert digest is None or recorded["digest"] == digest
+    recorded: dict[str, str] = json.loads((checkout / "images/light.json").read_text())["base"]
+    assert recorded["name"] == str(base)
+    return recorded
+
+
+def test_a_base_can_be_an_image_file(
+    builder: Account, light_checkout: Path, base: Path, apptainer: str
+) -> None:
+    file = builder.home / "base.sif"
+    assert builder.run(apptainer, "build", file, base).returncode == 0
+    recorded = build_light(builder, light_checkout, file, apptainer)
+    assert recorded["digest"] == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def test_a_base_can_be_named_by_its_digest(
+    builder: Account, light_checkout: Path, registry: str, apptainer: str
+) -> None:
+    digest = digest_of(registry)
+    reference = f"docker://{registry}/sluice/base@{digest}"
+    assert build_light(builder, light_checkout, reference, apptainer)["digest"] == digest
+
+
+def test_a_base_can_be_a_folder_and_apptainers_own_keys_sign(
+    builder: Account, light_checkout: Path, base: Path, apptainer: str
+) -> None:
+    recorded = build_light(builder, light_checkout, base, apptainer)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", recorded["digest"])
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *words, "IMAGE=images/light.sif", "KEY=keyring"]
+        return builder.run(*command, cwd=light_checkout, environment={"APPTAINER": apptainer})
+
+    assert "does not vouch for it" in make("verify-image").stderr
+    who = ["--name", "A", "--email", "a@example.org", "--comment", "tests", "--password", ""]
+    made = builder.run(apptainer, "key", "newpair", *who, "--push=false", "--bit-length", "2048")
+    assert made.returncode == 0, made.stderr
+    signed = make("sign-image")
+    assert signed.returncode == 0, signed.stderr
+    verified = make("verify-image")
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_a_build_that_fails_keeps_the_log_and_the_image_before(
@@ -422,6 +477,6 @@ def test_a_build_that_fails_keeps_the_log_and_the_image_before(
     assert done.returncode == 2
     assert "this is the reason" in done.stderr
     assert "error: " in done.stderr
-    assert "this is the reason" in earlier.with_suffix(".log").read_text()
+    assert "this is the reason" in earlier.with_suffix(".failed.log").read_text()
     assert earlier.read_bytes() == b"an image"
     assert not list((builder.home / "tmp").glob("sluice-build-*"))
