@@ -343,6 +343,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--variant", default="", help="cpu or cuda, instead of a path")
     parser.add_argument("--key", default="", help=f"a PEM file, or '{KEYRING}'")
     options = parser.parse_args(argv)
+    if options.key.startswith("~"):
+        # Not every shell sees a path in KEY=~/key.pem.
+        options.key = str(Path(options.key).expanduser())
     path = Path(options.image) if options.image else _only_image(options.variant)
     if options.command == "sign":
         print(f"{path}: signed with {sign(path, options.key or KEYRING)}")
