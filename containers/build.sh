@@ -158,7 +158,7 @@ show() { tee -a -- "$log" | sed -unE '/^(\/opt\/[a-z]+: |  [a-z]|ok |FAILED|skip
 
 # ---- the base -------------------------------------------------------------------------------
 
-note "$image: building ($variant, from $base); about $([[ $variant == cpu ]] && echo 4 || echo 20) minutes"
+note "$image: building ($variant, from $base); about $([[ $variant == cpu ]] && echo 4 || echo 10) minutes"
 bootstrap=localimage
 case $kind in
 docker)
