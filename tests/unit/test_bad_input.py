@@ -304,7 +304,7 @@ CASES = {
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, for wrong job files."""
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("cluster", "configs", "slurm", "train"):
+    for name in ("cluster", "configs", "containers", "slurm", "train"):
         shutil.copytree(CHECKOUT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     # A torch that leaves a trace when it is imported.
     fake = root / "fake/torch"
