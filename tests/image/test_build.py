@@ -27,7 +27,7 @@ from cluster import image as images
 from tests.conftest import free_port
 from tests.image.accounts import IS_ROOT, Account, make_account
 
-pytestmark = pytest.mark.needs("unshare", "apptainer", "mmdebstrap")
+pytestmark = pytest.mark.needs("unshare", "apptainer", "mmdebstrap", "docker-registry", "skopeo")
 
 # Planted wherever a password can stand; none of them may be found in what a build leaves.
 SECRETS = {
