@@ -68,7 +68,7 @@ def main() -> int:
     ]
     if variant == "cuda":
         checks += [
-            ("one NCCL", one_nccl),
+            ("NCCL", own_nccl),
             ("InfiniBand verbs", verbs),
             ("DeepSpeed's ops", ops),
             ("compiler for Triton", compiler),
@@ -165,19 +165,16 @@ def is_elf(path: Path) -> bool:
         return stream.read(4) == b"\x7fELF"
 
 
-def one_nccl() -> str:
-    """Look for a second NCCL, which the loader could take instead of the one of torch."""
+def own_nccl() -> str:
+    """Look which NCCL this process has open: torch's own, whatever else the base may bring."""
     import torch
 
-    found = [
-        path
-        for root in (Path("/usr"), Path("/opt"))
-        for path in root.rglob("libnccl.so*")
-        if not path.is_symlink()
-    ]
-    if len(found) != 1:
-        raise Failed(f"{len(found)} instead of one: {', '.join(map(str, found))}")
-    return f"{'.'.join(map(str, torch.cuda.nccl.version()))} of torch's own wheels"
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    maps = Path("/proc/self/maps").read_text()
+    loaded = sorted(set(re.findall(r"(/\S*/libnccl\.so\S*)$", maps, re.MULTILINE)))
+    if len(loaded) != 1 or not Path(loaded[0]).is_relative_to(sys.prefix):
+        raise Failed(f"loaded is {', '.join(loaded) or 'none'}, not the one in {sys.prefix}")
+    return f"{version} of torch's own wheels is what is loaded"
 
 
 def verbs() -> str:
