@@ -33,7 +33,9 @@ def ordinary_user() -> Iterator[str]:
         subprocess.run(["useradd", "--create-home", ORDINARY], check=True)
     yield ORDINARY
     if is_new:
-        subprocess.run(["userdel", "--remove", "--force", ORDINARY], check=True, capture_output=True)
+        subprocess.run(
+            ["userdel", "--remove", "--force", ORDINARY], check=True, capture_output=True
+        )
 
 
 @pytest.fixture(scope="session")
