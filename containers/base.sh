@@ -33,9 +33,6 @@ readonly needed_mib=500
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1686355200}
 export LC_ALL=C
 
-# CDPATH would send a relative cd elsewhere.
-CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-
 # ---- what it takes --------------------------------------------------------------------------
 
 if ! type -P mmdebstrap >/dev/null; then
@@ -116,6 +113,8 @@ public_sources() { # public_sources OPTIONS: lines that hold wherever the tree i
   printf 'deb %shttp://deb.debian.org/debian-security %s-security main\n' "$1" "$suite"
 }
 
+# CDPATH would send a relative cd elsewhere.
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 SUITE=$suite containers/mirror.sh "$work"
 mirror=() whence="this system's mirror"
 for file in "$work/host.list" "$work/host.sources"; do
