@@ -262,7 +262,7 @@ def test_a_run_sees_its_own_folders_and_nothing_else_of_the_host(watched: User) 
     assert not (run / "code/planted").exists()
     assert seen["folder"] == "/workspace"
     assert seen["words"][-2:] == ["--config", "/run-folder/config.yaml"]
-    assert (seen["home"], seen["homes"]) == ([], ["sluice"])
+    assert (seen["home"], seen["homes"]) == ([], [])
     assert sorted(seen["tmp"]) == ["apptainer", "home"]
     assert seen["terminal"] == [False, False, False]
     assert {path for path, could in seen["writable"].items() if could} == {

@@ -74,7 +74,9 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     phony = " ".join(re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE))
     listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
     targets = [target for target in phony.split() if not target.startswith("setup")]
-    variables = "JOB ACCEL NPROC NODES GPUS TIME NAME RUN RUNTIME IMAGE ARGS"
+    variables = (
+        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS"
+    )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"
     assert max(map(len, done.stdout.splitlines())) <= 100
