@@ -9,7 +9,6 @@ own paths and a path means inside what it means outside.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,13 +16,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from cluster import image as images
 from cluster import machine, runs
-from cluster.errors import UserError, did_you_mean, run_to_exit
+from cluster.errors import Parser, UserError, did_you_mean, run_to_exit
 
 RUNTIMES = ("apptainer", "host")
 # Of the root of a file system, what the image brings itself. /tmp is the container's own.
@@ -320,16 +319,11 @@ def extra_binds(config: Any, datasets: Path) -> list[str]:
 # ---- the command ----------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the options")
-
-
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     cut = argv.index("--") if "--" in argv else len(argv)
     words = argv[cut + 1 :]
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cluster.container",
         usage="%(prog)s MODULE --run RUN [OPTION ...] [-- WORD ...]",
         description="Run a module of the training side on a run's folder.",
@@ -344,8 +338,11 @@ def main(argv: list[str]) -> int:
     variants_wanted = variants(gpus=bool(machine.gpus()), strict=False)
     runtime = choose(options.runtime, options.image, variants_wanted)
     print(f"note: {runtime}", file=sys.stderr, flush=True)
-    datasets = Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
-    environment = {**os.environ, "SLUICE_DATASETS": str(datasets), "PYTHONNOUSERSITE": "1"}
+    environment = {
+        **os.environ,
+        "SLUICE_DATASETS": str(runs.datasets_folder()),
+        "PYTHONNOUSERSITE": "1",
+    }
     # The model and its tokenizer may lie at paths of their own.
     arguments = [str(folder), *words]
     return call(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something that the user can put right: one line that says what, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are a `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
 def run_to_exit(main: Callable[[list[str]], int]) -> None:

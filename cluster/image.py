@@ -9,7 +9,6 @@ Beside `sluice-cpu.sif` lies its manifest `sluice-cpu.json`, which `make build-i
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from cluster.errors import UserError, did_you_mean, run_to_exit
+from cluster.errors import Parser, UserError, did_you_mean, run_to_exit
 
 # What each variant is made of, in the order in which the build joins the files.
 LOCKS = {"cpu": ("pip", "torch-cpu", "cpu"), "cuda": ("pip", "cuda")}
@@ -330,14 +329,9 @@ def _write(path: Path, text: str) -> None:
 # ---- the command ----------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the options")
-
-
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    parser = _Parser(prog="python -m cluster.image", allow_abbrev=False)
+    parser = Parser(prog="python -m cluster.image", allow_abbrev=False)
     parser.add_argument("command", choices=["verify", "sign"])
     parser.add_argument("image", nargs="?", default="", help="default: the one in images/")
     parser.add_argument("--variant", default="", help="cpu or cuda, instead of a path")

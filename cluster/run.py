@@ -14,13 +14,13 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from cluster import container, machine, runs
 from cluster import job as jobs
-from cluster.errors import UserError, run_to_exit
+from cluster.errors import Parser, UserError, run_to_exit
 from cluster.output import run_logged
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     cut = argv.index("--") if "--" in argv else len(argv)
     script_arguments = argv[cut + 1 :]
-    parser = _Parser(
+    parser = Parser(
         prog="python -m cluster.run",
         usage="%(prog)s [OPTION ...] [-- SETTING ...]",
         description="Run a job on this machine.",
@@ -70,11 +70,6 @@ def main(argv: list[str]) -> int:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the options")
-
-
 def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: str) -> int:
     """Download, tokenize and pack what the job reads; return the exit code."""
     job = jobs.load(job_name)
@@ -93,7 +88,7 @@ def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: 
         online=True,
     )
     if code == 0:
-        print(f"staged in {_datasets_folder()}; the job needs no network now")
+        print(f"staged in {runs.datasets_folder()}; the job needs no network now")
     return code
 
 
@@ -159,10 +154,10 @@ def run(
         return config
     variables = container.variables(runtime)
     if runtime.image:
-        binds = container.extra_binds(yaml.safe_load(config), _datasets_folder())
+        binds = container.extra_binds(yaml.safe_load(config), runs.datasets_folder())
         variables["SLUICE_EXTRA_BINDS"] = "\n".join(binds)
         variables["SLUICE_CACHE"] = str(_cache_folder())
-        for path in (folder, code_folder, _datasets_folder(), _cache_folder()):
+        for path in (folder, code_folder, runs.datasets_folder(), _cache_folder()):
             container.bind(path, path, "ro")
     if continued:
         _say_what_differs(record, runtime.record())
@@ -210,7 +205,7 @@ def _resolve(
     code_folder: Path,
 ) -> str | int:
     """Return the job's settings as the script resolves them, or the exit code of its refusal."""
-    datasets_missing = not _datasets_folder().exists()
+    datasets_missing = not runs.datasets_folder().exists()
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         resolved = Path(scratch) / "config.yaml"
         code = container.call(
@@ -221,16 +216,16 @@ def _resolve(
             environment=environment,
             writable=[Path(scratch), *_writable_folders(environment)] if runtime.image else [],
         )
-        if datasets_missing and not resolved.exists() and _is_empty(_datasets_folder()):
+        if datasets_missing and not resolved.exists() and _is_empty(runs.datasets_folder()):
             # It was made for the container alone.
-            _datasets_folder().rmdir()
+            runs.datasets_folder().rmdir()
         # --help was asked for: everything is said.
         return resolved.read_text(encoding="utf-8") if resolved.exists() else code
 
 
 def _writable_folders(environment: dict[str, str]) -> list[Path]:
     """Return the datasets folder, made where it is missing, and the cache if there is one."""
-    folders = [_made(_datasets_folder(), "SLUICE_DATASETS")]
+    folders = [_made(runs.datasets_folder(), "SLUICE_DATASETS")]
     home = Path(environment["HF_HOME"]).absolute()
     return [*folders, home] if home.is_dir() else folders
 
@@ -243,7 +238,7 @@ def _caches(environment: dict[str, str]) -> list[Path]:
     """Return the folders that a download writes to, made where they are missing."""
     names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
     places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
-    return [_made(_datasets_folder(), "SLUICE_DATASETS"), *(_made(*place) for place in places)]
+    return [_made(runs.datasets_folder(), "SLUICE_DATASETS"), *(_made(*place) for place in places)]
 
 
 def _made(folder: Path, variable: str) -> Path:
@@ -311,12 +306,8 @@ def _environment() -> dict[str, str]:
     }
     if "HF_HOME" not in os.environ:
         defaults |= {"HF_HOME": str(cache / "huggingface"), "HF_TOKEN_PATH": str(home / "token")}
-    ours = {"SLUICE_DATASETS": str(_datasets_folder()), "PYTHONNOUSERSITE": "1"}
+    ours = {"SLUICE_DATASETS": str(runs.datasets_folder()), "PYTHONNOUSERSITE": "1"}
     return defaults | dict(os.environ) | ours
-
-
-def _datasets_folder() -> Path:
-    return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
 
 
 def _cache_folder() -> Path:

@@ -29,6 +29,11 @@ def runs_folder() -> Path:
     return Path(os.environ.get("SLUICE_RUNS", "runs")).absolute()
 
 
+def datasets_folder() -> Path:
+    """Return the folder of what runs read: $SLUICE_DATASETS, or `datasets` in the checkout."""
+    return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+
+
 def find(name: str) -> Path:
     """Return the folder of a run: a path, JOB/STAMP, STAMP or its start, NAME, or JOB.
 
@@ -183,7 +188,7 @@ def _git_state() -> tuple[list[Path], str | None, bytes]:
 
 def _code_below(folder: Path) -> list[Path]:
     files = []
-    data = {runs_folder(), Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()}
+    data = {runs_folder(), datasets_folder()}
     for entry in sorted(folder.iterdir()):
         if entry.name in NOT_CODE or entry.absolute() in data or entry.name.endswith("_cache"):
             continue

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, launch_command, read_metrics
-from train.engine import tokenizer
-from train.engine.data import SAMPLES, pieces
+from tests.models import write_tied_model
 
 STRATEGIES = ("zero3", "fsdp2")
 
@@ -23,23 +22,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its matrices have just over 100,000 numbers, from where on ZeRO-3 splits them.
     """
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(7)
-    shape = LlamaConfig(
+    return write_tied_model(
+        folder,
         vocab_size=401,
         hidden_size=250,
         intermediate_size=403,
-        num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=32,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, shape.vocab_size, folder, "the sample")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.models import write_tied_model
 from train import tinyllama
-from train.engine import arguments, tokenizer
-from train.engine.data import SAMPLES, pieces
+from train.engine import arguments
 from train.engine.distributed import init_distributed
 
 TIED_SEQUENCE_LENGTH = 32
@@ -71,20 +70,12 @@ def config(make_config: Callable[..., tinyllama.Config]) -> tinyllama.Config:
 def tied_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small model with tied embeddings, and its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tied"
-    torch.manual_seed(7)
-    shape = LlamaConfig(
+    return write_tied_model(
+        folder,
         vocab_size=300,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=TIED_SEQUENCE_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
     )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, shape.vocab_size, folder, "the sample")
-    return folder
