@@ -64,19 +64,24 @@ class Account:
     def checkout(self, name: str = "sluice") -> Path:
         """Return a checkout of this user's: the files that git has or would take."""
         target = self.home / name
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=CHECKOUT,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for file in filter(None, listed.split("\0")):
-            if (CHECKOUT / file).is_file():
-                (target / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(CHECKOUT / file, target / file)
+        lay_out(target)
         self.own(target)
         return target
+
+
+def lay_out(checkout: Path) -> None:
+    """Put the files that git has or would take into `checkout`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for file in filter(None, listed.split("\0")):
+        if (CHECKOUT / file).is_file():
+            (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / file, checkout / file)
 
 
 def make_account(name: str) -> Account:
