@@ -56,6 +56,7 @@ def stage(config: Config, *, online: bool) -> Config:
 
 def main(argv: list[str]) -> int:
     """Run the script; return its exit code."""
+    signals.install_first()
     signals.die_with_launcher()
     config = arguments.parse(Config, argv, prog="train/tinyllama.py", dry_run=DRY_RUN)
     run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
@@ -74,17 +75,17 @@ def main(argv: list[str]) -> int:
     signals.install()
     device = init_distributed(config.timeout_s)
     with guard.lost_peers():
-        finished = train(config, run_folder, device, rehearse_stop=config.dry_run)
-        if config.dry_run and not finished:
+        outcome = train(config, run_folder, device, rehearse_stop=config.dry_run)
+        if outcome == "rehearsed":
             if is_main_process():
                 say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
             signals.reset()
-            finished = train(config, run_folder, device, rehearse_stop=False)
-    return 0 if finished else EXIT_REQUEUE
+            outcome = train(config, run_folder, device, rehearse_stop=False)
+    return 0 if outcome == "finished" else EXIT_REQUEUE
 
 
-def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> bool:
-    """Train to the end, or until the cluster asks to stop; return whether it is the end."""
+def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
+    """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
     import torch
 
     from train.engine import checkpoint, guard, metrics, strategy
@@ -164,7 +165,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- train ----
     saved_step = step if last else -1
-    stopping = False
+    stopping = rehearsing = False
     while True:
         if step % config.evaluation.every_steps == 0 or step >= config.max_steps:
             found = evaluate(
@@ -237,6 +238,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         if record:
             record.progress(step)
         if rehearse_stop and step == max(1, config.max_steps // 2):
+            rehearsing = True
             os.kill(os.getpid(), signal.SIGUSR1)
         stopping = stops > 0
         if checkpoints.pending and writing == 0:
@@ -267,8 +269,11 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
                 export(newest, tokenizer_folder, run_folder / "export")
             outcome = {"outcome": "finished", **timer.summary(), "metrics": line}
-        write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
-    return not stopping
+        if not rehearsing or not stopping:
+            write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
+    if stopping:
+        return "rehearsed" if rehearsing else "stopped"
+    return "finished"
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def main(argv: list[str]) -> int:
 
     strategy.prepare = remember
     signals.install()
-    assert not tinyllama.train(config, Path(run_folder), device, rehearse_stop=True)
+    assert tinyllama.train(config, Path(run_folder), device, rehearse_stop=True) == "rehearsed"
     signals.reset()
-    assert tinyllama.train(config, Path(run_folder), device, rehearse_stop=False)
+    assert tinyllama.train(config, Path(run_folder), device, rehearse_stop=False) == "finished"
     name = strategy.name_from_environment()
     weights = gather(prepared[-1].module, name)
     if is_main_process():

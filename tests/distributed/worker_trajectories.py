@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
         config = arguments.parse(tinyllama.Config, words, prog="worker", dry_run=tinyllama.DRY_RUN)
         config = tinyllama.stage(config, online=False)
         straight = folder / f"accumulation{accumulation}-straight"
-        assert tinyllama.train(config, straight, device, rehearse_stop=False)
+        assert tinyllama.train(config, straight, device, rehearse_stop=False) == "finished"
         resumed = folder / f"accumulation{accumulation}-resumed"
         signals.install()
-        assert not tinyllama.train(config, resumed, device, rehearse_stop=True)
+        assert tinyllama.train(config, resumed, device, rehearse_stop=True) == "rehearsed"
         if is_main_process():
             assert max(losses(resumed)) < 8, "it was not stopped"
         signals.reset()
-        assert tinyllama.train(config, resumed, device, rehearse_stop=False)
+        assert tinyllama.train(config, resumed, device, rehearse_stop=False) == "finished"
     return 0
 
 

@@ -14,6 +14,8 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL of sysexits.h: "saved, run me again". A batch script requeues on this code only.
 EXIT_REQUEUE = 75
+# What a shell says of a process that SIGPIPE ended.
+EXIT_READER_LEFT = 141
 
 
 class UserError(ValueError):
@@ -34,6 +36,10 @@ def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
     """
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has left, as `head` does.
+        os._exit(EXIT_READER_LEFT)
     except (UserError, RunFailed) as error:
         # In one write: several ranks may say it at the same moment.
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")

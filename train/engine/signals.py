@@ -13,6 +13,14 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _received: signal.Signals | None = None
 
 
+def install_first() -> None:
+    """From now on USR1 only sets the flag; for the start of a script, before it loads torch.
+
+    A cluster sends it without a look at how far the script is. The others still end it at once.
+    """
+    signal.signal(signal.SIGUSR1, _remember)
+
+
 def install() -> None:
     """From now on TERM, USR1, INT and HUP only set a flag; the loop reads it at the end of a step.
 

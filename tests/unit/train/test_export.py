@@ -40,7 +40,7 @@ def trained(
 def train(run: Path, config: tinyllama.Config, device: torch.device) -> Path:
     """Train a run in the folder `run`, as the script does, without export; return `run`."""
     (run / "config.yaml").write_text(arguments.to_yaml(config))
-    assert tinyllama.train(config, run, device, rehearse_stop=False)
+    assert tinyllama.train(config, run, device, rehearse_stop=False) == "finished"
     return run
 
 
