@@ -50,15 +50,26 @@ if [[ $SLUICE_DEVICE == cuda ]]; then
   if [[ -d /dev/infiniband ]]; then bind /dev/infiniband /dev/infiniband rw; fi
 fi
 
+# What the site wants besides, an option in each line.
+if [[ -n ${SLUICE_FLAGS:-} ]]; then
+  mapfile -t flags <<<"$SLUICE_FLAGS"
+  options+=("${flags[@]}")
+fi
+
 # ---- environment ----
 # What is seen inside; all else stays outside. Names ending in _DIR or _HOME are paths inside.
 seen='SLUICE_(ATTEMPT|DATASETS|DEVICE|RUN_FOLDER|TERMINAL|WORLD_SIZE)|PYTHON(UNBUFFERED|NOUSERSITE)'
+seen+='|SLUICE_(STEP|NUM_NODES|NODE_(RANK|NAMES?)|MASTER_(ADDR|PORT)|INTERFACE|GPUS_PER_NODE)'
+seen+='|SLUICE_(MAX_(RESTARTS|CLOCK_SKEW_S)|MIN_FREE_[A-Z_]+|FLOOR_BYTES_PER_SECOND)'
+seen+='|SLUICE_(SCRATCH_INSIDE|PREFLIGHT_TIMEOUT_S)'
 seen+='|(OMP|KMP|MKL|NCCL|GLOO|FI|UCX|PET|TORCH_NCCL)_[A-Z0-9_]+|DS_ACCELERATOR'
 seen+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|DEVICE_MAX_CONNECTIONS)'
 seen+='|TORCH_(DISTRIBUTED_DEBUG|CPP_LOG_LEVEL|LOGS|SHOW_CPP_STACKTRACES|EXTENSIONS_DIR)'
 seen+='|PYTORCH_(CUDA_)?ALLOC_CONF|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|TOKENIZERS_PARALLELISM'
 seen+='|HF_(HOME|HUB_OFFLINE|HUB_DISABLE_(PROGRESS_BARS|TELEMETRY)|DATASETS_DISABLE_PROGRESS_BARS)'
 seen+='|HF_UPDATE_DOWNLOAD_COUNTS|TERM|COLUMNS'
+# What the site's own file sets, names joined by "|".
+if [[ -n ${SLUICE_SITE_VARIABLES:-} ]]; then seen+="|$SLUICE_SITE_VARIABLES"; fi
 # Tokens, proxies and certificates are for downloads alone.
 if [[ ${SLUICE_ONLINE:-0} == 1 ]]; then
   seen+='|HF_[A-Z0-9_]+|(http|https|ftp|all|no)_proxy|(HTTP|HTTPS|FTP|ALL|NO)_PROXY'

@@ -8,17 +8,38 @@ itself exits 1 for all of them, after a traceback of its own that says nothing o
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
+if "SLUICE_STEP" in os.environ:
+    # Asked to save before there is anything to save; torch, once it is imported, listens itself.
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+
 from accelerate.commands.launch import main as accelerate_launch
+from interface import use_interface_towards
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-EXIT_CODES = {"finished": 0, "stopped": 75}
+SAVED = 75
+EXIT_CODES = {"finished": 0, "stopped": SAVED}
+# How long the last words of a run may take after the processes of another node have ended.
+PATIENCE_S = 60
 
 
 def main() -> int:
+    """Launch, and return what the script's processes returned; in a step of Slurm's 0 if saved.
+
+    There a code that is not 0 ends the other nodes' processes, of which the first publishes.
+    """
+    if address := os.environ.get("SLUICE_MASTER_ADDR"):
+        use_interface_towards(address)
+    code = launch()
+    return 0 if code == SAVED and "SLUICE_STEP" in os.environ else code
+
+
+def launch() -> int:
     """Launch, and return what the script's processes returned."""
     try:
         accelerate_launch()
@@ -33,9 +54,15 @@ def main() -> int:
     except SignalException:
         # The processes' codes are lost on this way; the attempt's outcome tells.
         attempt = os.environ.get("SLUICE_ATTEMPT", "1")
-        outcome = Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt / "outcome.json"
-        if not outcome.exists():
-            return 1
+        folder = Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt
+        outcome = folder / "outcome.json"
+        # The first node writes it, when the processes of the others have ended already.
+        is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
+        until = time.monotonic() + (0 if is_first else PATIENCE_S)
+        while outcome not in folder.iterdir():
+            if time.monotonic() >= until:
+                return 1
+            time.sleep(0.2)
         return EXIT_CODES.get(json.loads(outcome.read_text())["outcome"], 1)
     return 0
 

@@ -1,0 +1,118 @@
+"""What the health check of one node has found so far, kept in a file as soon as it is known."""
+
+import json
+import secrets
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class Unhealthy(Exception):
+    """A check failed; the text is one plain sentence that needs no context."""
+
+    def __init__(self, problem: str, *, guilty: bool | None = None) -> None:
+        super().__init__(problem)
+        # None: as the check says that found it.
+        self.guilty = guilty
+
+
+def preflight_folder(run_folder: Path, attempt: str) -> Path:
+    """Return where the nodes of an attempt leave what they found."""
+    return run_folder / "attempts" / attempt / "preflight"
+
+
+class Report:
+    """The results of one node, in node-K.json; a hang or a kill leaves what was found before."""
+
+    def __init__(self, folder: Path, node: str, rank: int) -> None:
+        self.file = folder / f"node-{rank}.json"
+        # By the token the others know that they read the file of this very check.
+        self.content: dict[str, Any] = {
+            "node": node,
+            "rank": rank,
+            "token": secrets.token_hex(8),
+            "checks": [],
+            "during": None,
+            "missing": [],
+            "elsewhere": [],
+            "bandwidth_bytes_per_second": None,
+            "seconds": 0.0,
+            "done": False,
+        }
+        self._guilty = True
+        self._began = time.monotonic()
+        # The watch at the deadline writes too.
+        self._lock = threading.Lock()
+        self._unwritable: str | None = None
+
+    def begin(self, name: str, *, guilty: bool) -> None:
+        """Say which check begins, and whether this node is to blame should it fail or hang."""
+        self._guilty = guilty
+        self.content["during"] = name
+        self.save()
+
+    def passed(self, value: str) -> None:
+        """Record that the check that began is well."""
+        self._record(value, None, guilty=False)
+
+    def failed(self, problem: Unhealthy) -> None:
+        """Record what is wrong in the check that began."""
+        guilty = self._guilty if problem.guilty is None else problem.guilty
+        self._record(None, str(problem), guilty=guilty)
+
+    def finish(self) -> bool:
+        """Close the report and return whether all is well."""
+        self.content |= {"during": None, "done": True}
+        self.save()
+        return not self._unwritable and all(check["ok"] for check in self.content["checks"])
+
+    def seconds(self) -> float:
+        """Return the time since the check began."""
+        return time.monotonic() - self._began
+
+    def hung(self, timeout_s: float) -> None:
+        """Record that the check that began does not end; the process is given up after this."""
+        during = self.content["during"]
+        self.failed(Unhealthy(f"{during}: did not end within {timeout_s:.0f} s"))
+
+    def save(self) -> None:
+        """Write the file; where that fails, say so once and go on: the other nodes wait."""
+        # Held for longer only by a file system that hangs.
+        if not self._lock.acquire(timeout=2):
+            return
+        try:
+            self.content["seconds"] = round(self.seconds(), 3)
+            temporary = self.file.with_name(f".{self.file.name}.new")
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+                temporary.replace(self.file)
+            except OSError as error:
+                if self._unwritable is None:
+                    self._unwritable = error.strerror or str(error)
+                    node = self.content["node"]
+                    with suppress(OSError):
+                        print(f"preflight: {node}: {self.unwritable()}", file=sys.stderr)
+        finally:
+            self._lock.release()
+
+    def unwritable(self) -> str | None:
+        """Return why the file could not be written, None if it could."""
+        if self._unwritable is None:
+            return None
+        return f"run folder {self.file.parent}: cannot be written ({self._unwritable})"
+
+    def _record(self, value: str | None, problem: str | None, *, guilty: bool) -> None:
+        self.content["checks"].append(
+            {
+                "name": self.content["during"],
+                "ok": problem is None,
+                "value": value,
+                "problem": problem,
+                "guilty": guilty,
+            }
+        )
+        self.save()
