@@ -22,7 +22,7 @@ import yaml
 
 from cluster import image as images
 from cluster import machine, runs
-from cluster.errors import Parser, UserError, did_you_mean, run_to_exit
+from cluster.errors import Parser, UserError, did_you_mean, run_to_exit, split_at_dashes
 
 RUNTIMES = ("apptainer", "host")
 # Of the root of a file system, what the image brings itself. /tmp is the container's own.
@@ -321,8 +321,7 @@ def extra_binds(config: Any, datasets: Path) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    words = argv[cut + 1 :]
+    own, words = split_at_dashes(argv)
     parser = Parser(
         prog="python -m cluster.container",
         usage="%(prog)s MODULE --run RUN [OPTION ...] [-- WORD ...]",
@@ -333,7 +332,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--run", default="", help="the run")
     parser.add_argument("--runtime", default="", help="apptainer or host; else an image decides")
     parser.add_argument("--image", default="", help="the image")
-    options = parser.parse_args(argv[:cut])
+    options = parser.parse_args(own)
     folder = runs.find(options.run)
     variants_wanted = variants(gpus=bool(machine.gpus()), strict=False)
     runtime = choose(options.runtime, options.image, variants_wanted)

@@ -21,6 +21,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
+def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return a command's own words, and those after `--`, which it passes on as they are."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
 def run_to_exit(main: Callable[[list[str]], int]) -> None:
     """Run a command's `main` and exit with its code; a `UserError` is one line and exit 2."""
     try:

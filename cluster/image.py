@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import site
 from cluster.errors import Parser, UserError, did_you_mean, run_to_exit
 
 # What each variant is made of, in the order in which the build joins the files.
@@ -39,8 +40,8 @@ class Image:
 
 
 def images_folder() -> Path:
-    """Return the folder of images: $SLUICE_IMAGES, or `images` in the checkout."""
-    return Path(os.environ.get("SLUICE_IMAGES", "images"))
+    """Return the folder of images: $SLUICE_IMAGES, or site.toml's, or `images` in the checkout."""
+    return site.folder("images")
 
 
 def named(variant: str) -> Path:
@@ -49,12 +50,16 @@ def named(variant: str) -> Path:
 
 
 def find_apptainer() -> str | None:
-    """Return the command: $APPTAINER, the one on the PATH, or a private copy; None without any.
+    """Return the command: $APPTAINER, site.toml's, that on the PATH, or a private copy; or None.
 
     Raises:
-        UserError: $APPTAINER names none.
+        UserError: $APPTAINER or site.toml names none.
     """
     given = os.environ.get("APPTAINER")
+    if not given and (sites := site.load().container.apptainer):
+        if shutil.which(sites) is None:
+            raise UserError(f"{site.load().source}: container.apptainer: {sites} is not a command")
+        return sites
     found = shutil.which(given or "apptainer")
     if given and found is None:
         raise UserError(f"APPTAINER={given}: is not a command; name one, or unset it")
@@ -112,9 +117,10 @@ def check(path: Path) -> Image:
             f"{path}: was built from another lock (containers/locks) than this checkout's; build "
             f"it anew: make build-image VARIANT={image.variant}"
         )
-    key = os.environ.get("SLUICE_VERIFY_KEY")
-    if key:
+    if key := os.environ.get("SLUICE_VERIFY_KEY"):
         _check_signature(path, key, "SLUICE_VERIFY_KEY", manifest)
+    elif key := site.load().container.verify_key:
+        _check_signature(path, key, f"{site.load().source}: container.verify_key", manifest)
     return image
 
 

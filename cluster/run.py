@@ -18,16 +18,15 @@ from typing import Any
 
 import yaml
 
-from cluster import container, machine, runs
+from cluster import container, machine, resolve, runs
 from cluster import job as jobs
-from cluster.errors import Parser, UserError, run_to_exit
+from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.output import run_logged
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    script_arguments = argv[cut + 1 :]
+    own, script_arguments = split_at_dashes(argv)
     parser = Parser(
         prog="python -m cluster.run",
         usage="%(prog)s [OPTION ...] [-- SETTING ...]",
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fetch", action="store_true", help="only put in place what the job reads")
     for size in ("nodes", "gpus", "time"):
         parser.add_argument(f"--{size}", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv[:cut])
+    options = parser.parse_args(own)
     for size in ("nodes", "gpus", "time"):
         if getattr(options, size):
             raise UserError(
@@ -77,14 +76,14 @@ def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: 
         runtime_name, image, container.variants(gpus=bool(machine.gpus()), strict=False)
     )
     print(f"fetching {runtime}", flush=True)
-    environment = _environment()
+    environment = resolve.environment()
     code = container.call(
         runtime,
         "train.fetch",
         [job.module, "--online", "--", "--config", str(job.path), *script_arguments],
         code=Path.cwd(),
         environment=environment,
-        writable=_caches(environment) if runtime.image else [],
+        writable=resolve.caches(environment) if runtime.image else [],
         online=True,
     )
     if code == 0:
@@ -133,7 +132,7 @@ def run(
     runtime = container.choose(
         runtime_name, image, container.variants(gpus=bool(devices), strict=True)
     )
-    environment = _environment()
+    environment = resolve.environment()
     environment |= {"SLUICE_WORLD_SIZE": str(num_processes), "HF_HUB_OFFLINE": "1"}
     environment["SLUICE_DEVICE"] = "cuda" if devices else "cpu"
     if not devices:
@@ -143,7 +142,7 @@ def run(
         raise UserError(
             f"RUN={continued}: its code is from before there was an image; take RUNTIME=host"
         )
-    config = _resolve(
+    config = resolve.settings(
         runtime,
         record["module"],
         ["--config", str(settings), *script_arguments],
@@ -156,8 +155,8 @@ def run(
     if runtime.image:
         binds = container.extra_binds(yaml.safe_load(config), runs.datasets_folder())
         variables["SLUICE_EXTRA_BINDS"] = "\n".join(binds)
-        variables["SLUICE_CACHE"] = str(_cache_folder())
-        for path in (folder, code_folder, runs.datasets_folder(), _cache_folder()):
+        variables["SLUICE_CACHE"] = str(resolve.cache_folder())
+        for path in (folder, code_folder, runs.datasets_folder(), resolve.cache_folder()):
             container.bind(path, path, "ro")
     if continued:
         _say_what_differs(record, runtime.record())
@@ -169,7 +168,7 @@ def run(
         record["command"] = shlex.join([*make, f"ARGS={shlex.join(script_arguments)}"])
         runs.create(folder, config=config, record=record)
     attempt = runs.new_attempt(folder)
-    print(f"run folder {_short(folder)} ({runtime}), attempt {attempt}", flush=True)
+    print(f"run folder {resolve.short(folder)} ({runtime}), attempt {attempt}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         environment |= {
             "PYTHONUNBUFFERED": "1",
@@ -197,60 +196,6 @@ def run(
     return code
 
 
-def _resolve(
-    runtime: container.Runtime,
-    module: str,
-    script_arguments: list[str],
-    environment: dict[str, str],
-    code_folder: Path,
-) -> str | int:
-    """Return the job's settings as the script resolves them, or the exit code of its refusal."""
-    datasets_missing = not runs.datasets_folder().exists()
-    with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
-        resolved = Path(scratch) / "config.yaml"
-        code = container.call(
-            runtime,
-            "train.fetch",
-            [module, f"--resolved={resolved}", "--", *script_arguments],
-            code=code_folder,
-            environment=environment,
-            writable=[Path(scratch), *_writable_folders(environment)] if runtime.image else [],
-        )
-        if datasets_missing and not resolved.exists() and _is_empty(runs.datasets_folder()):
-            # It was made for the container alone.
-            runs.datasets_folder().rmdir()
-        # --help was asked for: everything is said.
-        return resolved.read_text(encoding="utf-8") if resolved.exists() else code
-
-
-def _writable_folders(environment: dict[str, str]) -> list[Path]:
-    """Return the datasets folder, made where it is missing, and the cache if there is one."""
-    folders = [_made(runs.datasets_folder(), "SLUICE_DATASETS")]
-    home = Path(environment["HF_HOME"]).absolute()
-    return [*folders, home] if home.is_dir() else folders
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-def _caches(environment: dict[str, str]) -> list[Path]:
-    """Return the folders that a download writes to, made where they are missing."""
-    names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
-    places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
-    return [_made(runs.datasets_folder(), "SLUICE_DATASETS"), *(_made(*place) for place in places)]
-
-
-def _made(folder: Path, variable: str) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{variable}: {folder} cannot be made: {error.strerror}; choose another place"
-        ) from None
-    return folder
-
-
 def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
     """Say it if a run goes on in another image than it began in."""
 
@@ -271,47 +216,25 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
     name = folder.relative_to(folder.parent.parent)
     if outcome.get("outcome") == "finished":
         print(f"\nfinished at step {outcome['step']}")
-        print(f"  run folder   {_short(folder)}")
-        print(f"  checkpoint   {_short(folder / 'checkpoints' / outcome['checkpoint'])}")
+        print(f"  run folder   {resolve.short(folder)}")
+        print(f"  checkpoint   {resolve.short(folder / 'checkpoints' / outcome['checkpoint'])}")
         if (folder / "export").is_dir():
-            print(f"  model        {_short(folder / 'export')}  (Hugging Face format)")
+            print(f"  model        {resolve.short(folder / 'export')}  (Hugging Face format)")
         print(f'next: make generate RUN={name} PROMPT="The cluster"')
         tensorboard = Path(sys.executable).with_name("tensorboard")
         # With an image the environment need not have what trains.
         first = "" if tensorboard.exists() else "containers/venv.sh && "
-        print(f"      {first}{_short(tensorboard)} --logdir {_short(folder / 'tensorboard')}")
+        logs = resolve.short(folder / "tensorboard")
+        print(f"      {first}{resolve.short(tensorboard)} --logdir {logs}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")
     elif code:
         # A script that ended well has said so; this one could not.
         path.write_text(json.dumps({"outcome": "failed", "exit_code": code}, indent=2) + "\n")
-        print(f"\nfailed with exit code {code}; log: {_short(path.parent / 'node-0.log')}")
+        print(f"\nfailed with exit code {code}; log: {resolve.short(path.parent / 'node-0.log')}")
         if any((folder / "checkpoints").glob("step-*")):
             print(f"continue from the last checkpoint with: make run RUN={name}")
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment for the training side, with the places of what it reads."""
-    cache = _cache_folder()
-    # Where `hf auth login` puts the token, which is not part of the cache.
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
-    no_bars = "0" if sys.stderr.isatty() else "1"
-    defaults = {
-        "HF_HUB_DISABLE_PROGRESS_BARS": no_bars,
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": no_bars,
-        # Requests for statistics alone; without a network each would wait on its own.
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-    }
-    if "HF_HOME" not in os.environ:
-        defaults |= {"HF_HOME": str(cache / "huggingface"), "HF_TOKEN_PATH": str(home / "token")}
-    ours = {"SLUICE_DATASETS": str(runs.datasets_folder()), "PYTHONNOUSERSITE": "1"}
-    return defaults | dict(os.environ) | ours
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("SLUICE_CACHE", "cache")).absolute()
 
 
 def _number(given: str) -> int | None:
@@ -320,10 +243,6 @@ def _number(given: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < 1:
         raise UserError(f"NPROC={given}: is not a number of processes (1 or more)")
     return int(given)
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError, run_to_exit
+from cluster import site
+from cluster.errors import UserError
 
 # A checkout without git (a tarball): what is not code.
-NOT_CODE = {".git", ".apptainer", ".venv", "runs", "datasets", "cache", "images", "site.toml"}
+NOT_CODE = {
+    ".git",
+    ".apptainer",
+    ".cluster",
+    ".venv",
+    "runs",
+    "datasets",
+    "cache",
+    "images",
+    "site.toml",
+}
 NOT_CODE |= {"__pycache__"}
 # A file that git does not know is code up to this size, and data above it.
 MAX_UNTRACKED_BYTES = 1_000_000
 
 
 def runs_folder() -> Path:
-    """Return the folder of all runs: $SLUICE_RUNS, or `runs` in the checkout."""
-    return Path(os.environ.get("SLUICE_RUNS", "runs")).absolute()
+    """Return the folder of all runs: $SLUICE_RUNS, or site.toml's, or `runs` in the checkout."""
+    return site.folder("runs").absolute()
 
 
 def datasets_folder() -> Path:
-    """Return the folder of what runs read: $SLUICE_DATASETS, or `datasets` in the checkout."""
-    return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+    """Return the folder of what runs read: $SLUICE_DATASETS, site.toml's, or `datasets` here."""
+    return site.folder("datasets").absolute()
 
 
 def find(name: str) -> Path:
@@ -74,7 +85,8 @@ def new_folder(job: str, name: str) -> Path:
     existing = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"SLUICE_RUNS: {existing} is not a folder that you can write; choose another place"
+            f"{site.folder_setting('runs')}: {existing} is not a folder that you can write; choose "
+            "another place"
         )
     return folder
 
@@ -102,8 +114,8 @@ def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"SLUICE_RUNS: the run folder cannot be made: {error.filename}: {error.strerror}; "
-            "choose another place"
+            f"{site.folder_setting('runs')}: the run folder cannot be made: {error.filename}: "
+            f"{error.strerror}; choose another place"
         ) from None
 
 
@@ -121,6 +133,24 @@ def record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not the record of a run: {error}") from None
     return content
+
+
+def submissions(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's jobs.jsonl, one for each time that it was queued.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / "jobs.jsonl"
+    if not path.exists():
+        return []
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for entry in entries:
+            int(entry["job_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the record of a run's jobs: {error}") from None
+    return entries
 
 
 def new_attempt(folder: Path) -> int:
@@ -201,13 +231,3 @@ def _code_below(folder: Path) -> list[Path]:
 
 def _small(files: list[Path]) -> list[Path]:
     return [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
-
-
-def main(argv: list[str]) -> int:
-    """Print the folder of a run: `python -m cluster.runs RUN`."""
-    print(find(argv[0] if argv else ""))
-    return 0
-
-
-if __name__ == "__main__":
-    run_to_exit(main)

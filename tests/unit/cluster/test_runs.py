@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -235,12 +234,3 @@ def test_a_run_that_is_in_use_is_refused_with_its_holder(checkout: Path) -> None
     (folder / "run.lock").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         runs.check_free(folder)
-
-
-def test_the_command_prints_the_folder_of_a_run(
-    checkout: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = create()
-    assert runs.main(["rag"]) == 0
-    assert capsys.readouterr().out == f"{folder}\n"
-    assert json.loads((folder / "run.json").read_text())["job"] == "rag"

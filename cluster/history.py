@@ -1,0 +1,226 @@
+"""What a run folder tells of its jobs: submissions, attempts, and how they ended.
+
+Jobs write here while others read, and may be killed while they write: what is damaged counts as
+unknown and is never an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import runs
+from cluster.reasons import OVER
+from cluster.slurm import QueuedJob
+
+# A line of metrics.jsonl has some hundred bytes; a run of weeks, many megabytes.
+TAIL_BYTES = 65536
+OUTCOMES = ("finished", "stopped", "failed", "unhealthy", "cancelled", "lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A line of jobs.jsonl."""
+
+    job_id: int
+    submitted: str
+    """ISO time."""
+    num_nodes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A folder of attempts/."""
+
+    number: int
+    folder: Path
+    slurm: dict[str, Any] | None
+    """slurm.json; {} if it is damaged, None without one, as in an attempt of `make run`."""
+    outcome: dict[str, Any] | None
+    """outcome.json; {} if it is damaged, None as long as there is none."""
+
+    def is_of(self, job_id: int) -> bool:
+        """Whether this job made it."""
+        return self.slurm is not None and self.slurm.get("job_id", job_id) == job_id
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes, the first being node 0."""
+        listed = (self.slurm or {}).get("nodes")
+        return [text(name) for name in listed] if isinstance(listed, list) else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a job that is over ended."""
+
+    word: str
+    """One of `OUTCOMES`; "?" when its record is damaged."""
+    step: int | None
+    why: str
+
+
+def name_of(folder: Path) -> str:
+    """Return a run's name as RUN= takes it: JOB/STAMP, or its path outside the runs folder."""
+    inside = folder.parent.parent == runs.runs_folder()
+    return shlex.quote(text(str(folder.relative_to(folder.parent.parent) if inside else folder)))
+
+
+def submitted_runs() -> list[Path]:
+    """Return the folders of all runs that were submitted to Slurm, the oldest first."""
+    found = [path.parent for path in runs.runs_folder().glob("*/*/jobs.jsonl")]
+    return sorted((path for path in found if path.name[0] != "."), key=lambda path: path.name)
+
+
+def submissions(folder: Path) -> list[Submission]:
+    """Return what jobs.jsonl tells, the newest last, without damaged lines."""
+    found = []
+    for line in last_lines(folder / "jobs.jsonl"):
+        content = json_object(line)
+        if job_id := number(content.get("job_id")):
+            found.append(
+                Submission(
+                    job_id=job_id,
+                    submitted=text(content.get("submitted")),
+                    num_nodes=number(content.get("num_nodes")),
+                )
+            )
+    return found
+
+
+def has_damaged_end(folder: Path) -> bool:
+    """Return whether the newest submission cannot be read."""
+    content = (folder / "jobs.jsonl").read_bytes().rstrip(b"\n")
+    return number(json_object(content.rpartition(b"\n")[2]).get("job_id")) is None
+
+
+def job_of(folder: Path, job_id: int, queue: Mapping[int, QueuedJob]) -> QueuedJob | None:
+    """Return the run's job, if it is in the queue: a new cluster counts its jobs from 1 again."""
+    job = queue.get(job_id)
+    return job if job is not None and job.folder == str(folder) else None
+
+
+def attempt_numbers(folder: Path) -> list[int]:
+    """Return the numbers of the attempts that there are."""
+    try:
+        names = [path.name for path in (folder / "attempts").iterdir()]
+    except OSError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name))
+
+
+def attempt(folder: Path, number: int) -> Attempt:
+    """Return what is known of an attempt."""
+    path = folder / "attempts" / str(number)
+    return Attempt(
+        number=number,
+        folder=path,
+        slurm=_file(path / "slurm.json"),
+        outcome=_file(path / "outcome.json"),
+    )
+
+
+def attempts(folder: Path) -> list[Attempt]:
+    """Return all attempts, the newest last."""
+    return [attempt(folder, number) for number in attempt_numbers(folder)]
+
+
+def is_final(last: Submission, made: list[Attempt]) -> bool:
+    """Return whether the folder alone tells that the job is over, whatever Slurm says."""
+    return _outcome_of(last, made).get("outcome") in ("finished", "cancelled")
+
+
+def is_settled(last: Submission, made: list[Attempt]) -> bool:
+    """Return whether the job is over unless Slurm says that it is not.
+
+    A batch script that ended for good may be queued again all the same, as after a preemption.
+    """
+    return is_final(last, made) or _outcome_of(last, made).get("next") == "stop"
+
+
+def ending(last: Submission, made: list[Attempt], job: QueuedJob | None) -> Ending:
+    """Return how a job ended that is over, `job` being what Slurm still knows of it."""
+    own = [attempt for attempt in made if attempt.is_of(last.job_id)]
+    outcome = own[-1].outcome if own else None
+    state = job.state if job is not None else ""
+    if outcome:
+        word = text(outcome.get("outcome"))
+        why, step = reason_of(outcome), number(outcome.get("step"))
+        if outcome.get("next") == "requeue" and word != "finished":
+            if state == "CANCELLED":
+                return Ending(word="cancelled", step=step, why="while it waited to go on")
+            why = f"{why + '; ' if why else ''}it was to be queued again, and is not in the queue"
+        return Ending(word=word if word in OUTCOMES else "?", step=step, why=why)
+    if outcome is not None:
+        return Ending(word="?", step=None, why=f"{own[-1].folder / 'outcome.json'} is damaged")
+    if state == "CANCELLED":
+        why = "without a save" if own else "before it started"
+        return Ending(word="cancelled", step=None, why=why)
+    if state and state != "COMPLETED":
+        return Ending(word="failed", step=None, why=OVER.get(state, text(state)))
+    if own:
+        return Ending(word="lost", step=None, why="it ended without a word, and Slurm forgot it")
+    return Ending(word="lost", step=None, why="Slurm no longer knows it, and it never started")
+
+
+def reason_of(outcome: dict[str, Any]) -> str:
+    """Return why an attempt ended so, and what the batch script made of it."""
+    if outcome.get("outcome") == "finished":
+        return ""
+    parts = (text(outcome.get(key)) for key in ("reason", "why"))
+    return "; ".join(part for part in parts if part)
+
+
+def text(value: object) -> str:
+    """Return a text of one line that is safe to show: no control character reaches a terminal."""
+    if not isinstance(value, str):
+        return ""
+    one_line = " ".join(value.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in one_line)
+
+
+def number(value: object) -> int | None:
+    """Return a whole number of 0 or more, or None if the value is none."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    return None
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """Return a JSON object; {} if it is damaged or something else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def last_lines(path: Path) -> list[bytes]:
+    """Return the last complete lines of a file, as far as the tail of it goes."""
+    try:
+        with path.open("rb") as stream:
+            start = max(0, stream.seek(0, 2) - TAIL_BYTES)
+            stream.seek(start)
+            lines = stream.read(TAIL_BYTES).split(b"\n")
+    except OSError:
+        return []
+    return lines[1 if start else 0 : -1]
+
+
+def _outcome_of(last: Submission, made: list[Attempt]) -> dict[str, Any]:
+    own = [attempt for attempt in made if attempt.is_of(last.job_id)]
+    return (own[-1].outcome if own else None) or {}
+
+
+def _file(path: Path) -> dict[str, Any] | None:
+    try:
+        return json_object(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return {}

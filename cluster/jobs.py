@@ -1,0 +1,35 @@
+"""`make status`, `make logs` and `make cancel`: what became of the jobs that were submitted.
+
+python -m cluster.jobs status [--run RUN] [--format json]
+python -m cluster.jobs logs --run RUN [--node 1]
+python -m cluster.jobs cancel --run RUN
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+
+from cluster.errors import UserError, did_you_mean, run_to_exit
+
+COMMANDS = ("status", "logs", "cancel")
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the commands; return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a letter of a name shows another; the list is not lost for it.
+        sys.stdout.reconfigure(errors="replace")
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(__doc__.strip())
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"'{argv[0]}' is not a command{did_you_mean(argv[0], COMMANDS)}")
+    # Each needs its own libraries, and none shall wait for the others'.
+    code: int = importlib.import_module(f"cluster.{argv[0]}").main(argv[1:])
+    return code
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

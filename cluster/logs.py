@@ -1,0 +1,282 @@
+"""`make logs`: follow a run, through all its attempts, until it is over."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from cluster import history, progress, resolve, runs, site, slurm
+from cluster.errors import Parser, UserError
+from cluster.reasons import ACTIVE, WAITING, waits
+from cluster.tail import Screen, Tail
+
+POLL_S = 1.0
+QUEUE_POLL_S = 5.0
+SILENT_POLL_S = 30.0
+# The last words of a job reach a shared file system some seconds after Slurm says that it is over;
+# and an attempt's folder some seconds before its record.
+GRACE_S = 10.0
+# How the lines of batch.log begin that are written before the processes start.
+BEFORE_TRAINING = (b"attempt ", b"preflight")
+EXIT_CODES = {"finished": 0, "stopped": 75}
+
+
+def main(argv: list[str]) -> int:
+    """Follow a run; return 0 if it finished, 75 if it stopped, and 1 if it failed."""
+    parser = Parser(
+        prog="python -m cluster.jobs logs",
+        description="Follow a run until it is over; Ctrl+C leaves it alone.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", default="", help="which run")
+    parser.add_argument("--node", default="", help="show this node's output (0)")
+    options = parser.parse_args(argv)
+    if not options.run:
+        raise UserError("make logs: RUN= is missing; make status lists the runs")
+    folder = runs.find(options.run)
+    node = history.number(int(options.node)) if options.node.isdecimal() else None
+    if options.node and node is None:
+        raise UserError(f"NODE={options.node}: is not a node's number; the first is 0")
+    screen = Screen()
+    try:
+        if not (folder / "jobs.jsonl").exists():
+            return _show_local(folder, node or 0, screen)
+        return Follower(folder, node or 0, screen).follow()
+    except KeyboardInterrupt:
+        name = history.name_of(folder)
+        screen.say(f"detached; the job goes on. Come back: make logs RUN={name}")
+        return 0
+
+
+class Queue:
+    """What Slurm says of the run's newest job, asked every few seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._asked = -QUEUE_POLL_S
+        self._said_silent = False
+        self._over_since: float | None = None
+        self.last = _newest(folder)
+        self.job: slurm.QueuedJob | None = None
+        self.absent: UserError | None = None
+        """There is no Slurm here to ask."""
+
+    def ask(self) -> bool:
+        """Ask if it is time to; return whether there is an answer."""
+        now = time.monotonic()
+        if now - self._asked < QUEUE_POLL_S:
+            return False
+        first, self._asked = self._asked < 0, now
+        # Continued by another `make submit`, it is that job's log from there on.
+        if (found := history.submissions(self._folder)) and found[-1] != self.last:
+            self.last, self._over_since = found[-1], None
+        if first and history.is_final(self.last, history.attempts(self._folder)):
+            # A run of last month is shown although no Slurm answers.
+            self._over_since = now
+            return True
+        try:
+            self.job = self._look()
+        except slurm.SlurmError as error:
+            if not self._said_silent:
+                print(f"note: {error}; the log goes on meanwhile", file=sys.stderr, flush=True)
+            self._said_silent = True
+            # Each question to a controller that is away holds the log up until Slurm gives up.
+            self._asked = time.monotonic() + SILENT_POLL_S - QUEUE_POLL_S
+            return False
+        except UserError as error:
+            self.absent = error
+            return False
+        self._said_silent = False
+        if self.job is not None and self.job.state in ACTIVE:
+            self._over_since = None
+        elif self._over_since is None:
+            # What Slurm forgot ended minutes ago.
+            self._over_since = -GRACE_S if first and self.job is None else now
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job is over and all that it wrote can be read."""
+        made = history.attempts(self._folder)
+        if self.absent is not None:
+            if not history.is_settled(self.last, made):
+                raise self.absent
+            return True
+        if self._over_since is None:
+            return self._said_silent and history.is_final(self.last, made)
+        waited_s = time.monotonic() - self._over_since
+        return waited_s >= GRACE_S or history.is_settled(self.last, made)
+
+    def _look(self) -> slurm.QueuedJob | None:
+        queue = slurm.of(site.load()).jobs([self.last.job_id])
+        return history.job_of(self._folder, self.last.job_id, queue)
+
+
+class Follower:
+    """Shows the attempts of a run one after the other, as they come."""
+
+    def __init__(self, folder: Path, node: int, screen: Screen) -> None:
+        self._folder = folder
+        self._node = node
+        self._screen = screen
+        self._queue = Queue(folder)
+        self._tails: list[Tail] = []
+        self._slurm_tail: tuple[int, Tail] | None = None
+        self._attempt = 0
+        self._waited = ""
+        self._waiting_since: dict[int, float] = {}
+        nodes = self._queue.last.num_nodes
+        if nodes is not None and node >= nodes:
+            raise UserError(
+                f"NODE={node}: the run has {nodes} nodes, 0 to {nodes - 1}"
+                if nodes > 1
+                else f"NODE={node}: the run has one node, 0"
+            )
+
+    def follow(self) -> int:
+        """Show all until the run is over; return the exit code."""
+        for number in history.attempt_numbers(self._folder)[:-1]:
+            self._screen.say(_summary(history.attempt(self._folder, number)))
+            self._attempt = number
+        while True:
+            # First the queue, then the files: what is over then has nothing more to say.
+            answered = self._queue.ask()
+            came = self._show_news()
+            if answered:
+                self._say_waiting()
+            if not came and self._queue.is_over and not self._show_news():
+                return self._end()
+            time.sleep(POLL_S)
+
+    def _show_news(self) -> bool:
+        """Show what was added since the last time; return whether anything was."""
+        came = self._show_slurm_log()
+        came |= self._show_tails()
+        for number in history.attempt_numbers(self._folder):
+            if number > self._attempt:
+                attempt = history.attempt(self._folder, number)
+                if not self._is_ready(attempt):
+                    break
+                # What the last one wrote before it made way.
+                self._show_tails()
+                self._screen.say(_ruler(attempt))
+                self._attempt, self._waited = number, ""
+                batch = Tail(attempt.folder / "batch.log")
+                self._tails = [Tail(attempt.folder / f"node-{self._node}.log"), batch]
+                # The batch script speaks before the processes and after them.
+                batch.show_first(self._screen, BEFORE_TRAINING)
+                self._show_tails()
+                came = True
+        return came
+
+    def _is_ready(self, attempt: history.Attempt) -> bool:
+        """Whether an attempt has its record, or will have none."""
+        since = self._waiting_since.setdefault(attempt.number, time.monotonic())
+        logs = any(attempt.folder.glob("*.log"))
+        return attempt.slurm is not None or logs or time.monotonic() - since >= GRACE_S
+
+    def _show_tails(self) -> bool:
+        came = [tail.show(self._screen) for tail in self._tails]
+        return any(came)
+
+    def _show_slurm_log(self) -> bool:
+        job_id = self._queue.last.job_id
+        if self._slurm_tail is None or self._slurm_tail[0] != job_id:
+            self._slurm_tail = (job_id, Tail(self._folder / f"slurm-{job_id}.log"))
+        return self._slurm_tail[1].show(self._screen)
+
+    def _say_waiting(self) -> None:
+        job = self._queue.job
+        line = ""
+        if job is not None and job.state in WAITING:
+            line = f"job {job.job_id} waits: {waits(job.reason, job.start, job.job_id)}"
+        elif job is not None and ACTIVE.get(job.state) == "starting":
+            line = f"job {job.job_id} waits: its nodes are being started"
+        if line and line != self._waited:
+            self._screen.say(line)
+        self._waited = line
+
+    def _end(self) -> int:
+        made = history.attempts(self._folder)
+        end = history.ending(self._queue.last, made, self._queue.job)
+        own = [attempt for attempt in made if attempt.is_of(self._queue.last.job_id)]
+        log = self._folder / f"slurm-{self._queue.last.job_id}.log"
+        if own:
+            # What the preflight found, or a word of the batch script's, is in its own log.
+            names = [f"node-{self._node}.log", "batch.log"]
+            logs = [own[-1].folder / name for name in names]
+            log = next((path for path in logs if path.exists()), log)
+        self._screen.say(f"---- {_last_words(self._folder, end, log)}")
+        return EXIT_CODES.get(end.word, 1)
+
+
+def _newest(folder: Path) -> history.Submission:
+    found = history.submissions(folder)
+    if not found:
+        raise UserError(
+            f"{folder / 'jobs.jsonl'}: holds no job that can be read; squeue --me lists your jobs"
+        )
+    return found[-1]
+
+
+def _show_local(folder: Path, node: int, screen: Screen) -> int:
+    """Show the logs of a run that `make run` made."""
+    screen.say(f"{history.name_of(folder)} ran without Slurm (make run); its logs:")
+    for number in history.attempt_numbers(folder):
+        attempt = history.attempt(folder, number)
+        screen.say(f"---- attempt {number} ----")
+        Tail(attempt.folder / f"node-{node}.log").show(screen)
+        screen.say(f"---- {_summary(attempt)}")
+    return 0
+
+
+def _summary(attempt: history.Attempt) -> str:
+    """Return a line on an attempt that is over."""
+    words = [f"attempt {attempt.number}:"]
+    if attempt.slurm is not None:
+        words.append(f"job {attempt.slurm.get('job_id', '?')}{_on(attempt)},")
+    outcome = attempt.outcome
+    if outcome is None:
+        return " ".join([*words, "did not say how it ended"])
+    words.append(history.text(outcome.get("outcome")) or "?")
+    if (step := history.number(outcome.get("step"))) is not None:
+        words.append(f"at step {step}")
+    if reason := history.reason_of(outcome):
+        words.append(f"({reason})")
+    return " ".join(words)
+
+
+def _ruler(attempt: history.Attempt) -> str:
+    if attempt.slurm is None:
+        return f"---- attempt {attempt.number} ----"
+    job_id, step = (history.number(attempt.slurm.get(key)) for key in ("job_id", "step"))
+    start = "?" if step is None else step
+    job = "?" if job_id is None else job_id
+    return f"---- attempt {attempt.number}: job {job}{_on(attempt)}, from step {start} ----"
+
+
+def _on(attempt: history.Attempt) -> str:
+    nodes = attempt.nodes
+    if len(nodes) > 8:
+        return f" on {nodes[0]} ... {nodes[-1]} ({len(nodes)} nodes)"
+    return f" on {' '.join(nodes)}" if nodes else ""
+
+
+def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
+    """Return how a run ended and the next command."""
+    name = history.name_of(folder)
+    saved = progress.saved_step(folder)
+    at = f" at step {end.step}" if end.step is not None else ""
+    reason = f" ({end.why})" if end.why else ""
+    start = "from the start" if saved is None else f"from step {saved}"
+    again = f"make submit RUN={name} goes on {start}"
+    if end.word == "finished":
+        prompt = 'PROMPT="The cluster"'
+        return f"finished{at}; next: make generate RUN={name} {prompt}, or make export RUN={name}"
+    if end.word == "stopped":
+        return f"stopped{at}{reason}; {again}"
+    if end.word == "cancelled":
+        return f"cancelled{at}{reason}; {again}"
+    said = "ended, nobody knows how" if end.word == "?" else end.word
+    return f"{said}{at}{reason}; log: {resolve.short(log)}; {again}"

@@ -1,0 +1,220 @@
+"""The site: what site.toml says of the cluster at hand (configs/site.example.toml explains it).
+
+Without a site.toml the private cluster of `make cluster-up` is the site.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from cluster.errors import UserError, did_you_mean
+
+EXAMPLE = Path("configs/site.example.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """Where jobs are queued, and what a node of that partition has."""
+
+    partition: str
+    cpus_per_node: int
+    gpus_per_node: int
+    account: str = ""
+    qos: str = ""
+    gpu_type: str = ""
+    memory_per_node_mb: int = 0
+    """0 leaves the memory to Slurm's own default."""
+    sbatch_flags: list[str] = field(default_factory=list)
+    save_s: int = 300
+    """Seconds before the time limit at which a job is asked to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Folders; those that all nodes share are the checkout's own where nothing is said."""
+
+    scratch: str
+    """On each node; $NAME in it is that variable as the node has it."""
+    runs: str = ""
+    datasets: str = ""
+    cache: str = ""
+    images: str = ""
+    copy_datasets: bool = False
+    """Whether a job copies what it reads to the scratch of each node first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """How Apptainer is had, and what a container of this site sees besides."""
+
+    variant: Literal["cuda", "cpu"] = "cuda"
+    """The image of jobs; with "cpu" they train on CPUs, whatever GPUs they ask for."""
+    apptainer: str = ""
+    modules: list[str] = field(default_factory=list)
+    binds: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    verify_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """How nodes reach each other."""
+
+    interface: str = ""
+    address_suffix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What an allocation must have before a job starts in it."""
+
+    all_reduce_floor_mb_per_second: int = 0
+    max_clock_skew_s: float = 5.0
+    min_free_memory_mb: int = 1024
+    min_free_gpu_fraction: float = 0.9
+    min_free_scratch_mb: int = 512
+    timeout_s: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """All of it."""
+
+    slurm: Slurm
+    paths: Paths
+    container: Container = field(default_factory=Container)
+    network: Network = field(default_factory=Network)
+    preflight: Preflight = field(default_factory=Preflight)
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the training processes, such as NCCL_IB_HCA."""
+    source: Path | None = None
+    """The file; None for the private cluster."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is the cluster of `make cluster-up`."""
+        return self.source is None
+
+
+# The private cluster's nodes (slurm/local/up.sh). Their GPUs are pretended, so that jobs that ask
+# for some are scheduled as on any cluster, and train on the CPU.
+PRIVATE = Site(
+    slurm=Slurm(partition="gpu", cpus_per_node=4, gpus_per_node=2, save_s=20),
+    paths=Paths(scratch="/var/tmp"),
+    container=Container(variant="cpu"),
+    preflight=Preflight(min_free_memory_mb=256, min_free_scratch_mb=64),
+)
+
+
+def load() -> Site:
+    """Return the site of site.toml, or of the file that $SLUICE_SITE names; else the private one.
+
+    Raises:
+        UserError: the file is not as the example says.
+    """
+    given = os.environ.get("SLUICE_SITE")
+    path = Path(given or "site.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if given:
+            raise UserError(f"SLUICE_SITE={given}: there is no such file") from None
+        return PRIVATE
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML: {error}; {EXAMPLE} shows how it looks") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    parts: dict[str, Any] = {}
+    kinds = {name: kind for name, kind in get_type_hints(Site).items() if name != "source"}
+    _check_known(path, "", content, kinds)
+    for name, kind in kinds.items():
+        table = content.get(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: '{name}' is not a table; write [{name}]")
+        if name == "environment":
+            parts[name] = _environment(path, table)
+        else:
+            parts[name] = _section(path, name, kind, table)
+    return Site(**parts, source=path)
+
+
+def folder(kind: Literal["runs", "datasets", "cache", "images"]) -> Path:
+    """Return a shared folder: $SLUICE_RUNS and the like, else site.toml's, else the checkout's."""
+    return Path(os.environ.get(f"SLUICE_{kind.upper()}") or getattr(load().paths, kind) or kind)
+
+
+def folder_setting(kind: Literal["runs", "datasets", "cache", "images"]) -> str:
+    """Return where that folder is set, for messages."""
+    site = load()
+    if not os.environ.get(f"SLUICE_{kind.upper()}") and getattr(site.paths, kind):
+        return f"{site.source}: paths.{kind}"
+    return f"SLUICE_{kind.upper()}"
+
+
+def _section(path: Path, section: str, kind: Any, table: dict[str, Any]) -> Any:
+    known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind)}
+    _check_known(path, f"{section}.", table, known)
+    hints = get_type_hints(kind)
+    values = {}
+    for name, entry in known.items():
+        if name in table:
+            _check_value(path, f"{section}.{name}", table[name], hints[name])
+            values[name] = table[name]
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise UserError(
+                f"{path}: {section}.{name} is missing; {EXAMPLE} says what belongs there"
+            )
+    if kind is Paths:
+        for name in ("runs", "datasets", "cache", "images"):
+            values[name] = _expanded(path, f"{section}.{name}", values.get(name, ""))
+    return kind(**values)
+
+
+def _check_known(path: Path, prefix: str, table: dict[str, Any], known: Any) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{path}: '{prefix}{key}' is not a setting{did_you_mean(key, known)}")
+
+
+def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
+            raise UserError(f"{path}: {key}: {value!r} is not {choices}")
+        return
+    if get_origin(kind) is list:
+        good = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        wanted = 'a list of strings, such as ["--constraint=a100"]'
+    elif kind is str:
+        good, wanted = isinstance(value, str), "a string in quotes"
+    elif kind is bool:
+        good, wanted = isinstance(value, bool), "true or false"
+    else:
+        numbers = (int, float) if kind is float else int
+        good = isinstance(value, numbers) and not isinstance(value, bool) and value >= 0
+        wanted = "a number of 0 or more" if kind is float else "a whole number of 0 or more"
+    if good and key.endswith(("partition", "cpus_per_node", "scratch")) and not value:
+        good, wanted = False, "filled in"
+    if not good:
+        raise UserError(f"{path}: {key}: {value!r} is not {wanted}")
+
+
+def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
+    for name, value in table.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{path}: environment.{name}: is not the name of a variable")
+        if not isinstance(value, str):
+            raise UserError(f"{path}: environment.{name}: {value!r} is not a string in quotes")
+    return dict(table)
+
+
+def _expanded(path: Path, key: str, value: str) -> str:
+    expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 a "" stays one
+    if unknown := re.search(r"\$\{?(\w+)", expanded):
+        raise UserError(f"{path}: {key}: ${unknown[1]} is not set in your environment")
+    return expanded

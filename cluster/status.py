@@ -1,0 +1,273 @@
+"""`make status`: the runs that were submitted, what each does, and why one waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import history, progress, runs, site, slurm
+from cluster.cancel import is_requested
+from cluster.errors import Parser, UserError
+from cluster.reasons import ACTIVE, WAITING, clock, duration, waits
+
+RECENT_S = 24 * 3600
+VERSION = 1
+# Below this width the notes stand under the table, and the table has fewer columns.
+WIDE = 140
+COLOURS = {"running": "green", "saving": "green", "finished": "bold", "stopped": "yellow"}
+COLOURS |= {"failed": "red", "unhealthy": "red", "lost": "red", "?": "red", "held": "red"}
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; return 0."""
+    parser = Parser(
+        prog="python -m cluster.jobs status",
+        description="The runs that were submitted: what each does, and why it waits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", default="", help="only this run, however old")
+    parser.add_argument("--format", default="table", choices=["table", "json"])
+    options = parser.parse_args(argv)
+    if options.run:
+        folders = [runs.find(options.run)]
+        if not history.submissions(folders[0]):
+            raise UserError(
+                f"RUN={options.run}: was never submitted to Slurm; make submit "
+                f"RUN={history.name_of(folders[0])} does"
+            )
+    else:
+        folders = history.submitted_runs()
+    shown, older = facts(folders, all_ages=bool(options.run))
+    if options.format == "json":
+        print(json.dumps({"version": VERSION, "runs": shown, "older": older}, indent=2))
+        return 0
+    if shown:
+        _print_table(shown)
+    else:
+        print(f"no job in the queue, and none that ended within a day, in {runs.runs_folder()}")
+        print("next: make submit JOB=tinyllama")
+    if older:
+        word = "run" if older == 1 else "runs"
+        print(f"{older} older {word} not shown; make status RUN=JOB/STAMP shows one")
+    return 0
+
+
+def facts(folders: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]], int]:
+    """Return what is known of each run, and how many are left out because they ended long ago.
+
+    Slurm is asked once, and not at all if the folders alone tell that every job is over.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    last = {folder: history.submissions(folder)[-1:] for folder in folders}
+    latest = {folder: found[0] for folder, found in last.items() if found}
+    made = {folder: history.attempts(folder) for folder in latest}
+    asked = {
+        latest[folder].job_id
+        for folder in latest
+        if not history.is_final(latest[folder], made[folder])
+    }
+    settings = site.load() if asked else None
+    queue = slurm.of(settings).jobs(asked) if settings else {}
+    shown, older = [], 0
+    for folder, submission in latest.items():
+        job = history.job_of(folder, submission.job_id, queue)
+        if job is not None and job.state in ACTIVE:
+            save_s = settings.slurm.save_s if settings else 0
+            shown.append(_active(folder, submission, made[folder], job, save_s))
+        elif all_ages or time.time() - _last_sign(folder, made[folder]) < RECENT_S:
+            shown.append(_over(folder, submission, made[folder], job))
+        else:
+            older += 1
+    return shown, older
+
+
+def _active(
+    folder: Path,
+    last: history.Submission,
+    made: list[history.Attempt],
+    job: slurm.QueuedJob,
+    save_s: int,
+) -> dict[str, Any]:
+    """Return what is known of a run whose job is in the queue."""
+    own = [attempt for attempt in made if attempt.is_of(last.job_id)]
+    came = progress.of(folder, own[-1] if own else None)
+    left = _seconds(job.time_left)
+    state, note = ACTIVE[job.state], ""
+    if job.state in WAITING:
+        state = "queued again" if own and state == "waiting" else state
+        note = waits(job.reason, job.start, job.job_id)
+    elif state == "saving" and own and own[-1].outcome is not None:
+        state = "ending"
+    elif state == "running" and is_requested(folder, job.job_id):
+        state, note = "cancelling", "it saves, and ends"
+    elif state == "running" and came.needed_s is not None and left is not None:
+        note = f"needs {duration(came.needed_s)}, {duration(left)} left"
+        if came.needed_s > left - save_s:
+            note += ": will be queued again by itself"
+    return {
+        **_common(folder, last, made, came),
+        "state": state,
+        "slurm_state": job.state,
+        "reason": job.reason if job.state in WAITING else None,
+        "note": note,
+        "start": job.start if clock(job.start) else None,
+        "nodes": job.nodes,
+        "time_left_s": left if job.state == "RUNNING" else None,
+        "needed_s": came.needed_s,
+    }
+
+
+def _over(
+    folder: Path,
+    last: history.Submission,
+    made: list[history.Attempt],
+    job: slurm.QueuedJob | None,
+) -> dict[str, Any]:
+    """Return what is known of a run whose job is over."""
+    end = history.ending(last, made, job)
+    again = f"make submit RUN={history.name_of(folder)}"
+    next_step = f"make logs RUN={history.name_of(folder)}"
+    if end.word == "finished":
+        next_step = f"make generate RUN={history.name_of(folder)}"
+    elif end.word in ("stopped", "cancelled", "lost"):
+        next_step = again
+    return {
+        **_common(folder, last, made, progress.of(folder, made[-1] if made else None)),
+        "state": end.word,
+        "slurm_state": job.state if job is not None else None,
+        "reason": None,
+        "note": "; ".join(part for part in (end.why, next_step) if part),
+        "start": None,
+        "nodes": "",
+        "time_left_s": None,
+        "needed_s": None,
+    }
+
+
+def _common(
+    folder: Path,
+    last: history.Submission,
+    made: list[history.Attempt],
+    came: progress.Progress,
+) -> dict[str, Any]:
+    return {
+        "run": history.name_of(folder),
+        "folder": str(folder),
+        "job_id": last.job_id,
+        "submitted": last.submitted,
+        "num_nodes": last.num_nodes,
+        "attempts": len(made),
+        "step": came.step,
+        "max_steps": came.max_steps,
+        "saved_step": progress.saved_step(folder),
+        "tokens_per_second": came.tokens_per_second,
+    }
+
+
+def _seconds(time_left: str) -> int | None:
+    try:
+        return slurm.seconds(time_left)
+    except ValueError:
+        # "INVALID" and the like, past the limit.
+        return None
+
+
+def _last_sign(folder: Path, made: list[history.Attempt]) -> float:
+    """Return when something was last written about the run's jobs."""
+    places = [folder / "jobs.jsonl"]
+    if made:
+        names = ("slurm.json", "batch.log", "node-0.log", "outcome.json")
+        places += [made[-1].folder / name for name in names]
+    times = []
+    for place in places:
+        try:
+            times.append(place.stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=0.0)
+
+
+def _print_table(shown: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = None
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        # Into a file or a program: a line for each run, however long.
+        width = 10_000
+    console = Console(width=width, highlight=False, markup=False)
+    wide = console.width >= WIDE
+    longest = max(len(row["run"]) for row in shown)
+    # A name is there to be copied: rather the terminal breaks a line than we cut one.
+    console.width = max(console.width, longest + 44)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("run", no_wrap=True)
+    table.add_column("job", no_wrap=True, justify="right")
+    table.add_column("state", no_wrap=not wide)
+    if wide:
+        table.add_column("nodes", overflow="fold", max_width=24)
+        table.add_column("attempts", justify="right")
+        table.add_column("since", no_wrap=True)
+    table.add_column("step", no_wrap=True, justify="right")
+    if wide:
+        table.add_column("tokens/s", no_wrap=True, justify="right")
+    table.add_column("left", no_wrap=True, justify="right")
+    if wide:
+        table.add_column("note", overflow="fold")
+    for row in shown:
+        cells = _cells(row)
+        names = ["run", "job", "state", "step", "left"]
+        if wide:
+            names[3:3] = ["nodes", "attempts", "since"]
+            names[7:7] = ["tokens/s"]
+            names += ["note"]
+        table.add_row(
+            *(
+                Text(cells[name], style=COLOURS.get(row["state"], "") if name == "state" else "")
+                for name in names
+            )
+        )
+    with console.capture() as capture:
+        console.print(table)
+        for row in [] if wide else shown:
+            if more := _more(row, _cells(row)):
+                console.print(Text(f"job {row['job_id']}: {more}"))
+    for line in capture.get().splitlines():
+        print(line.rstrip())
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    def known(key: str) -> str:
+        return "?" if row[key] is None else str(row[key])
+
+    rate, left = row["tokens_per_second"], row["time_left_s"]
+    started = row["slurm_state"] not in WAITING and row["start"]
+    return {
+        "run": row["run"],
+        "job": str(row["job_id"]),
+        "state": row["state"],
+        "nodes": history.text(row["nodes"]) or known("num_nodes"),
+        "attempts": str(row["attempts"]),
+        "since": clock(row["start"]) if started else "",
+        "step": f"{known('step')}/{known('max_steps')}",
+        "tokens/s": f"{rate:,.0f}" if rate else "",
+        "left": duration(left) if left is not None else "",
+        "note": row["note"],
+    }
+
+
+def _more(row: dict[str, Any], cells: dict[str, str]) -> str:
+    """Return what a narrow table has no room for."""
+    parts = []
+    if cells["since"]:
+        parts.append(f"on {cells['nodes']} since {cells['since']}, attempt {row['attempts']}")
+    if cells["since"] and cells["tokens/s"]:
+        parts.append(f"{cells['tokens/s']} tokens/s")
+    return "; ".join([*parts, row["note"]] if row["note"] else parts)

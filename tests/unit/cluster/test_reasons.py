@@ -1,0 +1,78 @@
+"""reasons.py: Slurm's words in plain words."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import reasons
+
+# What releases since 22.05 say (slurm/src/common/slurm_protocol_defs.c).
+CODES = """
+None Resources Priority Dependency DependencyNeverSatisfied BeginTime JobHeldUser JobHeldAdmin
+launch_failed_requeued_held job_requeued_in_held_state PartitionTimeLimit PartitionNodeLimit
+PartitionDown PartitionInactive ReqNodeNotAvail NodeDown Reservation ReservationDeleted
+BadConstraints InvalidAccount InvalidQOS AccountNotAllowed QOSNotAllowed Licenses
+JobArrayTaskLimit Prolog Cleaning QOSUsageThreshold SystemFailure
+QOSMaxWallDurationPerJobLimit AssocMaxWallDurationPerJobLimit QOSTimeLimit AssociationTimeLimit
+QOSMaxCpuPerUserLimit QOSMaxGRESPerUser QOSMaxJobsPerUserLimit QOSMaxNodePerUserLimit
+QOSMaxMemoryPerUser QOSMaxSubmitJobPerUserLimit QOSMaxCpuPerJobLimit QOSMaxGRESPerJob
+QOSMaxNodePerJobLimit QOSMaxGRESMinutesPerJob QOSMaxCpuMinutesPerJobLimit QOSMinCpuNotSatisfied
+QOSMinGRES QOSGrpCpuLimit QOSGrpGRES QOSGrpGRESMinutes QOSGrpCPURunMinutesLimit QOSJobLimit
+QOSResourceLimit AssocGrpCpuLimit AssocGrpGRES AssocGrpGRESMinutes AssocGrpCPUMinutesLimit
+AssocGrpCPURunMinutesLimit AssocGrpJobsLimit AssocGrpNodeLimit AssocMaxJobsLimit
+AssocMaxCpuPerJobLimit AssocMaxGRESPerJob AssocMaxGRESPerNode MaxGRESPerAccount
+AssociationJobLimit AssociationResourceLimit BurstBufferStageIn
+"""
+
+
+@pytest.mark.parametrize("code", CODES.split())
+def test_every_reason_is_said_in_plain_words_that_say_what_it_means(code: str) -> None:
+    said = reasons.why(code, 12)
+    assert " " in said and "{" not in said
+    assert len(said) <= 160
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("QOSMaxWallDurationPerJobLimit", "shorter TIME="),
+        ("QOSMaxGRESPerUser", "when a job of yours ends"),
+        ("QOSMaxGRESPerJob", "fewer NODES="),
+        ("AssocGrpGRES", "your account's jobs"),
+        ("AssocGrpGRESMinutes", "time is used up"),
+        ("AssocGrpCPURunMinutesLimit", "run down"),
+        ("AssocMaxJobsLimit", "when a job of yours ends"),
+        ("BeginTime", "about two minutes"),
+        ("JobHeldUser", "scontrol release 12"),
+        ("ReqNodeNotAvail, UnavailableNodes:node[1-2]", "(ReqNodeNotAvail, UnavailableNodes:node"),
+    ],
+)
+def test_the_narrow_pattern_is_taken_before_the_wide_one(code: str, words: str) -> None:
+    assert words in reasons.why(code, 12)
+
+
+@given(st.text())
+def test_an_unknown_reason_stays_as_it_is_but_for_control_characters(code: str) -> None:
+    assert reasons.why(code, 12).isprintable()
+    assert reasons.why("Brand" + "\x1b[31m" + "New", 12) == "Brand?[31mNew"
+
+
+def test_a_time_is_said_as_one_says_it() -> None:
+    def at(seconds: float) -> str:
+        return time.strftime("%Y-%m-%dT10:05:00", time.localtime(time.time() + seconds))
+
+    assert reasons.clock(at(0)) == "10:05"
+    assert reasons.clock(at(2 * 86400)).endswith(" 10:05")
+    assert len(reasons.clock(at(2 * 86400))) == len("Tue 10:05")
+    assert reasons.clock("2031-12-01T10:05:00") == "2031-12-01 10:05"
+    assert reasons.clock("N/A") == reasons.clock("Unknown") == ""
+
+
+def test_a_duration_is_said_as_slurm_says_it() -> None:
+    assert [reasons.duration(s) for s in (0, 61, 3600, 90061)] == [
+        *("0:00:00", "0:01:01", "1:00:00", "1-01:01:01")
+    ]
