@@ -10,6 +10,10 @@
 #: TIME    time limit, instead of what the job says
 #: NAME    a word to find the run again by
 #: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
+#: PLAN    1: say what would be queued, and queue nothing
+#: FORMAT  of what is shown: table or json
+#: NODE    the number of a node, whose log is meant
+#: DRILL   power-off, power-on, cut or join with a node's name, or restart controller
 #: RUNTIME apptainer or host: where it runs (in the image if it is there and Apptainer is)
 #: VARIANT cpu or cuda, of an image
 #: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
@@ -23,14 +27,10 @@ JOB ?= tinyllama
 VENV ?= .venv
 export VENV
 
-# In the environment these two mean something else: WSL sets NAME to the name of the machine, and
-# the program `time` reads its format from TIME.
-ifneq (,$(findstring environment,$(origin NAME)))
-override NAME :=
-endif
-ifneq (,$(findstring environment,$(origin TIME)))
-override TIME :=
-endif
+# In the environment these mean something else: WSL sets NAME to the name of the machine, the
+# program `time` reads its format from TIME, and others may read theirs from FORMAT or NODE.
+from_environment = $(findstring environment,$(origin $(1)))
+$(foreach name,NAME TIME FORMAT NODE,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
@@ -45,13 +45,14 @@ with_run = $(python) -m cluster.container $(1) $(call flag,RUN,run) $(placed) --
 one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $(call flag,KEY,key)
 
 # All bash of the repository, wherever it lies. `find`, because a checkout may come without git.
-not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./.apptainer -o -path ./runs -o -path ./datasets -o -path ./cache
+not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./.apptainer -o -path ./runs -o -path ./datasets -o -path ./cache -o -path ./.cluster
 each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
-	\( -name '*.sh' -o -name '*.sbatch' -o -name 'portable-c++' -o -path ./.ci/run \) -print0 | xargs -0
+	\( -name '*.sh' -o -name '*.sbatch' -o -name 'portable-c++' -o -name squashfuse_ll -o -path ./.ci/run \) -print0 | xargs -0
 
 # Recipes are one command each: what went wrong is said by that command, not by make.
 .SILENT:
 .DEFAULT_GOAL := help
+.PHONY: submit status logs cancel cluster-up cluster-down cluster-shell cluster-drill
 .PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu clean
 .PHONY: setup setup-train setup-dev
 
@@ -78,6 +79,32 @@ export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
 
 generate: | setup ## text from RUN that goes on from PROMPT="..."
 	$(call with_run,train.generate) $(call flag,PROMPT,prompt) $(ARGS)
+
+# ---- on a cluster ---------------------------------------------------------------------------
+
+submit: | setup ## check JOB, record it and queue it; PLAN=1 does all but queue, RUN=... goes on
+	$(python) -m cluster.submit $(options) $(placed) $(call flag,PLAN,plan) -- $(ARGS)
+
+status: | setup ## my runs on the cluster: state, why they wait, progress, time left; FORMAT=json
+	$(python) -m cluster.jobs status $(call flag,RUN,run) $(call flag,FORMAT,format)
+
+logs: | setup ## follow RUN; Ctrl+C leaves the job alone
+	$(python) -m cluster.jobs logs $(call flag,RUN,run) $(call flag,NODE,node)
+
+cancel: | setup ## have RUN save, and end its job
+	$(python) -m cluster.jobs cancel $(call flag,RUN,run)
+
+cluster-up: ## a private Slurm of two nodes on this machine
+	slurm/local/up.sh $(ARGS)
+
+cluster-down: ## end it
+	slurm/local/down.sh
+
+cluster-shell: ## a shell on its login node
+	slurm/local/exec.sh $${SHELL:-/bin/sh}
+
+cluster-drill: ## DRILL="power-off node2" and the like: what happens to clusters
+	slurm/local/drill.sh $(DRILL)
 
 # ---- the image ------------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
     targets = [target for target in phony.split() if not target.startswith("setup")]
     variables = (
-        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS"
+        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
+        "PLAN FORMAT NODE DRILL"
     )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"
@@ -111,6 +112,8 @@ def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) ->
     words = checkout.words("run", NAME="LAPTOP-7", TIME="%E", ACCEL="zero1")
     assert not [word for word in words if word.startswith(("--name", "--time"))]
     assert "--accel=zero1" in words
+    assert checkout.words("status", FORMAT="%E") == ["-m", "cluster.jobs", "status"]
+    assert checkout.words("logs", NODE="LAPTOP-7", RUN="x")[-1] == "--run=x"
 
 
 def test_a_failure_is_passed_on(checkout: Checkout) -> None:

@@ -14,12 +14,16 @@ import pytest
 from tests.conftest import CHECKOUT
 
 # Run by others: this test is part of the first, the image is built and used in tests/image, the
-# rest needs a hub or a GPU.
+# cluster in tests/cluster, the rest needs a hub or a GPU.
 RUN_ELSEWHERE = {
     "make test": "",
-    "containers/install-apptainer.sh": "tests/image/conftest.py",
-    "make build-image VARIANT=cpu BASE=debian": "tests/image/conftest.py",
+    "containers/install-apptainer.sh": "tests/conftest.py",
+    "make build-image VARIANT=cpu BASE=debian": "tests/conftest.py",
     "make dry-run ACCEL=zero3": "tests/image/test_container_runs.py",
+    "make cluster-up": "tests/cluster/test_new_user.py",
+    'make submit NODES=2 ARGS="--dry_run"': "tests/cluster/test_new_user.py",
+    "make logs RUN=tinyllama": "tests/cluster/test_new_user.py",
+    "make cluster-down": "tests/cluster/test_new_user.py",
     "make build-image": "",
     "make fetch JOB=tinyllama": "tests/unit/train/test_hub.py",
     "make run JOB=tinyllama ACCEL=zero2 NPROC=8": "tests/unit/train/test_hub.py",

@@ -1,0 +1,276 @@
+"""Jobs on a real Slurm of two nodes, in the image: the same curve, whatever happens to them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.desk import SECRET, Desk, Run
+
+pytestmark = [
+    pytest.mark.needs("slurm"),
+    pytest.mark.needs("apptainer"),
+    pytest.mark.timeout(900),
+    pytest.mark.slow,
+    pytest.mark.distributed,
+]
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+# Some fifteen seconds of training: more than one attempt under a limit of a minute.
+LONG = (
+    "--dry_run --max_steps 900 --evaluation.every_steps 300 --checkpoint.every_steps 100 "
+    "--log_every_steps 50 --export false"
+)
+
+
+@pytest.fixture(scope="module")
+def limited(desk: Desk) -> Run:
+    """A job that needs more time than its limit; first, because it takes longest."""
+    return desk.submit("NODES=2", "TIME=1", "NAME=limited", f"ARGS={LONG}")
+
+
+@pytest.fixture(scope="module")
+def broken(desk: Desk) -> Run:
+    """A job whose code is gone when it starts."""
+    run = desk.submit("NODES=1", "NAME=broken", "ARGS=--dry_run")
+    (run.folder / "code/train/tinyllama.py").unlink()
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_two_nodes(desk: Desk, limited: Run, broken: Run) -> dict[str, Run]:
+    """A job for each strategy, all queued at once, so that they share the nodes."""
+    runs = {}
+    for accel in STRATEGIES:
+        runs[accel] = desk.submit(f"ACCEL={accel}", "NODES=2", "GPUS=0", "ARGS=--dry_run")
+    return runs
+
+
+@pytest.mark.parametrize("accel", STRATEGIES)
+def test_two_nodes_have_the_curve_of_two_processes_on_one_machine(
+    desk: Desk, on_two_nodes: dict[str, Run], accel: str
+) -> None:
+    expected = desk.on_one_machine(accel, "--dry_run").curve()
+    run = desk.wait(on_two_nodes[accel])
+    assert [outcome["outcome"] for outcome in run.outcomes()] == ["finished"], run.logs()
+    assert run.slurm()[0]["nodes"] == ["node1", "node2"]
+    assert run.curve() == expected
+    assert (run.folder / "export/model.safetensors").is_file()
+
+
+def test_jobs_that_share_nodes_meet_at_ports_of_their_own(
+    desk: Desk, on_two_nodes: dict[str, Run]
+) -> None:
+    records = [desk.wait(run).slurm()[0] for run in on_two_nodes.values()]
+    assert len({record["master"] for record in records}) == len(STRATEGIES)
+    began = desk.cluster.output(
+        *("sacct", "--noheader", "--parsable2", "--allocations", "--format=start,end"),
+        "--jobs=" + ",".join(str(record["job_id"]) for record in records),
+    )
+    times = sorted(line.split("|") for line in began.splitlines())
+    assert any(after[0] < before[1] for before, after in itertools.pairwise(times)), (
+        f"no two of them ran at once: {times}"
+    )
+    for node in ("node1", "node2"):
+        left = desk.cluster.output("find", "/var/tmp", "-name", "sluice-*", node=node)
+        assert str(records[0]["job_id"]) not in left
+
+
+def test_no_secret_of_the_submitter_is_in_a_run_folder(
+    desk: Desk, on_two_nodes: dict[str, Run]
+) -> None:
+    run = desk.wait(on_two_nodes["ddp"])
+    for path in run.folder.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+    assert desk.environment["HF_TOKEN"] == SECRET
+
+
+def test_a_job_sees_no_secret_and_shows_none(desk: Desk) -> None:
+    """In the processes of a job, on its nodes, while it runs."""
+    run = desk.submit("NODES=1", "ARGS=--dry_run --max_steps 400")
+    desk.wait_until((run.folder / "metrics.jsonl").exists, run)
+    seen = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+        except OSError:
+            continue
+        assert SECRET.encode() not in words
+        # Outside of the container and in it; another job's processes are as good.
+        if b"SLUICE_RUN_FOLDER=" in variables:
+            seen.append(words)
+            assert SECRET.encode() not in variables, words
+    assert any(b"train.tinyllama" in words for words in seen)
+    assert any(b"train.sbatch" in words or b"slurm_script" in words for words in seen)
+    desk.wait(run)
+
+
+def test_a_job_goes_on_after_its_time_limit_until_it_is_done(desk: Desk, limited: Run) -> None:
+    expected = desk.on_one_machine("ddp", *LONG.split()).curve()
+    run = desk.wait(limited, timeout=400)
+    outcomes = run.outcomes()
+    assert len(outcomes) > 1, run.logs()
+    assert [outcome["outcome"] for outcome in outcomes[:-1]] == ["stopped"] * (len(outcomes) - 1)
+    assert [outcome["next"] for outcome in outcomes[:-1]] == ["requeue"] * (len(outcomes) - 1)
+    assert outcomes[-1]["outcome"] == "finished"
+    assert {record["job_id"] for record in run.slurm()} == {int(run.job_id)}
+    assert run.curve() == expected
+    shown = desk.make("status", "FORMAT=json", f"RUN={run.name}")
+    assert shown.returncode == 0, shown.stderr
+    (row,) = json.loads(shown.stdout)["runs"]
+    assert row["attempts"] == len(outcomes)
+
+
+def test_a_job_without_progress_stops_and_says_why(desk: Desk, broken: Run) -> None:
+    run = desk.wait(broken)
+    last = run.outcomes()[-1]
+    assert len(run.outcomes()) == 2, run.logs()
+    assert (last["outcome"], last["next"]) == ("failed", "stop")
+    assert last["why"] == "2 attempts in a row made no progress (step 0)"
+    followed = desk.make("logs", f"RUN={run.name}")
+    assert followed.returncode == 2, "make says 2 for any failure of a recipe"
+    assert "no progress" in followed.stdout
+
+
+def test_cancel_saves_and_the_run_goes_on_with_other_nodes_and_strategy(desk: Desk) -> None:
+    arguments = "--dry_run --max_steps 300 --evaluation.every_steps 100 --log_every_steps 50"
+    expected = desk.on_one_machine("ddp", *arguments.split()).curve()
+    run = desk.submit("NODES=2", "NAME=moved", f"ARGS={arguments}")
+    desk.wait_until((run.folder / "metrics.jsonl").exists, run)
+    again = desk.make("submit", f"RUN={run.name}")
+    assert again.returncode == 2
+    assert "its job" in again.stderr
+    cancelled = desk.make("cancel", f"RUN={run.name}")
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert "make submit RUN=" in cancelled.stdout
+    desk.wait(run)
+    stopped = run.outcomes()[-1]
+    assert (stopped["outcome"], stopped["next"]) == ("cancelled", "stop"), run.logs()
+    assert (run.folder / f"checkpoints/step-{stopped['step']:08}").is_dir()
+    assert desk.cluster.state_of(run.job_id) == "CANCELLED"
+    done = desk.make("submit", f"RUN={run.name}", "NODES=1", "ACCEL=zero2", "NPROC=2")
+    assert done.returncode == 0, done.stderr
+    desk.wait(run)
+    assert run.outcomes()[-1]["outcome"] == "finished", run.logs()
+    assert run.slurm()[-1]["step"] == stopped["step"]
+    assert len(run.slurm()[-1]["nodes"]) == 1
+    curve = run.curve()
+    assert [line[0] for line in curve] == [line[0] for line in expected]
+    for found, wanted in zip(curve, expected, strict=True):
+        numbers = [(a, b) for a, b in zip(found, wanted, strict=True) if b is not None]
+        assert all(a == pytest.approx(b, rel=1e-5) for a, b in numbers), (found, wanted)
+
+
+SITE = """
+[slurm]
+partition = "gpu"
+cpus_per_node = 4
+gpus_per_node = 2
+save_s = 20
+sbatch_flags = ["--comment=of-the-site"]
+[paths]
+scratch = "$SCRATCH_OF_THE_NODE"
+copy_datasets = true
+[container]
+variant = "cpu"
+binds = ["/usr/share/zoneinfo:/zones"]
+flags = ["--no-privs"]
+[network]
+interface = "eth0"
+[preflight]
+all_reduce_floor_mb_per_second = 1
+[environment]
+SCRATCH_OF_THE_NODE = "/var/tmp"
+NCCL_DEBUG = "WARN"
+"""
+
+
+def test_a_site_has_its_own_paths_binds_flags_and_network(desk: Desk, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(SITE)
+    run = desk.wait(desk.submit("NODES=2", "GPUS=1", "ARGS=--dry_run", site=site))
+    assert run.outcomes()[-1]["outcome"] == "finished", run.logs()
+    assert run.slurm()[0]["master"].startswith("10.77.0.11:")
+    for node in (0, 1):
+        said = (run.attempts()[0] / f"node-{node}.log").read_text()
+        assert f"node{node + 1}: copied to /var/tmp/sluice-" in said
+    comment = desk.cluster.output("scontrol", "show", "job", run.job_id, "--oneliner")
+    assert "Comment=of-the-site" in comment
+    site.write_text(SITE.replace("per_second = 1", "per_second = 1000000"))
+    run = desk.wait(desk.submit("NODES=2", "ARGS=--dry_run", site=site))
+    (only,) = run.outcomes()
+    assert (only["outcome"], only["next"]) == ("unhealthy", "stop"), run.logs()
+    assert "other nodes would not help" in only["why"]
+    assert "preflight: " in (run.attempts()[0] / "batch.log").read_text()
+
+
+def test_preemption_saves_and_gives_way(desk: Desk) -> None:
+    arguments = "--dry_run --max_steps 600 --evaluation.every_steps 300 --log_every_steps 50"
+    run = desk.submit("NODES=2", f"ARGS={arguments}")
+    desk.wait_until((run.folder / "metrics.jsonl").exists, run)
+    words = ["sbatch", "--parsable", "--qos=urgent", "--nodes=2", "--exclusive", "--time=1"]
+    urgent = desk.cluster.output(*words, "--output=/dev/null", "--wrap=sleep 1")
+    desk.cluster.wait_for(urgent, "COMPLETED", timeout=90)
+    desk.wait(run)
+    first, last = run.outcomes()
+    assert first["outcome"] == "stopped", run.logs()
+    assert first["step"] > 0
+    assert last["outcome"] == "finished"
+    assert run.slurm()[1]["step"] == first["step"]
+
+
+def test_a_bad_node_is_named_and_left_out(desk: Desk) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1M,mode=1777", "none", "/var/tmp"]
+    desk.cluster.output(*mount, node="node1")
+    try:
+        run = desk.wait(desk.submit("NODES=1", "ARGS=--dry_run"))
+    finally:
+        desk.cluster.output("umount", "/var/tmp", node="node1")
+    first, last = run.outcomes()
+    assert (first["outcome"], last["outcome"]) == ("unhealthy", "finished"), run.logs()
+    assert [record["nodes"] for record in run.slurm()] == [["node1"], ["node2"]]
+    said = (run.attempts()[0] / "batch.log").read_text()
+    assert "preflight: node1: scratch" in said
+    assert "left out from now on: node1" in said
+
+
+def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
+    arguments = "--dry_run --max_steps 400 --checkpoint.every_steps 50 --log_every_steps 50"
+    expected = desk.on_one_machine("ddp", *arguments.split()).curve()
+    run = desk.submit("NODES=2", f"ARGS={arguments}")
+    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
+    os.kill(pid_of_rank(1), signal.SIGKILL)
+    desk.wait_until((run.folder / "attempts/2/node-0.log").exists, run)
+    desk.wait_until((run.folder / "checkpoints/step-00000250").exists, run)
+    desk.cluster.drill("power-off", "node2")
+    desk.cluster.wait_for(run.job_id, "PENDING")
+    desk.cluster.drill("power-on", "node2")
+    desk.wait(run)
+    crashed, without_power, last = run.outcomes()
+    assert (crashed["outcome"], crashed["next"]) == ("failed", "requeue"), run.logs()
+    # Slurm may end the batch script first, which then has time to say so.
+    assert without_power["outcome"] in ("lost", "failed", "stopped")
+    assert last["outcome"] == "finished"
+    began = [record["step"] for record in run.slurm()]
+    assert began[1] >= 50
+    assert began[2] >= 250
+    assert run.curve() == expected
+
+
+def pid_of_rank(rank: int) -> int:
+    """Return the process of that rank, of the one job that runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"train.tinyllama" in words and f"\0RANK={rank}\0".encode() in variables:
+            found.append(int(path.name))
+    (pid,) = found
+    return pid
