@@ -2,6 +2,9 @@
 
 A test that needs more than Python says so: `@pytest.mark.needs("unshare")`. Where that is missing
 the test is skipped and listed with the reason; with STRICT=1 it fails.
+
+`make test` runs two workers (pytest-xdist). What takes minutes to make, and the ordinary user, are
+made once for both and removed by the process that started them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+import tempfile
+from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.image.accounts import IS_ROOT, ORDINARY, Account, make_account
 
 CHECKOUT = Path(__file__).parent.parent
+# The variable that names the folder of what all workers share.
+SHARED = "SLUICE_TESTS_SHARED"
 # The longest that any launch of these tests may take before it counts as hanging.
 LAUNCH_TIMEOUT_S = 180
 
@@ -47,6 +54,29 @@ NEEDS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
+    # A worker inherits it.
+    if SHARED not in os.environ:
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="sluice-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    shared = Path(os.environ.pop(SHARED))
+    for home in (shared / "homes").glob("*"):
+        shutil.rmtree(home.readlink())
+    if (shared / "new_user").exists():
+        remove = ["userdel", "--remove", "--force", ORDINARY]
+        subprocess.run(remove, check=True, capture_output=True)
+    shutil.rmtree(shared)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those of a folder share a cluster, or an account that builds; one worker takes them all.
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ("cluster", "image"):
+            item.add_marker(pytest.mark.xdist_group(folder))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -160,6 +190,15 @@ def losses(run_folder: Path) -> dict[int, float]:
 # ---- an ordinary user, and the image that it builds, once ------------------------------------
 
 
+def once(name: str, make: Callable[[], str]) -> str:
+    """Return what `make` returned in the first worker that asked; the others wait for it."""
+    shared = Path(os.environ[SHARED])
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / name).exists():
+            (shared / name).write_text(make())
+        return (shared / name).read_text()
+
+
 @pytest.fixture(scope="session")
 def apptainer() -> str:
     """Return the command, as the commands of Sluice find it."""
@@ -168,28 +207,29 @@ def apptainer() -> str:
 
 
 @pytest.fixture(scope="session")
-def ordinary_user() -> Iterator[str]:
+def ordinary_user() -> str:
     """Return the name of a user who is not root; as root, one is made for the tests."""
     if not IS_ROOT:
-        yield pwd.getpwuid(os.geteuid()).pw_name
-        return
-    is_new = ORDINARY not in {entry.pw_name for entry in pwd.getpwall()}
-    if is_new:
-        # With its lines in /etc/subuid and /etc/subgid, which useradd writes.
-        subprocess.run(["useradd", "--create-home", ORDINARY], check=True)
-    yield ORDINARY
-    if is_new:
-        subprocess.run(
-            ["userdel", "--remove", "--force", ORDINARY], check=True, capture_output=True
-        )
+        return pwd.getpwuid(os.geteuid()).pw_name
+
+    def make() -> str:
+        if ORDINARY not in {entry.pw_name for entry in pwd.getpwall()}:
+            # With its lines in /etc/subuid and /etc/subgid, which useradd writes.
+            subprocess.run(["useradd", "--create-home", ORDINARY], check=True)
+            (Path(os.environ[SHARED]) / "new_user").touch()
+        return ORDINARY
+
+    return once("ordinary_user", make)
 
 
 @pytest.fixture(scope="session")
-def builder(ordinary_user: str) -> Iterator[Account]:
-    """Return the account that builds."""
+def builder(ordinary_user: str) -> Account:
+    """Return the account that builds, one for each worker; the image in it is for all."""
     account = make_account(ordinary_user)
-    yield account
-    shutil.rmtree(account.home)
+    homes = Path(os.environ[SHARED]) / "homes"
+    homes.mkdir(exist_ok=True)
+    (homes / account.home.name).symlink_to(account.home)
+    return account
 
 
 @pytest.fixture(scope="session")
@@ -220,9 +260,13 @@ def image(request: pytest.FixtureRequest) -> Path:
     """
     if given := os.environ.get("SLUICE_TEST_IMAGE"):
         return Path(given).absolute()
-    builder: Account = request.getfixturevalue("builder")
-    checkout: Path = request.getfixturevalue("builder_checkout")
-    make = ["make", "build-image", "VARIANT=cpu", "BASE=debian"]
-    done = builder.run(*make, cwd=checkout, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    return checkout / "images/sluice-cpu.sif"
+
+    def make() -> str:
+        builder: Account = request.getfixturevalue("builder")
+        checkout: Path = request.getfixturevalue("builder_checkout")
+        words = ["make", "build-image", "VARIANT=cpu", "BASE=debian"]
+        done = builder.run(*words, cwd=checkout, timeout=1500)
+        assert done.returncode == 0, done.stderr
+        return str(checkout / "images/sluice-cpu.sif")
+
+    return Path(once("image", make))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,10 +26,16 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def cluster(short_folder: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Return a private Slurm with two nodes; as root, with an ordinary user beside root."""
+    """Return a private Slurm with two nodes; as root, with an ordinary user beside root.
+
+    SLUICE_TEST_ROOTFS names a system whose Slurm it is, for a look at another release.
+    """
     users = (request.getfixturevalue("ordinary_user"),) if IS_ROOT else ()
     made = new_cluster(short_folder / "c", users)
-    done = made.local("up.sh", *(["--users", ",".join(users)] if users else []))
+    options = ["--users", ",".join(users)] if users else []
+    if rootfs := os.environ.get("SLUICE_TEST_ROOTFS"):
+        options += ["--rootfs", rootfs]
+    done = made.local("up.sh", *options)
     assert done.returncode == 0, done.stderr
     yield made
     done = made.local("down.sh")

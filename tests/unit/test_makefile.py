@@ -134,6 +134,10 @@ def test_the_tests_get_their_tools_and_their_arguments(checkout: Checkout) -> No
     assert checkout.words("test", "ARGS=-k checkpoint") == [
         "-m",
         "pytest",
+        "--numprocesses",
+        "2",
+        "--dist",
+        "loadgroup",
         "-k",
         "checkpoint",
     ]
