@@ -25,8 +25,11 @@ MAX_FAILED_WITHOUT_PROGRESS = 2
 MAX_WITHOUT_PROGRESS = 5
 BAD_INPUT = 2
 SAVED = 75
-# The exit code of slurm/preflight.py where nodes are to blame.
+# As a shell has it of a process that TERM or USR1 ended: before it could save.
+ENDED_BY_SIGNAL = (143, 138)
+# The exit codes of slurm/preflight.py where nodes are to blame, and where it cannot be told which.
 GUILTY_NODES = 3
+SUSPECT_NODES = 5
 GIVEN_UP = 4
 
 
@@ -100,8 +103,8 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
     if not (folder / "outcome.json").exists():
         if preflight:
             kind, reason = "unhealthy", "the preflight found the allocation unfit"
-        elif code in (0, SAVED) or asked:
-            kind, reason = "stopped", f"{asked or 'asked to stop'}; nothing was saved"
+        elif code in (0, SAVED, *ENDED_BY_SIGNAL) or asked:
+            kind, reason = "stopped", f"{asked or 'asked to stop'} before it could save"
         else:
             kind, reason = "failed", f"exit code {code}"
         _write(
@@ -116,7 +119,7 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
     _annotate(folder, next_="stop" if decision == "cancel" else decision, why=why)
     print(f"{outcome['outcome']} at step {outcome['step']}: {why}", file=sys.stderr)
     verdict = _read(folder / "preflight/verdict.json")
-    print(decision, ",".join(verdict.get("guilty", [])))
+    print(decision, ",".join(verdict.get("guilty") or verdict.get("suspects") or []))
     return 0
 
 
@@ -137,8 +140,8 @@ def decide(
         return "leave", f"Slurm has the job as {state}, and decides"
     if code == BAD_INPUT and outcome["outcome"] == "failed":
         return "stop", "the same input would fail again; the error is in node-0.log"
-    if outcome["outcome"] == "unhealthy" and code != GUILTY_NODES:
-        return "stop", "no node is to blame, so that other nodes would not help"
+    if outcome["outcome"] == "unhealthy" and code not in (GUILTY_NODES, SUSPECT_NODES):
+        return "stop", "all nodes are alike, so that others would not help"
     if why := too_often(run, job_id, max_restarts):
         return "stop", why
     return "requeue", "goes on from its last checkpoint"
@@ -157,12 +160,13 @@ def too_often(run: Path, job_id: int, max_restarts: int) -> str:
             mine.append((began, _read(folder / "outcome.json")))
     without = failed = 0
     for began, outcome in reversed(mine):
-        if outcome.get("outcome") == "unhealthy":
+        is_unhealthy = outcome.get("outcome") == "unhealthy"
+        if is_unhealthy and outcome.get("exit_code") != SUSPECT_NODES:
             continue
         if outcome.get("step", 0) > began.get("step", 0):
             break
         without += 1
-        failed += outcome.get("outcome") == "failed"
+        failed += is_unhealthy or outcome.get("outcome") == "failed"
     if failed >= MAX_FAILED_WITHOUT_PROGRESS or without >= MAX_WITHOUT_PROGRESS:
         return f"{without} attempts in a row made no progress (step {newest_step(run)})"
     failures = sum(outcome.get("outcome") in ("failed", "unhealthy") for _, outcome in mine)

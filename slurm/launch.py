@@ -51,7 +51,7 @@ def launch() -> int:
         ]
         # A process that a signal killed has a negative code; shells say 128 + signal.
         return telling[0] if telling else 128 - codes[0]
-    except SignalException:
+    except SignalException as ended:
         # The processes' codes are lost on this way; the attempt's outcome tells.
         attempt = os.environ.get("SLUICE_ATTEMPT", "1")
         folder = Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt
@@ -61,7 +61,7 @@ def launch() -> int:
         until = time.monotonic() + (0 if is_first else PATIENCE_S)
         while outcome not in folder.iterdir():
             if time.monotonic() >= until:
-                return 1
+                return 128 + ended.sigval
             time.sleep(0.2)
         return EXIT_CODES.get(json.loads(outcome.read_text())["outcome"], 1)
     return 0

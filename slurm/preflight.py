@@ -4,7 +4,8 @@
     python slurm/preflight.py judge     once afterwards, on the head node: leaves verdict.json
 
 `check` looks at its node first and at the network between the nodes then; exit code 0 if all is
-well, 1 if not. `judge`: 0 healthy, 3 nodes to exclude were named, 1 unhealthy with nobody to blame.
+well, 1 if not. `judge`: 0 healthy, 1 the same is wrong with all nodes, 3 nodes to exclude were
+named, 5 something is wrong between nodes, and it cannot be told whose fault it is.
 """
 
 import os

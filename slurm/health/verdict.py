@@ -10,7 +10,8 @@ from typing import Any
 
 from health.report import preflight_folder
 
-HEALTHY, GUILTY, NOBODY_TO_BLAME = 0, 3, 1
+# Exit codes. Alike: the same is wrong with all nodes, so that it is no node's fault.
+HEALTHY, ALL_ALIKE, GUILTY, SUSPECT = 0, 1, 3, 5
 # What lies on a node itself. With a single node there is none to compare with, and only these are
 # its own fault; a data set that is missing there would be missing on the next one, too.
 OF_THE_NODE = ("scratch", "memory", "gpus", "all-reduce", "bandwidth")
@@ -37,6 +38,8 @@ class Finding:
     check: str
     problem: str
     guilty: bool
+    # Whether all nodes have it, each by itself: the job's fault then, or the site's.
+    is_common: bool = False
 
 
 def judge(environment: Mapping[str, str]) -> int:
@@ -58,9 +61,16 @@ def judge(environment: Mapping[str, str]) -> int:
     reports = [read_report(folder / f"node-{rank}.json") for rank in range(num_nodes)]
     findings = find(names, reports)
     guilty = [name for name in names if any(f.guilty and f.node == name for f in findings)]
+    with_findings = [name for name in names if any(f.node == name for f in findings)]
+    suspects = [] if guilty or any(f.is_common for f in findings) else with_findings
     problems = _lines(findings, num_nodes)
     folder.mkdir(parents=True, exist_ok=True)
-    verdict = {"healthy": not findings, "guilty": guilty, "problems": problems}
+    verdict = {
+        "healthy": not findings,
+        "guilty": guilty,
+        "suspects": suspects,
+        "problems": problems,
+    }
     temporary = folder / ".verdict.json.new"
     temporary.write_text(json.dumps(verdict, indent=2) + "\n")
     temporary.replace(folder / "verdict.json")
@@ -70,7 +80,9 @@ def judge(environment: Mapping[str, str]) -> int:
         return HEALTHY
     for problem in problems:
         print(f"preflight: {problem}")
-    return GUILTY if guilty else NOBODY_TO_BLAME
+    if guilty:
+        return GUILTY
+    return SUSPECT if suspects else ALL_ALIKE
 
 
 def read_report(file: Path) -> dict[str, Any] | str | None:
@@ -142,7 +154,17 @@ def _without_common_faults(findings: list[Finding], num_nodes: int, num_read: in
         all_of_them = num_nodes if compared else num_read
         return blamed[finding.check] >= all_of_them
 
-    return [Finding(f.node, f.check, f.problem, f.guilty and not common(f)) for f in findings]
+    return [
+        Finding(
+            f.node,
+            f.check,
+            f.problem,
+            guilty=f.guilty and not common(f),
+            # What is between nodes, or was not said at all, need not be the same with others.
+            is_common=common(f) and f.check not in (*WITH_OTHERS, *OF_THE_JUDGE),
+        )
+        for f in findings
+    ]
 
 
 def _lines(findings: list[Finding], num_nodes: int) -> list[str]:

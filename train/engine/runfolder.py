@@ -15,9 +15,15 @@ from typing import Any
 from train.engine.durable import write_atomically
 from train.engine.errors import UserError
 
+# A file server keeps the lock of a node that died until its lease ends: NFSv4, 90 s by default.
+LEASE_S = 120
+
 
 def lock(folder: Path) -> int:
     """Take the run folder for this process; the kernel gives it back when the process dies.
+
+    In a step of Slurm's a lock that is held is waited for: the attempt that held it is over, and
+    its node may be gone.
 
     Returns the file descriptor that holds the lock.
 
@@ -28,8 +34,10 @@ def lock(folder: Path) -> int:
         descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    ends = time.monotonic() + (LEASE_S if "SLUICE_STEP" in os.environ else 0)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _try_to_lock(descriptor, is_last=time.monotonic() >= ends):
+            time.sleep(1)
     except OSError as error:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
@@ -46,6 +54,17 @@ def lock(folder: Path) -> int:
         descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0
     )
     return descriptor
+
+
+def _try_to_lock(descriptor: int, *, is_last: bool) -> bool:
+    """Return whether the lock is taken; where another has it, raise the last time."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if is_last or error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
 
 
 def attempt_folder(folder: Path) -> Path:

@@ -148,6 +148,10 @@ def test_a_signal_that_came_too_early_is_no_failure(job: Job) -> None:
     job.begin()
     assert job.end(138, "--asked", "USR1") == ["requeue"]
     assert job.outcome(1)["outcome"] == "stopped"
+    # Slurm sends TERM to the processes alone when it preempts a job.
+    job.begin()
+    assert job.end(143) == ["requeue"]
+    assert job.outcome(2)["outcome"] == "stopped"
 
 
 def test_where_slurm_cannot_be_asked_the_job_is_queued_again(job: Job) -> None:
@@ -175,6 +179,18 @@ def test_an_unfit_allocation_is_left_without_its_bad_nodes(job: Job) -> None:
         assert job.end(3, "--preflight")[0] == "requeue"
     job.begin()
     assert job.end(3, "--preflight")[0] == "stop", "but it ends at max_restarts"
+
+
+def test_where_it_cannot_be_told_which_node_it_is_all_are_left_out_and_it_is_tried_once_more(
+    job: Job,
+) -> None:
+    verdict = {"healthy": False, "guilty": [], "suspects": ["node1", "node2"], "problems": ["slow"]}
+    for decision in (["requeue", "node1,node2"], ["stop", "node1,node2"]):
+        job.begin()
+        (job.newest() / "preflight").mkdir()
+        (job.newest() / "preflight/verdict.json").write_text(json.dumps(verdict))
+        assert job.end(5, "--preflight") == decision
+    assert job.outcome(2)["why"] == "2 attempts in a row made no progress (step 0)"
 
 
 def test_where_no_node_is_to_blame_another_allocation_would_not_help(job: Job) -> None:

@@ -100,6 +100,11 @@ class Allocation:
         guilty: list[str] = verdict["guilty"]
         return guilty
 
+    def suspects(self) -> list[str]:
+        verdict = json.loads((self.results / "verdict.json").read_text())
+        suspects: list[str] = verdict["suspects"]
+        return suspects
+
     def report(self, rank: int) -> dict[str, Any]:
         report = read_report(self.results / f"node-{rank}.json")
         assert isinstance(report, dict)
@@ -155,6 +160,23 @@ def test_what_is_missing_on_all_nodes_is_nobodys_fault(tmp_path: Path) -> None:
     assert lines[0] == f"all 2 nodes: datasets {tmp_path}/datasets/text: is missing"
     assert lines[1].startswith("all 2 nodes: all-reduce ")
     assert "GB/s, at least 10000.00 GB/s wanted; slow links: node1-node2 " in lines[1]
+    assert allocation.suspects() == []
+
+
+def test_between_two_nodes_both_are_suspects(tmp_path: Path) -> None:
+    allocation = Allocation(tmp_path, 2)
+    for rank in range(2):
+        allocation.start(rank, floor_bytes_per_second=1e13)
+    assert allocation.codes() == [1, 1]
+    assert allocation.judge()[0] == 5
+    assert (allocation.guilty(), allocation.suspects()) == ([], ["node1", "node2"])
+
+
+def test_where_no_node_said_anything_all_are_suspects(tmp_path: Path) -> None:
+    allocation = Allocation(tmp_path, 2)
+    code, lines = allocation.judge()
+    assert lines == ["all 2 nodes: did not start: it left nothing in the run folder"]
+    assert (code, allocation.guilty(), allocation.suspects()) == (5, [], ["node1", "node2"])
 
 
 def test_a_node_that_hangs_and_one_that_never_starts_are_guilty(tmp_path: Path) -> None:

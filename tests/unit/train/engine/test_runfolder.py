@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CHECKOUT
+from train.engine import runfolder
 from train.engine.errors import UserError
 from train.engine.runfolder import attempt_folder, lock, write_outcome
 
@@ -59,6 +61,19 @@ def test_the_lock_is_free_again_when_its_holder_is_killed(
     holder.kill()
     holder.wait()
     os.close(lock(tmp_path))
+
+
+def test_in_a_step_of_slurms_it_waits_for_the_lock_of_an_attempt_that_is_over(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_STEP", "1")
+    threading.Timer(0.5, holder.kill).start()
+    os.close(lock(tmp_path))
+    monkeypatch.setattr(runfolder, "LEASE_S", 0)
+    held = lock(tmp_path)
+    with pytest.raises(UserError, match="another run works on it"):
+        lock(tmp_path)
+    os.close(held)
 
 
 def test_nothing_is_left_of_what_an_earlier_holder_said(tmp_path: Path) -> None:
