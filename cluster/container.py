@@ -164,6 +164,7 @@ def variables(runtime: Runtime, binds: Iterable[str] = ()) -> dict[str, str]:
         return {"SLUICE_PYTHON": sys.executable, "SLUICE_IMAGE": ""}
     return {
         "SLUICE_IMAGE": str(runtime.image.path.absolute()),
+        "SLUICE_IMAGE_SHA256": runtime.image.sha256,
         "SLUICE_APPTAINER": runtime.apptainer,
         "SLUICE_BINDS": "\n".join(binds),
     }

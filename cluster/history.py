@@ -7,6 +7,7 @@ unknown and is never an error.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -102,7 +103,9 @@ def has_damaged_end(folder: Path) -> bool:
 def job_of(folder: Path, job_id: int, queue: Mapping[int, QueuedJob]) -> QueuedJob | None:
     """Return the run's job, if it is in the queue: a new cluster counts its jobs from 1 again."""
     job = queue.get(job_id)
-    return job if job is not None and job.folder == str(folder) else None
+    # The same folder may have been named by another path, over a link.
+    same = job is not None and Path(job.folder).resolve() == folder.resolve()
+    return job if same else None
 
 
 def attempt_numbers(folder: Path) -> list[int]:
@@ -117,12 +120,15 @@ def attempt_numbers(folder: Path) -> list[int]:
 def attempt(folder: Path, number: int) -> Attempt:
     """Return what is known of an attempt."""
     path = folder / "attempts" / str(number)
-    return Attempt(
-        number=number,
-        folder=path,
-        slurm=_file(path / "slurm.json"),
-        outcome=_file(path / "outcome.json"),
+    try:
+        # Listed, not just opened: an NFS client would go on to believe that a file is not there.
+        names = set(os.listdir(path))  # noqa: PTH208 names are all that is wanted
+    except OSError:
+        names = set()
+    slurm, outcome = (
+        _file(path / name) if name in names else None for name in ("slurm.json", "outcome.json")
     )
+    return Attempt(number=number, folder=path, slurm=slurm, outcome=outcome)
 
 
 def attempts(folder: Path) -> list[Attempt]:

@@ -17,6 +17,8 @@ SILENT_POLL_S = 30.0
 # The last words of a job reach a shared file system some seconds after Slurm says that it is over;
 # and an attempt's folder some seconds before its record.
 GRACE_S = 10.0
+# NFS shows a new file half a minute late where the folder was looked at before.
+LAST_WORD_GRACE_S = 45.0
 # How the lines of batch.log begin that are written before the processes start.
 BEFORE_TRAINING = (b"attempt ", b"preflight")
 EXIT_CODES = {"finished": 0, "stopped": 75}
@@ -92,7 +94,7 @@ class Queue:
             self._over_since = None
         elif self._over_since is None:
             # What Slurm forgot ended minutes ago.
-            self._over_since = -GRACE_S if first and self.job is None else now
+            self._over_since = -LAST_WORD_GRACE_S if first and self.job is None else now
         return True
 
     @property
@@ -106,7 +108,10 @@ class Queue:
         if self._over_since is None:
             return self._said_silent and history.is_final(self.last, made)
         waited_s = time.monotonic() - self._over_since
-        return waited_s >= GRACE_S or history.is_settled(self.last, made)
+        own = [attempt for attempt in made if attempt.is_of(self.last.job_id)]
+        is_owing = bool(own) and own[-1].outcome is None
+        grace_s = LAST_WORD_GRACE_S if is_owing else GRACE_S
+        return waited_s >= grace_s or history.is_settled(self.last, made)
 
     def _look(self) -> slurm.QueuedJob | None:
         queue = slurm.of(site.load()).jobs([self.last.job_id])

@@ -11,7 +11,9 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ NOT_CODE = {
     "site.toml",
 }
 NOT_CODE |= {"__pycache__"}
+# What must not lie in a run folder, which others may read; unless it is committed.
+SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"]
+SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
 # A file that git does not know is code up to this size, and data above it.
 MAX_UNTRACKED_BYTES = 1_000_000
 
@@ -213,7 +218,7 @@ def _git_state() -> tuple[list[Path], str | None, bytes]:
     if not tracked:
         # A tarball that was unpacked inside some other repository.
         return _code_below(Path()), None, b""
-    return tracked + _small(untracked), commit, diff
+    return tracked + _harmless(untracked), commit, diff
 
 
 def _code_below(folder: Path) -> list[Path]:
@@ -226,8 +231,20 @@ def _code_below(folder: Path) -> list[Path]:
             files += _code_below(entry)
         elif entry.is_file():
             files.append(entry)
-    return _small(files)
+    return _harmless(files)
 
 
-def _small(files: list[Path]) -> list[Path]:
-    return [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
+def _harmless(files: list[Path]) -> list[Path]:
+    """Return those that are no data and no secrets."""
+    left_out = [file for file in files if _is_secret(file)]
+    if left_out:
+        names = ", ".join(map(str, left_out))
+        print(f"note: not copied to the run, as it looks like a secret: {names}", file=sys.stderr)
+    small = [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
+    return [file for file in small if file not in left_out]
+
+
+def _is_secret(file: Path) -> bool:
+    sites = os.environ.get("SLUICE_SITE")
+    is_site = bool(sites) and Path(str(sites)).absolute() == file.absolute()
+    return is_site or any(fnmatch(file.name, pattern) for pattern in SECRETS)

@@ -33,6 +33,10 @@ class ControllerUnreachable(SlurmError):
     """Nothing answers at the controller's address; it may come back."""
 
 
+class NoAnswer(ControllerUnreachable):
+    """The command was sent and not answered: whether it was carried out is unknown."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QueuedJob:
     """What squeue says of a job."""
@@ -64,6 +68,8 @@ class Partition:
     allowed_accounts: list[str] | None
     allowed_qos: list[str] | None
     """None: all."""
+    qos: str
+    """Its own QOS, whose limits hold for every job in it; empty without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ class Slurm:
         except FileNotFoundError:
             raise SlurmError(f"{command[0]} is not on the PATH") from None
         except subprocess.TimeoutExpired:
-            raise ControllerUnreachable(
+            raise NoAnswer(
                 f"{command[0]} had no answer for {TIMEOUT_S} s; `scontrol ping` asks the controller"
             ) from None
         if done.returncode == 0:
@@ -107,7 +113,8 @@ class Slurm:
         lines = [line.strip() for line in words if line.strip()]
         said = lines[-1] if lines else f"exit code {done.returncode}"
         if any(mark in line.lower() for mark in UNREACHABLE for line in lines):
-            raise ControllerUnreachable(
+            kind = NoAnswer if "timed out" in said.lower() else ControllerUnreachable
+            raise kind(
                 f"the Slurm controller does not answer ({said}); try again, `scontrol ping` tells "
                 "when it is back"
             )
@@ -168,6 +175,7 @@ class Slurm:
             max_time=shown.get("MaxTime", "UNLIMITED"),
             allowed_accounts=names("AllowAccounts"),
             allowed_qos=names("AllowQos"),
+            qos=next(iter(names("QoS") or []), ""),
         )
 
     def partitions(self) -> list[str]:

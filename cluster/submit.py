@@ -5,6 +5,7 @@ python -m cluster.submit --job tinyllama --accel zero2 --nodes 2 -- --max_steps 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -73,23 +74,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plan", default="", help="1: check, say what would be queued, and stop")
     options = parser.parse_args(own)
     if options.plan not in ("", "0", "1"):
-        raise UserError(f"PLAN={options.plan}: is not 1")
+        raise UserError(f"PLAN={options.plan}: is not 0 or 1")
+    if options.run and options.name:
+        raise UserError(f"NAME={options.name}: is for a new run; {options.run} has its name")
     site = sites.load()
     queue = slurm.of(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
-    make = plan_continued if options.run else plan_new
-    found = make(queue, site, sizes, options, script_arguments)
-    if isinstance(found, int):
-        return found
+    resolve_plan = plan_continued if options.run else plan_new
+    plan = resolve_plan(queue, site, sizes, options, script_arguments)
+    if isinstance(plan, int):
+        return plan
     if options.plan == "1":
-        say_plan(found, site)
+        say_plan(plan, site)
         return 0
-    job_id = submit(queue, found)
-    name = history.name_of(found.folder)
-    print(f"run folder {resolve.short(found.folder)} ({found.runtime}), job {job_id}")
-    for remark in found.remarks:
+    job_id = submit(queue, plan)
+    name = history.name_of(plan.folder)
+    print(f"run folder {resolve.short(plan.folder)} ({plan.runtime}), job {job_id}")
+    for remark in plan.remarks:
         print(f"note: {remark}")
-    print(f"expected start: {found.expected_start}")
+    print(f"expected start: {plan.expected_start}")
     print(f"follow it with: make logs RUN={name}")
     return 0
 
@@ -113,11 +116,14 @@ def plan_new(
         sizes,
         asked={"num_nodes": job.resources.nodes, **asdict(job.resources)},
         origin=f"{job.path}: resources.gpus_per_node",
-        on_cpu="--dry_run" in script_arguments,
+        on_cpu=_is_dry_run(script_arguments),
     )
     words = ["make", "submit", f"JOB={job.name}", f"ACCEL={accel}", f"NODES={wanted.num_nodes}"]
     words += [f"GPUS={wanted.gpus_per_node}", f"NPROC={wanted.processes_per_node}"]
     words += [f"TIME={wanted.time}", f"ARGS={shlex.join(script_arguments)}"]
+    for variable in ("name", "runtime", "image"):
+        if given := getattr(options, variable):
+            words.append(f"{variable.upper()}={given}")
     record: dict[str, Any] = {
         "job": job.name,
         "module": job.module,
@@ -127,6 +133,18 @@ def plan_new(
     }
     settings = ["--config", str(job.path), *script_arguments]
     return _plan(queue, site, options, wanted, accel, folder, record, settings, is_new=True)
+
+
+def _is_dry_run(script_arguments: list[str]) -> bool:
+    """Return whether it is a dry run, for which other sizes are asked.
+
+    Raises:
+        UserError: it says so in a way that only the script would understand.
+    """
+    for word, value in itertools.pairwise([*script_arguments, ""]):
+        if word.startswith("--dry_run=") or (word == "--dry_run" and value in ("true", "false")):
+            raise UserError("ARGS: write --dry_run without a value, or leave it out")
+    return "--dry_run" in script_arguments
 
 
 def plan_continued(
@@ -204,7 +222,7 @@ def _plan(
     batch_script = str((Path.cwd() / "slurm/train.sbatch") if is_new else folder / BATCH_SCRIPT)
     options_of_sbatch = request.sbatch(site, wanted, name=name, folder=folder)
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
-    # The run's folder is not there yet, so that sbatch is asked about a job in this one.
+    # The run's folder is not there yet: `sbatch --test-only` is asked about a job in this one.
     trial = request.sbatch(site, wanted, name=name, folder=Path.cwd())
     return Plan(
         folder=folder,
@@ -215,7 +233,9 @@ def _plan(
         runtime=runtime,
         command=[*options_of_sbatch, str(folder / BATCH_SCRIPT)],
         environment=passed
-        | _variables(site, wanted, runtime, folder, accel, record, yaml.safe_load(config)),
+        | _variables(site, wanted, runtime, folder, accel, record, yaml.safe_load(config))
+        # For another question of that kind, by the job itself.
+        | {"SLUICE_SBATCH_OPTIONS": "\n".join(trial[1:])},
         remarks=remarks,
         expected_start=queue.expected_start([*trial, batch_script], passed),
         is_new=is_new,
@@ -282,7 +302,7 @@ def _variables(
 def _site_bind(site: sites.Site, text: str) -> str:
     parts = text.split(":")
     mode = parts.pop() if parts[-1] in ("ro", "rw") else "ro"
-    if len(parts) > 2 or not all(part.startswith("/") for part in parts):
+    if len(parts) not in (1, 2) or not all(part.startswith("/") for part in parts):
         raise UserError(
             f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro, paths from the root"
         )
@@ -302,8 +322,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
         UserError: the folder cannot be written, or Slurm refuses the job.
     """
     wanted = plan.request
-    settings = plan.folder / "config.yaml"
-    began_with = "" if plan.is_new else settings.read_text(encoding="utf-8")
+    settings, began_with = plan.folder / "config.yaml", ""
     if plan.is_new:
         record = plan.record | {
             "accel": plan.accel,
@@ -312,18 +331,26 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
             **plan.runtime.record(),
         }
         runs.create(plan.folder, config=plan.config, record=record)
-    else:
-        settings.write_text(plan.config, encoding="utf-8")
-    (plan.folder / "cancel.json").unlink(missing_ok=True)
+    try:
+        if not plan.is_new:
+            began_with = settings.read_text(encoding="utf-8")
+            _replace(settings, plan.config)
+        (plan.folder / "cancel.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be written: {error.strerror}; nothing was queued"
+        ) from None
     try:
         answer = queue.call(*plan.command, environment=plan.environment)
+    except slurm.NoAnswer as error:
+        raise _unclear(plan, str(error)) from None
+    except KeyboardInterrupt:
+        raise _unclear(plan, "interrupted before it answered") from None
     except slurm.SlurmError as error:
-        if "timed out" in str(error) or "no answer" in str(error):
-            raise _unclear(plan, str(error)) from None
         if plan.is_new:
             shutil.rmtree(plan.folder)
         else:
-            settings.write_text(began_with, encoding="utf-8")
+            _replace(settings, began_with)
         raise UserError(f"sbatch: {error}; nothing was queued") from None
     # ID, or ID;CLUSTER where a site has several; a site's own words may come first.
     found = re.search(r"^(\d+)(;\S*)?$", answer, re.MULTILINE)
@@ -351,6 +378,13 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
             f"recorded; end it with scancel {job_id}, make room, and submit again"
         ) from None
     return job_id
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file anew; on a full disk the old one stays."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
 
 
 def _unclear(plan: Plan, why: str) -> UserError:

@@ -140,6 +140,8 @@ def test_a_runs_folder_that_cannot_be_written(situation: Situation, is_file: boo
         (["ACCEL=zero4", "ARGS=--dry_run"], "ACCEL=zero4: there is no"),
         (["ARGS=--dry_run --optimizer.lr_rate 1"], "did you mean 'optimizer.lr'"),
         (["RUN=nothing"], "RUN=nothing: there is no such run"),
+        (["RUN=nothing", "NAME=new"], "NAME=new: is for a new run"),
+        (["ARGS=--dry_run true"], "write --dry_run without a value"),
     ],
 )
 def test_what_the_command_line_asks_for_in_vain(
@@ -160,6 +162,7 @@ def test_what_the_command_line_asks_for_in_vain(
         (('"gpu"', '"gpu"\nqos = "golden"'), "slurm.qos 'golden' is not one of yours"),
         (("cpus_per_node = 4\n", ""), "site.toml: slurm.cpus_per_node is missing"),
         (("save_s", "safe_s"), "'slurm.safe_s' is not a setting; did you mean 'save_s'"),
+        (('"cpu"', '"cpu"\nbinds = ["ro"]'), "container.binds: 'ro' is not SOURCE:TARGET:ro"),
     ],
 )
 def test_a_site_that_is_not_as_it_says(
@@ -176,6 +179,36 @@ def test_limits_of_a_partition_and_of_a_qos(situation: Situation) -> None:
     assert "partition short gives a job at most 1" in said
     situation.site(lambda text: text.replace('"gpu"', '"gpu"\nqos = "short"'))
     assert "QOS short allows at most 00:10:00" in situation.refusal("TIME=11", "ARGS=--dry_run")
+
+
+def test_what_one_job_may_have_of_a_qos_chosen_or_not(situation: Situation) -> None:
+    def limit(*words: str) -> None:
+        situation.desk.cluster.output("sacctmgr", "--immediate", "modify", "qos", *words)
+
+    try:
+        # The one that jobs have which name none.
+        limit("normal", "set", "MaxTRESPerJob=node=1,gres/gpu=1")
+        said = situation.refusal("NODES=2", "ARGS=--dry_run")
+        assert "NODES=2: QOS normal allows a job at most 1 nodes" in said
+        said = situation.refusal("NODES=1", "GPUS=2", "ARGS=--dry_run")
+        assert "GPUS=2: QOS normal allows a job at most 1 GPUs, and this one asks for 2" in said
+        limit("normal", "set", "MaxTRESPerJob=node=-1,gres/gpu=-1", "MaxWall=20")
+        said = situation.refusal("TIME=21", "ARGS=--dry_run")
+        assert "TIME=21: QOS normal allows at most 00:20:00" in said
+    finally:
+        limit("normal", "set", "MaxTRESPerJob=node=-1,gres/gpu=-1", "MaxWall=-1")
+    # A QOS goes before the association; only what none of them says is left to the next.
+    who = ("user", "where", "name=root", "account=research")
+    if not IS_ROOT:
+        who = ("user", "where", "account=research")
+    modify = ("sacctmgr", "--immediate", "modify", *who, "set")
+    try:
+        situation.desk.cluster.output(*modify, "MaxTRESPerJob=node=1", "MaxWall=5")
+        situation.site(lambda text: text.replace('"gpu"', '"gpu"\nqos = "short"'))
+        said = situation.refusal("NODES=2", "TIME=9", "ARGS=--dry_run")
+        assert "NODES=2: account research allows a job at most 1 nodes" in said
+    finally:
+        situation.desk.cluster.output(*modify, "MaxTRESPerJob=node=-1", "MaxWall=-1")
 
 
 def test_what_slurm_itself_refuses_leaves_nothing(situation: Situation) -> None:
@@ -203,15 +236,17 @@ def test_a_controller_that_does_not_answer(situation: Situation) -> None:
             shutil.copy(here / name, conf.parent)
     before = situation.runs()
     environment = situation.desk.environment | {"SLURM_CONF": str(conf)}
-    done = situation.desk.cluster.run(
-        *("env", f"SLURM_CONF={conf}", "make", "submit", "ARGS=--dry_run"),
-        cwd=situation.desk.checkout,
-        environment=environment,
-        timeout=200,
-    )
-    assert done.returncode == 2
-    assert "error: the Slurm controller does not answer" in done.stderr
-    assert situation.runs() == before
+    for more in (["PLAN=1"], []):
+        done = situation.desk.cluster.run(
+            *("env", f"SLURM_CONF={conf}", "make", "submit", "ARGS=--dry_run", *more),
+            cwd=situation.desk.checkout,
+            environment=environment,
+            timeout=200,
+        )
+        assert done.returncode == 2
+        said, _ = done.stderr.splitlines()
+        assert said.startswith("error: the Slurm controller does not answer")
+        assert situation.runs() == before
 
 
 def test_without_a_cluster_it_says_how_to_get_one(desk: Desk, tmp_path: Path) -> None:

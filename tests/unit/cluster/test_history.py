@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +39,16 @@ def queued(state: str, job_id: int = 7) -> QueuedJob:
         start="",
         time_left="",
     )
+
+
+def test_a_runs_job_is_its_own_by_whichever_path_the_run_is_named(tmp_path: Path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    job = replace(queued("RUNNING"), folder=str(folder))
+    for name in (folder, link, tmp_path / "run/../run"):
+        assert history.job_of(name, 7, {7: job}) == job
+    assert history.job_of(tmp_path / "other", 7, {7: job}) is None
 
 
 @given(jobs=files, metrics=files, config=files, slurm=cut, outcome=cut, state=st.text())

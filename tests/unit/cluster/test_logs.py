@@ -29,6 +29,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     monkeypatch.setattr(logs, "QUEUE_POLL_S", 0.04)
     monkeypatch.setattr(logs, "SILENT_POLL_S", 0.04)
     monkeypatch.setattr(logs, "GRACE_S", 0.4)
+    monkeypatch.setattr(logs, "LAST_WORD_GRACE_S", 0.8)
     return FakeSlurm(tmp_path, monkeypatch)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import runs
+from cluster import runs, site
 from cluster.errors import UserError
 
 RECORD = {"job": "rag", "module": "train.labs.rag", "accel": "ddp", "num_processes": 2}
@@ -110,6 +110,35 @@ def test_with_git_the_code_is_what_is_tracked_or_new_with_the_edits(
     diff = (folder / "code.diff").read_bytes()
     assert b"+edited" in diff
     assert record["git_diff_sha256"] == hashlib.sha256(diff).hexdigest()
+
+
+@pytest.mark.needs("git")
+@pytest.mark.parametrize("with_git", [True, False])
+def test_what_looks_like_a_secret_is_not_copied_and_said(
+    checkout: Path,
+    git: Git,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    with_git: bool,
+) -> None:
+    if with_git:
+        git("init")
+        git("add", ".")
+        git("commit", "-m", "x")
+    monkeypatch.setenv("SLUICE_SITE", "my.toml")
+    (checkout / "my.toml").write_text(sites_text := "[slurm]")
+    names = {".env", "deploy.key", "hf_token.txt", "my.toml", "site-lab.toml"}
+    for name in names:
+        (checkout / name).write_text(sites_text)
+    (checkout / "tokenizer.py").touch()
+    monkeypatch.setattr(site, "folder", Path)
+    copied = code(create())
+    assert not copied & names
+    assert "tokenizer.py" in copied
+    said = capsys.readouterr().err
+    assert said.startswith("note: not copied to the run, as it looks like a secret: ")
+    assert all(name in said for name in names)
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.needs("git")
