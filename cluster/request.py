@@ -9,7 +9,11 @@ from typing import Any
 
 from cluster import slurm
 from cluster.errors import UserError
+from cluster.reasons import duration
 from cluster.site import Site
+
+# How much earlier than asked for Slurm may send the signal before the limit: man sbatch, --signal.
+SIGNAL_EARLY_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +156,12 @@ def _time(site: Site, time: str) -> str:
             f"TIME={time}: is not a time limit; write minutes, hours:minutes:seconds or "
             "days-hours:minutes:seconds"
         ) from None
-    if limit is not None and limit < 2 * site.slurm.save_s:
+    least = max(2 * site.slurm.save_s, site.slurm.save_s + SIGNAL_EARLY_S)
+    if limit is not None and limit < least:
         where = site.source or "the private cluster"
         raise UserError(
             f"TIME={time}: leaves no time to train, because the job begins to save "
-            f"{site.slurm.save_s} s before ({where}: slurm.save_s); give twice that or more"
+            f"{site.slurm.save_s} s before ({where}: slurm.save_s), and Slurm may tell it up to "
+            f"{SIGNAL_EARLY_S} s early; give {duration(least)} or more"
         )
     return time

@@ -72,11 +72,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Those of a folder share a cluster, or an account that builds; one worker takes them all.
+    # Those that share a cluster, or an account that builds, are for one worker.
     for item in items:
         folder = item.path.parent.name
         if folder in ("cluster", "image"):
-            item.add_marker(pytest.mark.xdist_group(folder))
+            has_desk = "desk" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(f"{folder}-desk" if has_desk else folder))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -135,7 +135,7 @@ def test_a_runs_folder_that_cannot_be_written(situation: Situation, is_file: boo
         ),
         (["NODES=3", "ARGS=--dry_run"], "NODES=3: partition gpu has 2"),
         (["TIME=1-00:00:01", "ARGS=--dry_run"], "partition gpu allows at most 1-00:00:00"),
-        (["TIME=0:39", "ARGS=--dry_run"], "leaves no time to train"),
+        (["TIME=1:19", "ARGS=--dry_run"], "leaves no time to train"),
         (["JOB=tinylama"], "did you mean 'tinyllama'"),
         (["ACCEL=zero4", "ARGS=--dry_run"], "ACCEL=zero4: there is no"),
         (["ARGS=--dry_run --optimizer.lr_rate 1"], "did you mean 'optimizer.lr'"),

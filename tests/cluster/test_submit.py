@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,17 +22,30 @@ pytestmark = [
     pytest.mark.distributed,
 ]
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-# Some fifteen seconds of training: more than one attempt under a limit of a minute.
-LONG = (
-    "--dry_run --max_steps 900 --evaluation.every_steps 300 --checkpoint.every_steps 100 "
-    "--log_every_steps 50 --export false"
-)
+LONG = "--dry_run --max_steps 400 --evaluation.every_steps 100 --log_every_steps 50 --export false"
 
 
 @pytest.fixture(scope="module")
 def limited(desk: Desk) -> Run:
-    """A job that needs more time than its limit; first, because it takes longest."""
-    return desk.submit("NODES=2", "TIME=1", "NAME=limited", f"ARGS={LONG}")
+    """A job that is not done when its time limit nears: on a fast machine, too, as it pauses.
+
+    First, because it takes longest; it goes on while other tests run.
+    """
+    arguments = f"{LONG} --checkpoint.every_steps 50"
+    run = desk.submit("NODES=2", "TIME=2", "NAME=limited", f"ARGS={arguments}")
+    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
+    paused = [pid_of_rank(rank, run) for rank in (0, 1)]
+    for pid in paused:
+        os.kill(pid, signal.SIGSTOP)
+
+    def go_on() -> None:
+        while "USR1: the processes are asked" not in run.logs():
+            time.sleep(0.2)
+        for pid in paused:
+            os.kill(pid, signal.SIGCONT)
+
+    threading.Thread(target=go_on, daemon=True).start()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +130,7 @@ def test_a_job_goes_on_after_its_time_limit_until_it_is_done(desk: Desk, limited
     run = desk.wait(limited, timeout=400)
     outcomes = run.outcomes()
     assert len(outcomes) > 1, run.logs()
+    assert outcomes[0]["step"] >= 50
     assert [outcome["outcome"] for outcome in outcomes[:-1]] == ["stopped"] * (len(outcomes) - 1)
     assert [outcome["next"] for outcome in outcomes[:-1]] == ["requeue"] * (len(outcomes) - 1)
     assert outcomes[-1]["outcome"] == "finished"
@@ -284,8 +300,10 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     expected = desk.on_one_machine("ddp", *arguments.split()).curve()
     run = desk.submit("NODES=2", f"ARGS={arguments}")
     desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
-    os.kill(pid_of_rank(1), signal.SIGKILL)
+    os.kill(pid_of_rank(1, run), signal.SIGKILL)
     desk.wait_until((run.folder / "attempts/2/node-0.log").exists, run)
+    # Nobody needs it while the job runs.
+    desk.cluster.drill("restart", "controller")
     desk.wait_until((run.folder / "checkpoints/step-00000250").exists, run)
     desk.cluster.drill("power-off", "node2")
     desk.cluster.wait_for(run.job_id, "PENDING")
@@ -304,8 +322,28 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     assert run.curve() == expected
 
 
-def pid_of_rank(rank: int) -> int:
-    """Return the process of that rank, of the one job that runs on the cluster."""
+def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
+    arguments = "--dry_run --max_steps 200 --checkpoint.every_steps 50 --log_every_steps 50"
+    expected = desk.on_one_machine("ddp", *arguments.split()).curve()
+    run = desk.submit("NODES=2", f"ARGS={arguments}")
+    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
+    # What runs there goes on, and cannot know that it is alone.
+    desk.cluster.drill("cut", "node2")
+    desk.cluster.wait_for(run.job_id, "PENDING")
+    desk.cluster.drill("join", "node2")
+    desk.wait(run)
+    first, *unfit, last = run.outcomes()
+    assert [outcome["outcome"] for outcome in unfit] == ["unhealthy"] * len(unfit), run.logs()
+    assert first["outcome"] in ("lost", "failed", "stopped"), run.logs()
+    assert last["outcome"] == "finished"
+    assert run.slurm()[-1]["step"] >= 50
+    assert run.curve() == expected
+
+
+def pid_of_rank(rank: int, run: Run) -> int:
+    """Return the process of that rank in the newest attempt of a run on the cluster."""
+    port = run.slurm()[-1]["master"].rpartition(":")[2]
+    wanted = {f"RANK={rank}".encode(), f"MASTER_PORT={port}".encode(), b"SLUICE_STEP=1"}
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -313,8 +351,7 @@ def pid_of_rank(rank: int) -> int:
             variables = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        on_cluster = b"SLUICE_STEP=1" in variables
-        if on_cluster and b"train.tinyllama" in words and f"RANK={rank}".encode() in variables:
+        if b"train.tinyllama" in words and wanted <= set(variables):
             found.append(int(path.name))
     (pid,) = found
     return pid

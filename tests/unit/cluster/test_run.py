@@ -396,6 +396,8 @@ def test_an_interrupted_fetch_says_nothing(checkout: Checkout) -> None:
         silent.settimeout(30)
         connection, _ = silent.accept()
         with connection:
+            connection.settimeout(30)
+            assert connection.recv(1)
             os.killpg(process.pid, signal.SIGINT)
             assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == 130

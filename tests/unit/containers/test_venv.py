@@ -471,7 +471,7 @@ def slow_tool(folder: Path, name: str, seconds: int) -> str:
 def interrupt(checkout: Checkout, folder: Path, blow: signal.Signals) -> tuple[int, str]:
     """Start an install, strike it between torch and the rest; return its status and words."""
     # awk runs for the disk check, and again at that point.
-    process = checkout.start(PATH=slow_tool(folder, "awk", 1))
+    process = checkout.start(PATH=slow_tool(folder, "awk", 4))
     assert process.stderr
     said = ""
     while "packages)" not in said:
