@@ -103,7 +103,7 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
     if not (folder / "outcome.json").exists():
         if preflight:
             kind, reason = "unhealthy", "the preflight found the allocation unfit"
-        elif code in (0, SAVED, *ENDED_BY_SIGNAL) or asked:
+        elif asked or code in (0, SAVED) or _was_ended(folder, code):
             kind, reason = "stopped", f"{asked or 'asked to stop'} before it could save"
         else:
             kind, reason = "failed", f"exit code {code}"
@@ -180,6 +180,11 @@ def newest_step(run: Path) -> int:
     names = [path.name for path in (run / "checkpoints").glob("step-*")]
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
     return max(steps, default=0)
+
+
+def _was_ended(folder: Path, code: int) -> bool:
+    """Return whether a signal ended all processes, and not a failure of one, which says so."""
+    return code in ENDED_BY_SIGNAL and not any(folder.glob("node-*.failed"))
 
 
 def _numbers(attempts: Path) -> list[int]:

@@ -57,6 +57,10 @@ if [[ $1 == train && -n ${SLUICE_COPY:-} ]]; then
 fi
 
 # ---- go ----
+# Only where it finds the real one: Apptainer takes the first of this name.
+for place in /usr/local/bin /usr/bin /bin; do
+  if [[ -x $place/squashfuse_ll ]]; then PATH=$PWD/slurm/shielded:$PATH; fi
+done
 case $1 in
 train)
   # In this process's place goes what runs the launcher: the one process to be signalled.
@@ -65,10 +69,6 @@ train)
     echo "$SLUICE_NODE_NAME: asked to save before it began"
     exit 0
   fi
-  # Only where it finds the real one: Apptainer takes the first of this name.
-  for place in /usr/local/bin /usr/bin /bin; do
-    if [[ -x $place/squashfuse_ll ]]; then PATH=$PWD/slurm/shielded:$PATH; fi
-  done
   exec slurm/node.sh --config "$SLUICE_RUN_FOLDER/config.yaml"
   ;;
 check)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.desk import SECRET, Desk, Run
+from tests.cluster.local import wait_until
 
 pytestmark = [
     pytest.mark.needs("slurm"),
@@ -230,8 +231,8 @@ def test_a_site_has_its_own_paths_binds_flags_and_network(desk: Desk, tmp_path: 
 
 
 def test_a_term_while_the_nodes_are_looked_at_is_no_fault_of_theirs(desk: Desk) -> None:
-    run = desk.submit("NODES=1", "ARGS=--dry_run")
-    desk.wait_until((run.folder / "attempts/1/preflight-0.log").exists, run)
+    run = desk.submit("NODES=2", "ARGS=--dry_run")
+    wait_until((run.folder / "attempts/1/preflight/node-0.json").exists, 60, "the preflight")
     # To the steps and not to the batch script, as Slurm has it when it preempts a job.
     desk.cluster.output("scancel", "--signal=TERM", run.job_id)
     desk.wait(run)

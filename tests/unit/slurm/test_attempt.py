@@ -152,6 +152,11 @@ def test_a_signal_that_came_too_early_is_no_failure(job: Job) -> None:
     job.begin()
     assert job.end(143) == ["requeue"]
     assert job.outcome(2)["outcome"] == "stopped"
+    # srun, too, where a process of another node failed, which then says so.
+    job.begin()
+    (job.newest() / "node-1.failed").write_text("137\n")
+    assert job.end(143) == ["requeue"]
+    assert job.outcome(3)["outcome"] == "failed"
 
 
 def test_where_slurm_cannot_be_asked_the_job_is_queued_again(job: Job) -> None:
