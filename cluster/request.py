@@ -123,7 +123,7 @@ def sbatch(site: Site, request: Request, *, name: str, folder: Path) -> list[str
     if request.memory_per_node_mb:
         command.append(f"--mem={request.memory_per_node_mb}M")
     command += [f"--time={request.time}", f"--signal=B:USR1@{site.slurm.save_s}"]
-    # --export=ALL: of a command that cluster/submit.py calls with few variables.
+    # --export=ALL: of a command that cluster/plan.py gives few variables.
     command += ["--requeue", "--open-mode=append", "--export=ALL"]
     command += [f"--chdir={folder}", f"--output={folder}/slurm-%j.log"]
     return [*command, *site.slurm.sbatch_flags]

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import CHECKOUT
 
 SQUEUE = """#!/bin/sh
 # At the end, however it ends: whoever waits for the question waits for its answer.
@@ -107,6 +111,28 @@ class FakeSlurm:
         for job_id in job_ids:
             submit(folder, job_id)
         return folder
+
+
+def start(command: str, name: str) -> subprocess.Popen[bytes]:
+    """Start `make logs` or `make cancel` of a run, in a session that can be interrupted."""
+    return subprocess.Popen(
+        # A shell's background jobs ignore Ctrl+C, and so may whatever started these tests.
+        [
+            "env",
+            "--default-signal=INT",
+            sys.executable,
+            "-m",
+            "cluster.jobs",
+            command,
+            "--run",
+            name,
+        ],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        bufsize=0,
+    )
 
 
 def submit(folder: Path, job_id: int, submitted: str = "2026-01-01T00:00:00+0000") -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +14,7 @@ import pytest
 from cluster import cancel
 from cluster.errors import UserError
 from cluster.jobs import main
-from tests.conftest import CHECKOUT
-from tests.fake_slurm import FakeSlurm, attempt, submit
+from tests.fake_slurm import FakeSlurm, attempt, start, submit
 
 NAME = "tinyllama/20260101-000000-abcdef"
 RUNNING = "12 RUNNING None node[1-2]"
@@ -234,27 +231,11 @@ def test_two_cancels_at_once_are_harmless(slurm: FakeSlurm) -> None:
 def test_ctrl_c_lets_the_request_stand(slurm: FakeSlurm) -> None:
     folder = slurm.run(NAME, 12)
     slurm.set_queue(RUNNING)
-    process = subprocess.Popen(
-        [
-            "env",
-            "--default-signal=INT",
-            sys.executable,
-            "-m",
-            "cluster.jobs",
-            "cancel",
-            "--run",
-            NAME,
-        ],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start("cancel", NAME)
     assert process.stdout is not None
-    assert process.stdout.readline() == "job 12 was asked to save and to end; it has 60 s\n"
+    assert process.stdout.readline() == b"job 12 was asked to save and to end; it has 60 s\n"
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (130, "")
-    assert "the request stands: make status" in out
+    assert (process.returncode, err) == (130, b"")
+    assert b"the request stands: make status" in out
     assert (folder / "cancel.json").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,7 @@ import pytest
 from cluster import logs
 from cluster.errors import UserError
 from cluster.jobs import main
-from tests.conftest import CHECKOUT
-from tests.fake_slurm import FakeSlurm, attempt, replace, submit
+from tests.fake_slurm import FakeSlurm, attempt, replace, start, submit
 
 NAME = "tinyllama/20260101-000000-abcdef"
 RUNNING = "12 RUNNING None node[1-2]"
@@ -368,25 +366,8 @@ def followers() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.communicate()
 
 
-def start(followers: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        # A shell's background jobs ignore Ctrl+C, and so may whatever started these tests.
-        [
-            "env",
-            "--default-signal=INT",
-            sys.executable,
-            "-m",
-            "cluster.jobs",
-            "logs",
-            "--run",
-            NAME,
-        ],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        bufsize=0,
-    )
+def follow_outside(followers: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    process = start("logs", NAME)
     followers.append(process)
     return process
 
@@ -397,7 +378,7 @@ def test_ctrl_c_detaches_and_leaves_the_job_alone(
     folder = slurm.run(NAME, 12)
     (attempt(folder, 1, 12) / "node-0.log").write_text("step 1\nstep 2")
     slurm.set_queue(RUNNING)
-    process = start(followers)
+    process = follow_outside(followers)
     assert process.stdout is not None
     while process.stdout.readline() != b"step 1\n":
         pass
@@ -417,7 +398,7 @@ def test_a_reader_that_left_ends_it_quietly(
     path = attempt(folder, 1, 12)
     (path / "node-0.log").write_text("step 1\n")
     slurm.set_queue(RUNNING)
-    process = start(followers)
+    process = follow_outside(followers)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
