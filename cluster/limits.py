@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from cluster import slurm
 from cluster.errors import UserError, did_you_mean
 from cluster.request import Request
 from cluster.site import Site
+
+# Options of sbatch that say whose limits hold.
+CHOOSES = ("--account", "-A", "--qos", "-q", "--partition", "-p")
 
 
 def check(queue: slurm.Slurm, site: Site, request: Request) -> list[str]:
@@ -26,8 +30,10 @@ def check(queue: slurm.Slurm, site: Site, request: Request) -> list[str]:
     enforced = set(config.get("AccountingStorageEnforce", "").lower().split(","))
     if not enforced & {"associations", "limits", "qos", "safe", "all"}:
         return ["this Slurm enforces no accounts: no limits of yours to check"]
+    if any(flag.startswith(CHOOSES) for flag in site.slurm.sbatch_flags):
+        return ["account and limits are not checked, because slurm.sbatch_flags chooses them"]
     try:
-        limits = _check_account(queue, site, config.get("ClusterName", ""), partition)
+        limits = _check_account(queue, site, config.get("ClusterName", ""), partition, enforced)
         if enforced & {"limits", "safe", "all"}:
             _check_limits(request, limits)
     except slurm.ControllerUnreachable:
@@ -76,7 +82,7 @@ def _check_partition(queue: slurm.Slurm, site: Site, request: Request) -> slurm.
 
 
 def _check_account(
-    queue: slurm.Slurm, site: Site, cluster: str, partition: slurm.Partition
+    queue: slurm.Slurm, site: Site, cluster: str, partition: slurm.Partition, enforced: set[str]
 ) -> list[Limit]:
     """Check that account and QOS may be used; return the limits that come, the strongest first.
 
@@ -99,13 +105,13 @@ def _check_account(
             f"{source}: slurm.account '{site.slurm.account}' is not one of yours: "
             f"{', '.join(accounts)}"
         )
-    account = site.slurm.account
+    account = site.slurm.account or os.environ.get("SBATCH_ACCOUNT", "")
     if not account and len(accounts) > 1:
         # What sbatch takes of several.
         ((account,),) = _accounting(queue, "user", f"name={user}", "format=defaultaccount")
     mine = [line for line in associations if account in ("", line[0])] or associations
     known = sorted({qos for line in mine for qos in line[2].split(",") if qos})
-    if site.slurm.qos and site.slurm.qos not in known:
+    if enforced & {"qos", "all"} and site.slurm.qos and site.slurm.qos not in known:
         raise UserError(
             f"{source}: slurm.qos '{site.slurm.qos}' is not one of yours: {', '.join(known)}"
         )

@@ -25,8 +25,6 @@ MAX_FAILED_WITHOUT_PROGRESS = 2
 MAX_WITHOUT_PROGRESS = 5
 BAD_INPUT = 2
 SAVED = 75
-# As a shell has it of a process that TERM or USR1 ended: before it could save.
-ENDED_BY_SIGNAL = (143, 138)
 # The exit codes of slurm/preflight.py where nodes are to blame, and where it cannot be told which.
 GUILTY_NODES = 3
 SUSPECT_NODES = 5
@@ -103,7 +101,7 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
     if not (folder / "outcome.json").exists():
         if preflight:
             kind, reason = "unhealthy", "the preflight found the allocation unfit"
-        elif asked or code in (0, SAVED) or _was_ended(folder, code):
+        elif asked or code in (0, SAVED):
             kind, reason = "stopped", f"{asked or 'asked to stop'} before it could save"
         else:
             kind, reason = "failed", f"exit code {code}"
@@ -118,7 +116,9 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
         _write(folder / "outcome.json", outcome)
     _annotate(folder, next_="stop" if decision == "cancel" else decision, why=why)
     print(f"{outcome['outcome']} at step {outcome['step']}: {why}", file=sys.stderr)
-    verdict = _read(folder / "preflight/verdict.json")
+    # Where the nodes were ended in the midst of it, the verdict means nothing.
+    is_verdict = outcome["outcome"] == "unhealthy"
+    verdict = _read(folder / "preflight/verdict.json") if is_verdict else {}
     print(decision, ",".join(verdict.get("guilty") or verdict.get("suspects") or []))
     return 0
 
@@ -180,11 +180,6 @@ def newest_step(run: Path) -> int:
     names = [path.name for path in (run / "checkpoints").glob("step-*")]
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)]
     return max(steps, default=0)
-
-
-def _was_ended(folder: Path, code: int) -> bool:
-    """Return whether a signal ended all processes, and not a failure of one, which says so."""
-    return code in ENDED_BY_SIGNAL and not any(folder.glob("node-*.failed"))
 
 
 def _numbers(attempts: Path) -> list[int]:

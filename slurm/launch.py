@@ -23,8 +23,6 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 SAVED = 75
-# As a shell has it of a process that TERM or USR1 ended.
-ENDED_BY_SIGNAL = (143, 138)
 EXIT_CODES = {"finished": 0, "stopped": SAVED}
 # How long the last words of a run may take after the processes of another node have ended.
 PATIENCE_S = 60
@@ -38,12 +36,6 @@ def main() -> int:
     if address := os.environ.get("SLUICE_MASTER_ADDR"):
         use_interface_towards(address)
     code = launch()
-    if "SLUICE_STEP" in os.environ and code not in (0, SAVED, *ENDED_BY_SIGNAL):
-        # srun ends the other nodes' processes by TERM then, and returns the largest of all codes:
-        # that of TERM, which would hide this one.
-        (_attempt_folder() / f"node-{os.environ['SLUICE_NODE_RANK']}.failed").write_text(
-            f"{code}\n"
-        )
     return 0 if code == SAVED and "SLUICE_STEP" in os.environ else code
 
 
@@ -59,24 +51,20 @@ def launch() -> int:
         ]
         # A process that a signal killed has a negative code; shells say 128 + signal.
         return telling[0] if telling else 128 - codes[0]
-    except SignalException as ended:
+    except SignalException:
         # The processes' codes are lost on this way; the attempt's outcome tells.
-        folder = _attempt_folder()
+        attempt = os.environ.get("SLUICE_ATTEMPT", "1")
+        folder = Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt
         outcome = folder / "outcome.json"
         # The first node writes it, when the processes of the others have ended already.
         is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
         until = time.monotonic() + (0 if is_first else PATIENCE_S)
         while outcome not in folder.iterdir():
             if time.monotonic() >= until:
-                return 128 + ended.sigval
+                return 1
             time.sleep(0.2)
         return EXIT_CODES.get(json.loads(outcome.read_text())["outcome"], 1)
     return 0
-
-
-def _attempt_folder() -> Path:
-    attempt = os.environ.get("SLUICE_ATTEMPT", "1")
-    return Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt
 
 
 if __name__ == "__main__":

@@ -71,13 +71,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(shared)
 
 
+# Before xdist's own, which reads the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Those that share a cluster, or an account that builds, are for one worker.
     for item in items:
-        folder = item.path.parent.name
-        if folder in ("cluster", "image"):
+        folder = item.path.parent
+        if folder in (CHECKOUT / "tests/cluster", CHECKOUT / "tests/image"):
             has_desk = "desk" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group(f"{folder}-desk" if has_desk else folder))
+            name = "desk" if has_desk else folder.name
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

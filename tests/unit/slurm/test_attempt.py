@@ -148,15 +148,12 @@ def test_a_signal_that_came_too_early_is_no_failure(job: Job) -> None:
     job.begin()
     assert job.end(138, "--asked", "USR1") == ["requeue"]
     assert job.outcome(1)["outcome"] == "stopped"
-    # Slurm sends TERM to the processes alone when it preempts a job.
+    # What the nodes had found until then is no verdict on them.
     job.begin()
-    assert job.end(143) == ["requeue"]
-    assert job.outcome(2)["outcome"] == "stopped"
-    # srun, too, where a process of another node failed, which then says so.
-    job.begin()
-    (job.newest() / "node-1.failed").write_text("137\n")
-    assert job.end(143) == ["requeue"]
-    assert job.outcome(3)["outcome"] == "failed"
+    (job.newest() / "preflight").mkdir()
+    verdict = {"healthy": False, "guilty": ["node2"], "suspects": [], "problems": ["ended"]}
+    (job.newest() / "preflight/verdict.json").write_text(json.dumps(verdict))
+    assert job.end(75, "--asked", "TERM") == ["requeue"]
 
 
 def test_where_slurm_cannot_be_asked_the_job_is_queued_again(job: Job) -> None:
