@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,7 @@ copy_datasets = true
 variant = "cpu"
 binds = ["/usr/share/zoneinfo:/zones"]
 flags = ["--no-privs"]
+modules = ["nearby"]
 [network]
 interface = "eth0"
 [preflight]
@@ -208,18 +210,29 @@ NCCL_DEBUG = "WARN"
 """
 
 
-def test_a_site_has_its_own_paths_binds_flags_and_network(desk: Desk, tmp_path: Path) -> None:
+MODULES = """module() { echo "$MODULE_OF_NOBODY$*" >>"$MODULESHOME/asked"; }
+"""
+
+
+def test_a_site_has_its_own_paths_binds_flags_modules_and_network(
+    desk: Desk, tmp_path: Path
+) -> None:
     site = tmp_path / "site.toml"
     site.write_text(SITE)
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init/bash").write_text(MODULES)
+    desk = replace(desk, environment=desk.environment | {"MODULESHOME": str(tmp_path)})
     run = desk.wait(desk.submit("NODES=2", "GPUS=1", "ARGS=--dry_run", site=site))
     assert run.outcomes()[-1]["outcome"] == "finished", run.logs()
     assert run.slurm()[0]["master"].startswith("10.77.0.11:")
     for node in (0, 1):
         said = (run.attempts()[0] / f"node-{node}.log").read_text()
         assert f"node{node + 1}: copied to /var/tmp/sluice-" in said
+    assert (tmp_path / "asked").read_text() == "load nearby\n"
     comment = desk.cluster.output("scontrol", "show", "job", run.job_id, "--oneliner")
     assert "Comment=of-the-site" in comment
-    site.write_text(SITE.replace("per_second = 1", "per_second = 1000000"))
+    slow = SITE.replace("per_second = 1", "per_second = 1000000")
+    site.write_text(slow.replace('modules = ["nearby"]\n', ""))
     run = desk.wait(desk.submit("NODES=2", "ARGS=--dry_run", site=site))
     # Which of the two it is cannot be told, and there are no others.
     first, last = run.outcomes()
@@ -249,7 +262,8 @@ def test_a_job_does_not_run_in_another_image_than_it_was_queued_with(
     manifest.write_text(image.with_suffix(".json").read_text())
     site = tmp_path / "site.toml"
     flag = "--begin=now+10"
-    site.write_text(SITE.replace("--comment=of-the-site", flag))
+    text = SITE.replace("--comment=of-the-site", flag)
+    site.write_text(text.replace('modules = ["nearby"]\n', ""))
     run = desk.submit("NODES=1", f"IMAGE={tmp_path / image.name}", "ARGS=--dry_run", site=site)
     content = json.loads(manifest.read_text()) | {"sha256": "0" * 64}
     manifest.write_text(json.dumps(content))
