@@ -136,8 +136,7 @@ def test_the_tests_get_their_tools_and_their_arguments(checkout: Checkout) -> No
         "pytest",
         "--numprocesses",
         "2",
-        "--dist",
-        "loadgroup",
+        "--no-loadscope-reorder",
         "-k",
         "checkpoint",
     ]
