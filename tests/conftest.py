@@ -14,6 +14,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,9 @@ NEEDS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
+    # A shell's background jobs ignore Ctrl+C, and hand that on to all that these tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A worker inherits it.
     if SHARED not in os.environ:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="sluice-tests-")

@@ -116,17 +116,7 @@ class FakeSlurm:
 def start(command: str, name: str) -> subprocess.Popen[bytes]:
     """Start `make logs` or `make cancel` of a run, in a session that can be interrupted."""
     return subprocess.Popen(
-        # A shell's background jobs ignore Ctrl+C, and so may whatever started these tests.
-        [
-            "env",
-            "--default-signal=INT",
-            sys.executable,
-            "-m",
-            "cluster.jobs",
-            command,
-            "--run",
-            name,
-        ],
+        [sys.executable, "-m", "cluster.jobs", command, "--run", name],
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
