@@ -53,7 +53,8 @@ class Request:
         many = "es" if self.processes_per_node != 1 else ""
         each += f"{self.processes_per_node} process{many}"
         nodes = f"{self.num_nodes} node{'s' if self.num_nodes != 1 else ''}"
-        return f"{nodes} x ({each}), {self.cpus_per_node} CPUs each, at most {self.time}"
+        cpus = f"{self.cpus_per_node} CPU{'s' if self.cpus_per_node != 1 else ''} each"
+        return f"{nodes} x ({each}), {cpus}, at most {self.time}"
 
 
 def resolve(
