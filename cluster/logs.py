@@ -146,9 +146,10 @@ class Follower:
             self._attempt = number
         while True:
             # First the queue, then the files: what is over then has nothing more to say.
-            answered = self._queue.ask()
+            answered, shown = self._queue.ask(), self._attempt
             came = self._show_news()
-            if answered:
+            # To an attempt that began meanwhile the answer does not apply.
+            if answered and self._attempt == shown:
                 self._say_waiting()
             if not came and self._queue.is_over and not self._show_news():
                 return self._end()

@@ -90,8 +90,8 @@ class FakeSlurm:
         """Wait until the command has seen the queue and the files as they are now."""
         before = len(self.asked("squeue"))
         give_up = time.monotonic() + 30
-        # The next call may have begun; by the one after it, what that loop shows is shown.
-        while len(self.asked("squeue")) < before + 2:
+        # The next call may have begun; the one after it sees all; by the third that is shown.
+        while len(self.asked("squeue")) < before + 3:
             assert time.monotonic() < give_up, "nobody asks any more"
             time.sleep(0.01)
 
