@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from pathlib import Path
 
@@ -149,10 +148,8 @@ class Cancellation:
         return True
 
     def _write_request(self) -> None:
-        unfinished = self._request.with_name(f".cancel.json.{secrets.token_hex(4)}")
         try:
-            unfinished.write_text(json.dumps({"job_id": self._job.job_id}) + "\n")
-            unfinished.rename(self._request)
+            runs.write_whole(self._request, json.dumps({"job_id": self._job.job_id}) + "\n")
         except OSError as error:
             raise UserError(f"{self._request}: cannot be written: {error.strerror}") from None
 

@@ -158,6 +158,14 @@ def submissions(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of a run anew: readers see the old one or the new, on a full disk the old."""
+    # Its own name, because two commands may write at once.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
+
+
 def new_attempt(folder: Path) -> int:
     """Make the folder of the next attempt and return its number, 1 being the first."""
     attempts = folder / "attempts"

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import time
-from pathlib import Path
 
 from cluster import history, resolve, runs, slurm
 from cluster import site as sites
@@ -86,7 +85,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
     try:
         if not plan.is_new:
             began_with = settings.read_text(encoding="utf-8")
-            _replace(settings, plan.config)
+            runs.write_whole(settings, plan.config)
         (plan.folder / "cancel.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
@@ -102,7 +101,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
         if plan.is_new:
             shutil.rmtree(plan.folder)
         else:
-            _replace(settings, began_with)
+            runs.write_whole(settings, began_with)
         raise UserError(f"sbatch: {error}; nothing was queued") from None
     # ID, or ID;CLUSTER where a site has several; a site's own words may come first.
     found = re.search(r"^(\d+)(;\S*)?$", answer, re.MULTILINE)
@@ -130,13 +129,6 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
             f"recorded; end it with scancel {job_id}, make room, and submit again"
         ) from None
     return job_id
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file anew; on a full disk the old one stays."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.rename(path)
 
 
 def _unclear(plan: Plan, why: str) -> UserError:
