@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -321,8 +323,9 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     # Nobody needs it while the job runs.
     desk.cluster.drill("restart", "controller")
     desk.wait_until((run.folder / "checkpoints/step-00000250").exists, run)
-    desk.cluster.drill("power-off", "node2")
-    desk.cluster.wait_for(run.job_id, "PENDING")
+    with paused(run):
+        desk.cluster.drill("power-off", "node2")
+    wait_until_requeued(desk, run)
     desk.cluster.drill("power-on", "node2")
     desk.wait(run)
     # Slurm may start it on a node that is not yet quite back.
@@ -344,8 +347,9 @@ def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> Non
     run = desk.submit("NODES=2", f"ARGS={arguments}")
     desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
     # What runs there goes on, and cannot know that it is alone.
-    desk.cluster.drill("cut", "node2")
-    desk.cluster.wait_for(run.job_id, "PENDING")
+    with paused(run):
+        desk.cluster.drill("cut", "node2")
+    wait_until_requeued(desk, run)
     desk.cluster.drill("join", "node2")
     desk.wait(run)
     first, *unfit, last = run.outcomes()
@@ -354,6 +358,22 @@ def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> Non
     assert last["outcome"] == "finished"
     assert run.slurm()[-1]["step"] >= 50
     assert run.curve() == expected
+
+
+@contextmanager
+def paused(run: Run) -> Iterator[None]:
+    """Stop the first process of a run, and with it the others, so that the run does not end."""
+    pid = pid_of_rank(0, run)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def wait_until_requeued(desk: Desk, run: Run) -> None:
+    """Wait until Slurm has missed the node (SlurmdTimeout) and ended what is left (KillWait)."""
+    desk.wait_until(lambda: desk.cluster.state_of(run.job_id) == "PENDING", run, timeout=150)
 
 
 def pid_of_rank(rank: int, run: Run) -> int:
