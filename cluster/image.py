@@ -56,7 +56,7 @@ def find_apptainer() -> str | None:
         UserError: $APPTAINER or site.toml names none.
     """
     given = os.environ.get("APPTAINER")
-    if not given and (sites := site.load().container.apptainer):
+    if not given and (sites := site.of_this_machine().container.apptainer):
         if shutil.which(sites) is None:
             raise UserError(f"{site.load().source}: container.apptainer: {sites} is not a command")
         return sites
@@ -119,7 +119,7 @@ def check(path: Path) -> Image:
         )
     if key := os.environ.get("SLUICE_VERIFY_KEY"):
         _check_signature(path, key, "SLUICE_VERIFY_KEY", manifest)
-    elif key := site.load().container.verify_key:
+    elif key := site.of_this_machine().container.verify_key:
         _check_signature(path, key, f"{site.load().source}: container.verify_key", manifest)
     return image
 

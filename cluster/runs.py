@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import subprocess
-import sys
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from cluster import site
+from cluster import checkout, site
 from cluster.errors import UserError
-
-# A checkout without git (a tarball): what is not code.
-NOT_CODE = {
-    ".git",
-    ".apptainer",
-    ".cluster",
-    ".venv",
-    "runs",
-    "datasets",
-    "cache",
-    "images",
-    "site.toml",
-}
-NOT_CODE |= {"__pycache__"}
-# What must not lie in a run folder, which others may read; unless it is committed.
-SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"]
-SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
-# A file that git does not know is code up to this size, and data above it.
-MAX_UNTRACKED_BYTES = 1_000_000
 
 
 def runs_folder() -> Path:
@@ -107,7 +84,7 @@ def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         unfinished.mkdir(parents=True)
-        git = _snapshot_code(unfinished / "code")
+        git = checkout.copy(unfinished / "code")
         if diff := git.pop("diff"):
             (unfinished / "code.diff").write_bytes(diff)
         (unfinished / "config.yaml").write_text(config, encoding="utf-8")
@@ -193,66 +170,3 @@ def check_free(folder: Path) -> None:
         raise UserError(f"{folder}: another run works on it ({holder}); wait or stop it") from None
     finally:
         os.close(descriptor)
-
-
-def _snapshot_code(target: Path) -> dict[str, Any]:
-    """Copy the checkout's files, with the edits that are not committed; return where it stands."""
-    files, commit, diff = _git_state()
-    for file in files:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target / file)
-    return {
-        "git_commit": commit,
-        "git_diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
-        "diff": diff,
-    }
-
-
-def _git_state() -> tuple[list[Path], str | None, bytes]:
-    def git(*arguments: str) -> bytes:
-        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
-
-    def listed(*options: str) -> list[Path]:
-        names = git("ls-files", "-z", *options).split(b"\0")
-        return [path for path in (Path(os.fsdecode(name)) for name in names) if path.is_file()]
-
-    try:
-        commit = git("rev-parse", "HEAD").decode().strip()
-        tracked, untracked = listed(), listed("--others", "--exclude-standard")
-        diff = git("diff", "HEAD")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        # No git, or no commit yet: the files are the record all the same.
-        return _code_below(Path()), None, b""
-    if not tracked:
-        # A tarball that was unpacked inside some other repository.
-        return _code_below(Path()), None, b""
-    return tracked + _harmless(untracked), commit, diff
-
-
-def _code_below(folder: Path) -> list[Path]:
-    files = []
-    data = {runs_folder(), datasets_folder()}
-    for entry in sorted(folder.iterdir()):
-        if entry.name in NOT_CODE or entry.absolute() in data or entry.name.endswith("_cache"):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            files += _code_below(entry)
-        elif entry.is_file():
-            files.append(entry)
-    return _harmless(files)
-
-
-def _harmless(files: list[Path]) -> list[Path]:
-    """Return those that are no data and no secrets."""
-    left_out = [file for file in files if _is_secret(file)]
-    if left_out:
-        names = ", ".join(map(str, left_out))
-        print(f"note: not copied to the run, as it looks like a secret: {names}", file=sys.stderr)
-    small = [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
-    return [file for file in small if file not in left_out]
-
-
-def _is_secret(file: Path) -> bool:
-    sites = os.environ.get("SLUICE_SITE")
-    is_site = bool(sites) and Path(str(sites)).absolute() == file.absolute()
-    return is_site or any(fnmatch(file.name, pattern) for pattern in SECRETS)

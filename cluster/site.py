@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tomllib
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cluster.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
+Folder = Literal["runs", "datasets", "cache", "images"]
+FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,22 @@ class Preflight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ssh:
+    """How the cluster is reached from a machine that is no part of it."""
+
+    host: str = ""
+    """The login node, as `ssh` knows it; empty where commands are given on the login node."""
+    user: str = ""
+    port: int = 0
+    """0: what `ssh` takes."""
+    config: str = ""
+    """A file to read instead of ~/.ssh/config."""
+    folder: str = "sluice"
+    """Sluice's folder on the cluster, from the home folder there; all nodes share it."""
+    backend: Literal["paramiko", "openssh"] = "paramiko"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """All of it."""
 
@@ -90,6 +109,7 @@ class Site:
     container: Container = field(default_factory=Container)
     network: Network = field(default_factory=Network)
     preflight: Preflight = field(default_factory=Preflight)
+    ssh: Ssh = field(default_factory=Ssh)
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of the training processes, such as NCCL_IB_HCA."""
     source: Path | None = None
@@ -99,6 +119,11 @@ class Site:
     def is_private(self) -> bool:
         """Whether it is the cluster of `make cluster-up`."""
         return self.source is None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this machine, a laptop, is no part of it, and commands go there by SSH."""
+        return not self.is_private and bool(self.ssh.host) and shutil.which("sbatch") is None
 
 
 # The private cluster's nodes (slurm/local/up.sh). Their GPUs are pretended, so that jobs that ask
@@ -143,14 +168,33 @@ def load() -> Site:
     return Site(**parts, source=path)
 
 
-def folder(kind: Literal["runs", "datasets", "cache", "images"]) -> Path:
-    """Return a shared folder: $SLUICE_RUNS and the like, else site.toml's, else the checkout's."""
-    return Path(os.environ.get(f"SLUICE_{kind.upper()}") or getattr(load().paths, kind) or kind)
-
-
-def folder_setting(kind: Literal["runs", "datasets", "cache", "images"]) -> str:
-    """Return where that folder is set, for messages."""
+def of_this_machine() -> Site:
+    """Return the site without what holds on the cluster alone, where this machine is a laptop."""
     site = load()
+    if not site.is_elsewhere:
+        return site
+    return replace(site, paths=Paths(scratch="/tmp"), container=Container(), environment={})
+
+
+def folder(kind: Folder) -> Path:
+    """Return a shared folder: $SLUICE_RUNS and the like, else site.toml's, else the checkout's.
+
+    Raises:
+        UserError: site.toml's has a variable in it that is not set.
+    """
+    if given := os.environ.get(f"SLUICE_{kind.upper()}"):
+        return Path(given)
+    site = of_this_machine()
+    if named := getattr(site.paths, kind):
+        return Path(_expanded(site.source, f"paths.{kind}", named))
+    # What is brought from a laptop has links to folders that stay, and its own place does not.
+    own = Path(kind)
+    return own.resolve() if own.is_symlink() else own
+
+
+def folder_setting(kind: Folder) -> str:
+    """Return where that folder is set, for messages."""
+    site = of_this_machine()
     if not os.environ.get(f"SLUICE_{kind.upper()}") and getattr(site.paths, kind):
         return f"{site.source}: paths.{kind}"
     return f"SLUICE_{kind.upper()}"
@@ -169,9 +213,8 @@ def _section(path: Path, section: str, kind: Any, table: dict[str, Any]) -> Any:
             raise UserError(
                 f"{path}: {section}.{name} is missing; {EXAMPLE} says what belongs there"
             )
-    if kind is Paths:
-        for name in ("runs", "datasets", "cache", "images"):
-            values[name] = _expanded(path, f"{section}.{name}", values.get(name, ""))
+    if kind is Ssh:
+        values["config"] = _expanded(path, f"{section}.config", values.get("config", ""))
     return kind(**values)
 
 
@@ -213,7 +256,7 @@ def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
     return dict(table)
 
 
-def _expanded(path: Path, key: str, value: str) -> str:
+def _expanded(path: Path | None, key: str, value: str) -> str:
     expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 a "" stays one
     if unknown := re.search(r"\$\{?(\w+)", expanded):
         raise UserError(f"{path}: {key}: ${unknown[1]} is not set in your environment")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import checkout as code_of
 from cluster import runs, site
 from cluster.errors import UserError
 
@@ -82,7 +83,7 @@ def test_without_git_the_code_is_all_but_data_and_caches(
         (checkout / name).parent.mkdir(parents=True)
         (checkout / name).touch()
     (checkout / "site.toml").write_text("account = 'secret'")
-    (checkout / "weights.bin").write_bytes(bytes(runs.MAX_UNTRACKED_BYTES + 1))
+    (checkout / "weights.bin").write_bytes(bytes(code_of.MAX_UNTRACKED_BYTES + 1))
     (checkout / "dangling").symlink_to("nowhere")
     folder = create()
     assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
@@ -100,7 +101,7 @@ def test_with_git_the_code_is_what_is_tracked_or_new_with_the_edits(
     (checkout / "README.md").write_text("edited")
     (checkout / "train/new.py").write_text("new")
     (checkout / "secret").touch()
-    (checkout / "weights.bin").write_bytes(bytes(runs.MAX_UNTRACKED_BYTES + 1))
+    (checkout / "weights.bin").write_bytes(bytes(code_of.MAX_UNTRACKED_BYTES + 1))
     (checkout / "train/labs/rag.py").unlink()
     folder = create()
     assert code(folder) == {".gitignore", "slurm/node.sh", "README.md", "train/new.py"}
@@ -173,9 +174,7 @@ def test_a_place_that_takes_no_folder_is_refused_and_leaves_nothing(
 def test_a_run_folder_that_cannot_be_finished_leaves_nothing(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        runs, "_snapshot_code", lambda target: (_ for _ in ()).throw(OSError(28, ""))
-    )
+    monkeypatch.setattr(code_of, "copy", lambda target: (_ for _ in ()).throw(OSError(28, "")))
     with pytest.raises(UserError, match=r"^SLUICE_RUNS: the run folder cannot be made"):
         create()
     assert list((checkout / "runs/rag").iterdir()) == []

@@ -92,9 +92,10 @@ def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
         (LEAST + '[environment]\n"A B" = "x"', "environment.A B: is not the name of a variable"),
         (LEAST + "[environment]\nA = 1", "environment.A: 1 is not a string"),
         (LEAST.replace('"long"', '""'), "slurm.partition: '' is not filled in"),
+        (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
         (
-            LEAST + 'runs = "/data/$NO_SUCH_VARIABLE/x"',
-            r"paths.runs: \$NO_SUCH_VARIABLE is not set",
+            LEAST + '[ssh]\nbackend = "rsh"',
+            r"ssh.backend: 'rsh' is not \"paramiko\" or \"openssh\"",
         ),
     ],
 )
@@ -135,3 +136,37 @@ def test_any_text_is_a_site_or_refused_in_words(text: str) -> None:
         sites.load()
     except UserError as error:
         assert str(error).startswith("site.toml: ")
+
+
+def test_a_folder_with_an_unknown_variable_is_refused_where_it_is_used() -> None:
+    write(LEAST + 'runs = "/data/$NO_SUCH_VARIABLE/x"')
+    assert sites.load().paths.runs == "/data/$NO_SUCH_VARIABLE/x"
+    with pytest.raises(UserError, match=r"paths.runs: \$NO_SUCH_VARIABLE is not set"):
+        sites.folder("runs")
+
+
+def test_a_laptop_has_none_of_the_clusters_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(LEAST + 'runs = "/of/the/$CLUSTER"\n[container]\napptainer = "theirs"\n[ssh]\nhost = "l"')
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("CLUSTER", "cluster")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not sites.load().is_elsewhere
+    assert sites.folder("runs") == Path("/of/the/cluster")
+    assert sites.of_this_machine().container.apptainer == "theirs"
+    (tmp_path / "sbatch").unlink()
+    assert sites.load().is_elsewhere
+    assert sites.folder("runs") == Path("runs")
+    assert sites.folder_setting("runs") == "SLUICE_RUNS"
+    assert sites.of_this_machine().container.apptainer == ""
+    # With nobody to ask, a machine without Slurm is a login node with a problem.
+    write(LEAST)
+    assert not sites.load().is_elsewhere
+
+
+def test_a_folder_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    write(LEAST)
+    (tmp_path / "shared").mkdir()
+    Path("runs").symlink_to(tmp_path / "shared")
+    assert sites.folder("runs") == tmp_path / "shared"
