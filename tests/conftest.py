@@ -46,6 +46,8 @@ NEEDS = {
     "mmdebstrap": ["mmdebstrap", "--version"],
     "docker-registry": ["docker-registry", "--version"],
     "skopeo": ["skopeo", "--version"],
+    "sshd": ["bash", "-c", "PATH=$PATH:/usr/sbin type sshd ssh ssh-keygen ssh-agent ssh-add"],
+    "root": ["bash", "-c", "[ $(id -u) = 0 ] && unshare --mount true"],
     "slurm": [
         "bash",
         "-c",

@@ -1,0 +1,75 @@
+"""What wakes a session's loop: signals, and other threads that have something to say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+# Beside the numbers of signals in the pipe.
+BELL = b"\0"
+
+
+class Alarm:
+    """Wakes the loop: for a signal, and for what another thread has to say."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._write_fd, False)
+        self._has_rung = False
+        # Other threads may ring after the session has ended.
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Close it; it may still be rung, to no effect."""
+        with self._lock:
+            self._is_closed = True
+            os.close(self.fd)
+            os.close(self._write_fd)
+
+    def ring(self) -> None:
+        """Wake the loop."""
+        if self._has_rung:
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._has_rung = True
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._write_fd, BELL)
+
+    def take(self) -> list[int]:
+        """Return the signals that came."""
+        numbers = b""
+        with contextlib.suppress(BlockingIOError):
+            numbers = os.read(self.fd, 4096)
+        # After the read, which takes every ring there is; what it told is looked at after this.
+        self._has_rung = False
+        return [number for number in numbers if number]
+
+    @contextlib.contextmanager
+    def watches(self, *, resize: bool) -> Iterator[list[int]]:
+        """Have signals wake the loop; yields a list for the one that ends the session."""
+        numbers = [*ENDING, signal.SIGTSTP, *([signal.SIGWINCH] if resize else [])]
+        before: dict[int, Any] = {}
+        descriptor = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        try:
+            for number in numbers:
+                # What a parent has ignored, as nohup does, stays so.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, _heard)
+            yield []
+        finally:
+            for restored, handler in before.items():
+                signal.signal(restored, handler)
+            signal.set_wakeup_fd(descriptor)
+
+
+def _heard(number: int, frame: FrameType | None) -> None:
+    """The number is in the pipe already; nothing is done in a handler."""

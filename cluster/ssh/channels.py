@@ -1,0 +1,152 @@
+"""The way to a login node in Python: each command is a channel of one connection."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from types import TracebackType
+
+import paramiko
+
+from cluster.errors import UserError
+from cluster.site import Ssh
+from cluster.ssh import config, connection, session
+from cluster.transport import Running, Stream, answer, command, marked
+
+BLOCK_BYTES = 1 << 16
+
+
+class Channels:
+    """A `cluster.transport.Transport`."""
+
+    def __init__(self, settings: Ssh) -> None:
+        self._host = settings.host
+        host = config.resolve(
+            settings.host, user=settings.user, port=settings.port, config=settings.config
+        )
+        self._connection = connection.connect(host)
+
+    def __enter__(self) -> Channels:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._connection.close()
+
+    @property
+    def lost(self) -> str:
+        """Why there is no connection any more; see `Transport`."""
+        if self._connection.transport.is_active():
+            return ""
+        return self._connection.lost or "it was closed"
+
+    def ask(self, script: str, data: bytes = b"") -> bytes:
+        """Run a bash script there; see `Transport`."""
+        channel = self._connection.open_session()
+        try:
+            channel.exec_command(command(marked(script)))
+            errors: list[bytes] = []
+            # All three at once: each may have to wait for another.
+            threads = [
+                threading.Thread(target=_send, args=(channel, data), daemon=True),
+                threading.Thread(target=_collect_errors, args=(channel, errors), daemon=True),
+            ]
+            for thread in threads:
+                thread.start()
+            output = b"".join(iter(lambda: channel.recv(BLOCK_BYTES), b""))
+            for thread in threads:
+                thread.join()
+            code = channel.recv_exit_status()
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise self._lost(str(error)) from None
+        finally:
+            _close(channel)
+        if code < 0:
+            raise self._lost("it was closed")
+        return answer(self._host, code, output, b"".join(errors))
+
+    def run(self, script: str) -> int:
+        """Run a bash script there, with these streams; see `Transport`."""
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        words = command(script)
+        # A command reads nothing; it shall not take what a loop around it reads line by line.
+        return session.run(self._connection, words, tty=interactive, reads_input=interactive)
+
+    def start(self, script: str) -> Running:
+        """Run a bash script there, beside others; see `Transport`."""
+        channel = self._connection.open_session()
+        try:
+            channel.exec_command(command(script))
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise self._lost(str(error)) from None
+        return _Channel(channel)
+
+    def dial(self, host: str, port: int) -> Stream:
+        """Return a stream to a port there; see `Transport`."""
+        try:
+            stream: Stream = self._connection.transport.open_channel(
+                "direct-tcpip", (host, port), ("127.0.0.1", 0)
+            )
+            return stream
+        except paramiko.ChannelException as error:
+            # The codes of RFC 4254, section 5.1.
+            if error.code == 1:
+                why = "sshd there forwards no ports (AllowTcpForwarding); ask the site"
+            else:
+                why = f"nothing takes connections at port {port} of {host}, as {self._host} sees it"
+            raise UserError(f"{host}:{port}: {why}") from None
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise self._lost(str(error)) from None
+
+    def _lost(self, why: str) -> UserError:
+        return UserError(
+            f"{self._host}: the connection was lost: {self._connection.lost or why}; make status "
+            "shows what became of a job"
+        )
+
+
+class _Channel:
+    """A `cluster.transport.Running`."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        # Whoever reads these lines reads no others; both would wait for each other's room.
+        channel.set_combine_stderr(True)
+        self._lines = channel.makefile("rb")
+
+    def read_line(self) -> str:
+        line: bytes = self._lines.readline()
+        return line.decode(errors="replace")
+
+    def is_over(self) -> bool:
+        return bool(self._channel.exit_status_ready() or self._channel.closed)
+
+    def end(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._channel.shutdown_write()
+        self._channel.status_event.wait(timeout=30)
+        _close(self._channel)
+
+
+def _close(channel: paramiko.Channel) -> None:
+    # With a connection that is gone there is nobody to tell.
+    with contextlib.suppress(EOFError, OSError):
+        channel.close()
+
+
+def _send(channel: paramiko.Channel, data: bytes) -> None:
+    try:
+        channel.sendall(data)
+        channel.shutdown_write()
+    except (EOFError, OSError):
+        # Whoever reads the answer finds out why.
+        return
+
+
+def _collect_errors(channel: paramiko.Channel, errors: list[bytes]) -> None:
+    errors += iter(lambda: channel.recv_stderr(BLOCK_BYTES), b"")

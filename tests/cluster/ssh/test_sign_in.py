@@ -1,0 +1,344 @@
+"""Sign-in against the real sshd: each kind of key, agent, certificate, password, questions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import UserError
+from cluster.ssh.connection import connect
+from tests.cluster.ssh.answers import answers, host_of, output, signed_in
+from tests.cluster.ssh.server import PASSWORD, USER, NewServer, Server, keygen
+from tests.image.accounts import IS_ROOT
+
+pytestmark = pytest.mark.needs("sshd")
+# Only root can give sshd a password that is not in the machine's own /etc/shadow.
+by_root = pytest.mark.needs("root")
+PAM = """auth required pam_unix.so nodelay
+account required pam_permit.so
+session required pam_permit.so
+"""
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the socket of an empty ssh-agent."""
+    path = tmp_path_factory.mktemp("agent") / "socket"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
+    while not path.exists():
+        assert process.poll() is None
+    yield str(path)
+    process.terminate()
+    process.wait()
+
+
+def add(agent: str, *words: str | Path) -> None:
+    environment = os.environ | {"SSH_AUTH_SOCK": agent}
+    subprocess.run(["ssh-add", "-q", *words], check=True, env=environment, capture_output=True)
+
+
+def allow(server: Server, key: Path) -> None:
+    with server.authorized_keys.open("a") as stream:
+        stream.write(Path(f"{key}.pub").read_text())
+
+
+def refusal(server: Server, *expected: tuple[str, str]) -> str:
+    """Return the one line with which the sign-in ends."""
+    user = answers(*expected)
+    with pytest.raises(UserError) as caught:
+        connect(host_of(server), prompts=user, say=user.say)
+    assert not user.expected
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- keys ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ed25519", ()),
+        ("rsa", ("-b", "2048")),
+        ("rsa", ("-b", "2048", "-m", "PEM")),
+        ("rsa", ("-b", "2048", "-m", "PKCS8")),
+        ("ecdsa", ("-b", "256")),
+        ("ecdsa", ("-b", "384", "-m", "PEM")),
+        ("ecdsa", ("-b", "521")),
+    ],
+    ids="".join,
+)
+@pytest.mark.parametrize("passphrase", ["", "one two"], ids=["open", "passphrase"])
+def test_a_key_of_each_current_type_opens_the_door(
+    server: Server, tmp_path: Path, kind: str, options: tuple[str, ...], passphrase: str
+) -> None:
+    key = keygen(tmp_path / "key", kind, passphrase, *options)
+    allow(server, key)
+    server.write_config(f"IdentityFile {key}", key=False)
+    questions = [("Passphrase", passphrase)] if passphrase else []
+    with signed_in(host_of(server), answers(*questions)) as connection:
+        assert output(connection, "id -un") == f"{USER}\n"
+
+
+def test_a_sealed_key_in_an_old_format_without_its_pub_is_opened_to_be_shown(
+    server: Server, tmp_path: Path
+) -> None:
+    key = keygen(tmp_path / "key", "rsa", "one two", "-b", "2048", "-m", "PEM")
+    allow(server, key)
+    Path(f"{key}.pub").unlink()
+    server.write_config(f"IdentityFile {key}", key=False)
+    with signed_in(host_of(server), answers(("Passphrase", "one two"))):
+        pass
+
+
+def test_a_wrong_passphrase_is_asked_again_and_then_ends_in_one_line(
+    server: Server, tmp_path: Path
+) -> None:
+    key = keygen(tmp_path / "key", "ed25519", "right")
+    allow(server, key)
+    server.write_config(f"IdentityFile {key}", key=False)
+    with signed_in(host_of(server), answers(("Passphrase", "no"), ("Passphrase", "right"))):
+        pass
+    said = refusal(server, *[("Passphrase", "no")] * 3)
+    assert "was not let in" in said and str(key) in said
+
+
+def test_a_passphrase_is_asked_only_for_a_key_that_the_server_takes(
+    server: Server, tmp_path: Path
+) -> None:
+    stranger = keygen(tmp_path / "stranger", "ed25519", "secret")
+    server.write_config(f"IdentityFile {stranger}")
+    with signed_in(host_of(server)):
+        pass
+
+
+def test_a_key_file_that_others_may_read_is_not_used(server: Server, tmp_path: Path) -> None:
+    key = keygen(tmp_path / "key")
+    allow(server, key)
+    key.chmod(0o644)
+    server.write_config(f"IdentityFile {key}", key=False)
+    user = answers()
+    with pytest.raises(UserError, match="not let in"):
+        connect(host_of(server), prompts=user, say=user.say)
+    assert user.shown == [f"note: {key}: others may read it; chmod 600 {key}"]
+
+
+def test_a_key_that_is_no_key_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("not a key\n")
+    (tmp_path / "key").chmod(0o600)
+    server.write_config(f"IdentityFile {tmp_path}/key", key=False)
+    assert f"{tmp_path}/key: " in refusal(server)
+
+
+# ---- the agent ----
+
+
+def test_the_agent_signs(server: Server, agent: str, tmp_path: Path) -> None:
+    for kind in ("ed25519", "rsa", "ecdsa"):
+        key = keygen(tmp_path / kind, kind)
+        allow(server, key)
+        add(agent, key)
+        key.unlink()
+        # The .pub tells which of the agent's keys it is to be.
+        server.write_config(f"IdentityFile {key}", f"IdentityAgent {agent}", key=False)
+        with signed_in(host_of(server)):
+            pass
+    add(agent, "-D")
+
+
+def test_identities_only_keeps_the_keys_of_the_agent_back(
+    new_server: NewServer, agent: str, tmp_path: Path
+) -> None:
+    server = new_server("MaxAuthTries 3")
+    for number in range(4):
+        add(agent, keygen(tmp_path / f"other-{number}"))
+    server.write_config(f"IdentityAgent {agent}", "IdentitiesOnly yes")
+    with signed_in(host_of(server)):
+        pass
+    server.write_config("IdentitiesOnly no", f"IdentityAgent {agent}", f"IdentityFile {tmp_path}/x")
+    # The file's own key would come after the agent's, and after the server's patience.
+    assert "Too many authentication failures" in refusal(server)
+    assert "IdentitiesOnly" in refusal(server)
+    add(agent, "-D")
+
+
+def test_the_far_side_can_use_the_agent_if_that_is_asked_for(
+    server: Server, agent: str, tmp_path: Path
+) -> None:
+    add(agent, keygen(tmp_path / "forwarded"))
+    server.write_config(f"IdentityAgent {agent}")
+    with signed_in(host_of(server)) as connection:
+        assert "forwarded" not in output(connection, "ssh-add -l 2>&1 || true")
+        channel = connection.open_session()
+        connection.forward_agent(channel)
+        channel.exec_command("ssh-add -l")
+        assert b"forwarded" in channel.makefile().read()
+    add(agent, "-D")
+
+
+# ---- certificates ----
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_a_certificate_opens_the_door(new_server: NewServer, tmp_path: Path, kind: str) -> None:
+    authority = keygen(tmp_path / "authority")
+    server = new_server(f"TrustedUserCAKeys {authority}.pub")
+    key = keygen(tmp_path / "key", kind)
+    sign = ["ssh-keygen", "-q", "-s", authority, "-I", "test", "-n", USER]
+    subprocess.run([*sign, f"{key}.pub"], check=True, capture_output=True)
+    server.write_config(f"IdentityFile {key}", key=False)
+    with signed_in(host_of(server)) as connection:
+        output(connection, "true")
+    assert re.search(r"Accepted publickey .*-CERT .*ID test", server.log)
+
+    # The certificate elsewhere, and the key in the agent.
+    shutil.move(f"{key}-cert.pub", tmp_path / "elsewhere.pub")
+    assert "not let in" in refusal(server)
+    server.write_config(
+        f"IdentityFile {key}", f"CertificateFile {tmp_path}/elsewhere.pub", key=False
+    )
+    with signed_in(host_of(server)):
+        pass
+
+
+def test_a_certificate_in_the_agent_opens_the_door(
+    new_server: NewServer, agent: str, tmp_path: Path
+) -> None:
+    authority = keygen(tmp_path / "authority", "rsa")
+    server = new_server(f"TrustedUserCAKeys {authority}.pub")
+    key = keygen(tmp_path / "key", "rsa")
+    sign = ["ssh-keygen", "-q", "-s", authority, "-I", "test", "-n", USER]
+    subprocess.run([*sign, f"{key}.pub"], check=True, capture_output=True)
+    add(agent, key)
+    server.write_config("IdentitiesOnly no", f"IdentityAgent {agent}", key=False)
+    with signed_in(host_of(server)):
+        pass
+    add(agent, "-D")
+
+
+def test_an_expired_certificate_is_refused(new_server: NewServer, tmp_path: Path) -> None:
+    authority = keygen(tmp_path / "authority")
+    server = new_server(f"TrustedUserCAKeys {authority}.pub")
+    key = keygen(tmp_path / "key")
+    sign = ["ssh-keygen", "-q", "-s", authority, "-I", "test", "-n", USER, "-V", "-2d:-1d"]
+    subprocess.run([*sign, f"{key}.pub"], check=True, capture_output=True)
+    server.write_config(f"IdentityFile {key}", key=False)
+    assert f"{key}-cert.pub" in refusal(server)
+
+
+# ---- passwords and questions ----
+
+
+@by_root
+def test_a_password_is_asked_in_secret_and_a_wrong_one_again(new_server: NewServer) -> None:
+    server = new_server(password=True)
+    server.write_config(key=False)
+    user = answers(("Password of", "wrong"), ("Password of", PASSWORD))
+    with signed_in(host_of(server), user):
+        pass
+    assert user.shown == ["Permission denied, please try again."]
+    assert not user.open_questions
+
+    said = refusal(server, *[("Password of", "wrong")] * 3)
+    assert "not let in" in said and "password" in said and "wrong" not in said
+    server.write_config("BatchMode yes", key=False)
+    assert "nothing was there to try" in refusal(server)
+
+
+@by_root
+def test_keyboard_interactive_of_pam_twice_over(new_server: NewServer) -> None:
+    server = new_server(
+        "AuthenticationMethods keyboard-interactive:pam,keyboard-interactive:pam", pam=PAM
+    )
+    server.write_config(key=False)
+    user = answers(("Password", "wrong"), ("Password", PASSWORD), ("Password", PASSWORD))
+    with signed_in(host_of(server), user):
+        pass
+    assert len(user.secret_questions) == 3
+    # Each factor has its own tries.
+    server.write_config("NumberOfPasswordPrompts 1", key=False)
+    with signed_in(host_of(server), answers(*[("Password", PASSWORD)] * 2)):
+        pass
+    server.write_config(key=False)
+    assert "not let in" in refusal(server, *[("Password", "wrong")] * 3)
+
+
+@by_root
+def test_a_key_and_then_a_code(new_server: NewServer, tmp_path: Path) -> None:
+    server = new_server("AuthenticationMethods publickey,keyboard-interactive:pam", pam=PAM)
+    with signed_in(host_of(server), answers(("Password", PASSWORD))):
+        pass
+    server.write_config(f"IdentityFile {keygen(tmp_path / 'stranger')}", key=False)
+    assert "not let in" in refusal(server)
+
+
+@by_root
+def test_the_preferred_method_comes_first(new_server: NewServer) -> None:
+    server = new_server(password=True)
+    server.write_config("PreferredAuthentications password,publickey")
+    with signed_in(host_of(server), answers(("Password of", PASSWORD))):
+        pass
+    server.write_config("PasswordAuthentication no", key=False)
+    assert "nothing was there to try" in refusal(server)
+
+
+def test_the_banner_is_shown_without_what_could_steer_the_terminal(
+    new_server: NewServer, tmp_path: Path
+) -> None:
+    (tmp_path / "banner").write_bytes(b"Welcome\n\x1b]0;owned\x07\x9b2J\nsecond line\n")
+    server = new_server(f"Banner {tmp_path}/banner")
+    user = answers()
+    with signed_in(host_of(server), user):
+        pass
+    (shown,) = user.shown
+    assert shown.startswith("Welcome\n?]0;owned?") and shown.endswith("\nsecond line")
+    assert not any(ord(letter) < 32 and letter != "\n" for letter in shown)
+
+
+def test_nothing_secret_is_logged(
+    new_server: NewServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = keygen(tmp_path / "key", "ed25519", "hunter22")
+    server = new_server(password=IS_ROOT)
+    allow(server, key)
+    server.write_config(f"IdentityFile {key}", key=False)
+    paramiko_log = logging.getLogger("paramiko")
+    paramiko_log.addHandler(caplog.handler)
+    paramiko_log.setLevel(logging.DEBUG)
+    try:
+        with signed_in(host_of(server), answers(("Passphrase", "hunter22"))):
+            pass
+        if IS_ROOT:
+            server.write_config(key=False)
+            with signed_in(host_of(server), answers(("Password", PASSWORD))):
+                pass
+    finally:
+        paramiko_log.removeHandler(caplog.handler)
+        paramiko_log.setLevel(logging.NOTSET)
+    assert "Remote version" in caplog.text
+    assert "hunter22" not in caplog.text and PASSWORD not in caplog.text
+
+
+@by_root
+def test_a_server_that_dies_at_the_question_is_told_in_one_line(new_server: NewServer) -> None:
+    server = new_server(password=True)
+    server.write_config(key=False)
+
+    class Killer:
+        def ask(self, question: str) -> str:
+            for pid in server.children():
+                os.kill(pid, signal.SIGKILL)
+            return "x"
+
+        secret = ask
+
+    with pytest.raises(UserError, match=r"^server: the sign-in was broken off: "):
+        connect(host_of(server), prompts=Killer(), say=print)
