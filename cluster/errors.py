@@ -33,7 +33,8 @@ def run_to_exit(main: Callable[[list[str]], int]) -> None:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        # Some of its words may be somebody else's: a server's, a file's.
+        print("error: " + printable(str(error)), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -42,6 +43,11 @@ def run_to_exit(main: Callable[[list[str]], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """Return text of any origin as one line in which nothing steers a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

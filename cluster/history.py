@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import runs
+from cluster.errors import printable
 from cluster.reasons import OVER
 from cluster.slurm import QueuedJob
 
@@ -184,10 +185,7 @@ def reason_of(outcome: dict[str, Any]) -> str:
 
 def text(value: object) -> str:
     """Return a text of one line that is safe to show: no control character reaches a terminal."""
-    if not isinstance(value, str):
-        return ""
-    one_line = " ".join(value.split())
-    return "".join(letter if letter.isprintable() else "?" for letter in one_line)
+    return printable(value) if isinstance(value, str) else ""
 
 
 def number(value: object) -> int | None:

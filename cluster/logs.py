@@ -153,6 +153,8 @@ class Follower:
                 self._say_waiting()
             if not came and self._queue.is_over and not self._show_news():
                 return self._end()
+            if not self._screen.has_reader():
+                raise BrokenPipeError
             time.sleep(POLL_S)
 
     def _show_news(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from cluster.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
+# Set for a command that came from a laptop, so that it does not look for another machine.
+ARRIVED = "SLUICE_ARRIVED"
 Folder = Literal["runs", "datasets", "cache", "images"]
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
@@ -97,6 +99,8 @@ class Ssh:
     """A file to read instead of ~/.ssh/config."""
     folder: str = "sluice"
     """Sluice's folder on the cluster, from the home folder there; all nodes share it."""
+    modules: list[str] = field(default_factory=list)
+    """What has to be loaded there before there is a Python that is new enough."""
     backend: Literal["paramiko", "openssh"] = "paramiko"
 
 
@@ -123,7 +127,8 @@ class Site:
     @property
     def is_elsewhere(self) -> bool:
         """Whether this machine, a laptop, is no part of it, and commands go there by SSH."""
-        return not self.is_private and bool(self.ssh.host) and shutil.which("sbatch") is None
+        there = self.is_private or os.environ.get(ARRIVED) or shutil.which("sbatch")
+        return bool(self.ssh.host) and not there
 
 
 # The private cluster's nodes (slurm/local/up.sh). Their GPUs are pretended, so that jobs that ask
@@ -149,7 +154,8 @@ def load() -> Site:
     except FileNotFoundError:
         if given:
             raise UserError(f"SLUICE_SITE={given}: there is no such file") from None
-        return PRIVATE
+        config = Path(os.environ.get("SLUICE_CLUSTER", ".cluster"), "ssh/client_config")
+        return replace(PRIVATE, ssh=Ssh(host="login", config=str(config)))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML: {error}; {EXAMPLE} shows how it looks") from None
     except OSError as error:
@@ -241,6 +247,8 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
         numbers = (int, float) if kind is float else int
         good = isinstance(value, numbers) and not isinstance(value, bool) and value >= 0
         wanted = "a number of 0 or more" if kind is float else "a whole number of 0 or more"
+    if key == "ssh.host" and good and not re.fullmatch(r"([^\s-]\S*)?", value):
+        good, wanted = False, "the name of a machine"
     if good and key.endswith(("partition", "cpus_per_node", "scratch")) and not value:
         good, wanted = False, "filled in"
     if not good:

@@ -9,9 +9,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import time
 
-from cluster import history, resolve, runs, slurm
+from cluster import history, remote, resolve, runs, slurm
 from cluster import site as sites
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.plan import Plan, plan_continued, plan_new
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     if options.run and options.name:
         raise UserError(f"NAME={options.name}: is for a new run; {options.run} has its name")
     site = sites.load()
+    if site.is_elsewhere:
+        return remote.carry_out(site, "cluster.submit", argv)
     queue = slurm.of(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
     resolve_plan = plan_continued if options.run else plan_new
@@ -72,6 +75,8 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
     Raises:
         UserError: the folder cannot be written, or Slurm refuses the job.
     """
+    # A laptop's connection may be lost at any moment: what is queued has to be recorded.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     wanted = plan.request
     settings, began_with = plan.folder / "config.yaml", ""
     if plan.is_new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sys
 from pathlib import Path
 
@@ -25,6 +26,16 @@ class Screen:
         self._source, self._within_line = source, not data.endswith(b"\n")
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+    def has_reader(self) -> bool:
+        """Return whether somebody takes what is shown; otherwise found out at the next line only.
+
+        A run may be silent for hours after the connection to a laptop was cut.
+        """
+        poll = select.poll()
+        # Errors are told without being asked for.
+        poll.register(sys.stdout.fileno(), 0)
+        return not poll.poll(0)
 
     def say(self, line: str) -> None:
         """Print a line of our own."""

@@ -407,3 +407,17 @@ def test_a_reader_that_left_ends_it_quietly(
         time.sleep(0.1)
     assert process.wait(timeout=20) == 141
     assert process.stderr.read() == b""
+
+
+def test_a_reader_that_left_is_missed_although_the_run_is_silent(
+    slurm: FakeSlurm, followers: list[subprocess.Popen[bytes]]
+) -> None:
+    folder = slurm.run(NAME, 12)
+    (attempt(folder, 1, 12) / "node-0.log").write_text("step 1\n")
+    slurm.set_queue(RUNNING)
+    process = follow_outside(followers)
+    assert process.stdout is not None
+    while process.stdout.readline() != b"step 1\n":
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=20) == 141

@@ -92,10 +92,11 @@ def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
         (LEAST + '[environment]\n"A B" = "x"', "environment.A B: is not the name of a variable"),
         (LEAST + "[environment]\nA = 1", "environment.A: 1 is not a string"),
         (LEAST.replace('"long"', '""'), "slurm.partition: '' is not filled in"),
+        (LEAST + '[ssh]\nbackend = "rsh"', r"ssh.backend: 'rsh' is not \"paramiko\" or"),
         (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
         (
-            LEAST + '[ssh]\nbackend = "rsh"',
-            r"ssh.backend: 'rsh' is not \"paramiko\" or \"openssh\"",
+            LEAST + '[ssh]\nhost = "-oProxyCommand=x"',
+            r"ssh.host: '-oProxyCommand=x' is not the name of a machine",
         ),
     ],
 )

@@ -1,0 +1,61 @@
+"""Commands that are given on a laptop and carried out on the cluster.
+
+The checkout is brought there, and the same command runs in it, with its output, its questions and
+its exit code here: what holds on the login node holds on the laptop.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster import site as sites
+from cluster.site import Site
+
+if TYPE_CHECKING:
+    from cluster.transport import Transport
+
+
+def carry_out(site: Site, module: str, argv: list[str]) -> int:
+    """Run `python -m MODULE ARGV...` on the login node; return its exit code.
+
+    Raises:
+        UserError: the login node cannot be reached, or the checkout not be brought there.
+    """
+    # What the login node itself has no use for.
+    from cluster import transport
+
+    with transport.connect(site) as login:
+        code = login.run(script(site, checkout(login, site), module, argv))
+    if code == transport.LOST:
+        print("make status shows what became of it", file=sys.stderr)
+    return code
+
+
+def checkout(login: Transport, site: Site) -> str:
+    """Return the folder on the cluster that holds the checkout as it is here."""
+    from cluster import sync
+
+    # Its login node is on this machine.
+    return str(Path.cwd()) if site.is_private else sync.bring(login, site)
+
+
+def script(site: Site, folder: str, module: str, argv: list[str]) -> str:
+    """Return a bash script that runs a module in a checkout on the cluster."""
+    from cluster import sync
+
+    venv = (
+        shlex.quote(os.environ.get("VENV", ".venv"))
+        if site.is_private
+        else f"{sync.home(site)}/.venv"
+    )
+    lines = [f"cd -- {shlex.quote(folder)} || exit 2", f"export {sites.ARRIVED}=1 VENV={venv}"]
+    lines += [f"module load {shlex.quote(name)} || exit 2" for name in site.ssh.modules]
+    lines += [
+        "containers/venv.sh --base || exit",
+        f'exec "$VENV/bin/python" -m {module} {shlex.join(argv)}',
+    ]
+    return "\n".join(lines)

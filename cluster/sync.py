@@ -1,0 +1,163 @@
+"""The checkout, brought from a laptop to the cluster: whole, verified, and once.
+
+On the cluster it lies at FOLDER/checkouts/KEY, where KEY is a hash of all that is in it. It is
+filled under another name and gets this one when every file has the right hash, so that nothing ever
+runs from a half of it; what an interrupted transfer left there already is not sent again.
+FOLDER/current leads to the newest, for what is done there by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shlex
+import sys
+import tarfile
+from dataclasses import dataclass
+
+from cluster import checkout
+from cluster.errors import UserError
+from cluster.site import FOLDERS, Site
+from cluster.transport import Transport
+
+# How many checkouts stay there: somebody may still follow a log with the code of an older one.
+KEPT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """What is brought: the bytes of each file by its path, and which of them may be executed."""
+
+    contents: dict[str, bytes]
+    executable: frozenset[str]
+
+    @property
+    def manifest(self) -> str:
+        """The lines that sha256sum checks."""
+        lines = [
+            f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+            for name, content in sorted(self.contents.items())
+        ]
+        return "".join(lines)
+
+    @property
+    def key(self) -> str:
+        """A name for just these files."""
+        text = self.manifest + "\0".join(sorted(self.executable))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def packed(self, names: set[str]) -> bytes:
+        """Return these of its files as a tar file, compressed."""
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as archive:
+            for name in sorted(names):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(self.contents[name])
+                entry.mode = 0o755 if name in self.executable else 0o644
+                archive.addfile(entry, io.BytesIO(self.contents[name]))
+        return stream.getvalue()
+
+
+def pack(site: Site) -> Parcel:
+    """Return the checkout in the current folder, with the site's file, as it is brought.
+
+    Raises:
+        UserError: a file cannot be read, or has a name that sha256sum would write otherwise.
+    """
+    assert site.source is not None
+    state = checkout.state()
+    contents: dict[str, bytes] = {}
+    executable = set()
+    try:
+        for file in state.files:
+            name = file.as_posix()
+            if file.parts[0] in FOLDERS:
+                # There, this is a link to a folder that stays.
+                continue
+            if "\n" in name or "\\" in name:
+                raise UserError(f"{name!r}: a file of this name cannot be brought along; rename it")
+            contents[name] = file.read_bytes()
+            if file.stat().st_mode & 0o100:
+                executable.add(name)
+        contents["site.toml"] = site.source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    contents[str(checkout.ORIGIN)] = json.dumps({"git_commit": state.commit}).encode()
+    contents[str(checkout.ORIGIN_DIFF)] = state.diff
+    return Parcel(contents=contents, executable=frozenset(executable))
+
+
+def bring(transport: Transport, site: Site) -> str:
+    """Have the checkout on the cluster as it is here; return its folder there, from the root.
+
+    Raises:
+        UserError: it cannot be written there, or the connection was lost.
+    """
+    parcel = pack(site)
+    key, manifest = parcel.key, parcel.manifest
+    said = transport.ask(_script(BEGIN, site, key), manifest.encode()).decode()
+    folder, _, has = said.partition("\n")
+    if has.strip() == "complete":
+        return folder
+    there = {line.removesuffix(": OK") for line in has.splitlines() if line.endswith(": OK")}
+    missing = set(parcel.contents) - there
+    packed = parcel.packed(missing)
+    of = f" of {len(parcel.contents)}" if there else ""
+    size = f"{len(packed) / 1e6:.1f} MB"
+    print(f"{site.ssh.host}: {len(missing)}{of} files to {folder}, {size}", file=sys.stderr)
+    transport.ask(_script(FINISH, site, key), packed)
+    return folder
+
+
+def home(site: Site) -> str:
+    """Return the folder of Sluice on the cluster as a word of a bash script."""
+    folder = site.ssh.folder
+    if folder == "~" or folder.startswith("~/"):
+        folder = folder[2:]
+    # From the home folder, in which the script may not be: a profile can go elsewhere.
+    return shlex.quote(folder) if folder.startswith("/") else f'"$HOME"/{shlex.quote(folder)}'
+
+
+def _script(text: str, site: Site, key: str) -> str:
+    # What the site keeps in another place has no folder here.
+    own = [kind for kind in FOLDERS if not getattr(site.paths, kind)]
+    return f"top={home(site)} key={key} shared='{' '.join([*own, '.venv', '.apptainer'])}'\n{text}"
+
+
+# Prints the folder, then "complete", or what is there of it already.
+BEGIN = """
+set -eu
+mkdir -p -- "$top/checkouts"
+cd -- "$top/checkouts"
+top=$(pwd -P)
+printf '%s/%s\\n' "$top" "$key"
+if [ -d "$key" ]; then
+  touch -- "$key"
+  ln -sfn -- "checkouts/$key" ../current
+  echo complete
+  exit
+fi
+mkdir -p -- ".$key.partial"
+cat >".$key.manifest"
+cd -- ".$key.partial"
+LC_ALL=C sha256sum --check "../.$key.manifest" 2>/dev/null || echo incomplete
+"""
+
+FINISH = f"""
+set -eu
+cd -- "$top/checkouts/.$key.partial"
+tar -xzf -
+LC_ALL=C sha256sum --check --quiet --strict "../.$key.manifest" >&2
+for name in $shared; do
+  mkdir -p -- "../../$name"
+  ln -sfn -- "../../$name" "$name"
+done
+cd ..
+# The same, brought at the same time by another command, is as good.
+[ -d "$key" ] || mv -T -- ".$key.partial" "$key" || [ -d "$key" ]
+ln -sfn -- "checkouts/$key" ../current
+rm -rf -- ".$key.partial" ".$key.manifest"
+ls -1t | tail -n +{KEPT + 1} | while IFS= read -r old; do rm -rf -- "$old"; done
+find . -maxdepth 1 -name '.*.partial' -mtime +7 -exec rm -rf -- {{}} +
+"""

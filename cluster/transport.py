@@ -1,0 +1,146 @@
+"""The way to a login node from a laptop: commands over one connection, with one sign-in.
+
+All that is wanted of the far side is sshd, bash and the usual small commands; no SFTP, which some
+sites have switched off.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+import signal
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from cluster.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from cluster.site import Site
+
+# As ssh has it; a command's own 255 cannot be told from it.
+LOST = 255
+# Printed before a script's own words: what a .bashrc says without being asked comes before.
+BEGINNING = b"\n-- sluice --\n"
+
+
+class Running(Protocol):
+    """A script that runs there beside others, and ends at the latest with the connection."""
+
+    def read_line(self) -> str:
+        """Return the next line that it prints; an empty text when there are no more."""
+
+    def is_over(self) -> bool:
+        """Return whether it has ended."""
+
+    def end(self) -> None:
+        """Close its standard input, and wait until it has ended."""
+
+
+class Stream(Protocol):
+    """What a socket and a channel have in common."""
+
+    def recv(self, size: int, /) -> bytes: ...
+    def sendall(self, data: bytes, /) -> None: ...
+    def shutdown(self, how: int, /) -> None: ...
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """A connection to the login node."""
+
+    @property
+    def lost(self) -> str:
+        """Why there is no connection any more; empty as long as there is."""
+
+    def __enter__(self) -> Transport: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def ask(self, script: str, data: bytes = b"") -> bytes:
+        """Run a bash script with `data` as its standard input; return what it prints.
+
+        Raises:
+            UserError: it failed, with the last line that it said; or the connection was lost.
+        """
+
+    def run(self, script: str) -> int:
+        """Run a bash script with this terminal, or these streams; return its exit code.
+
+        Without a terminal it has no input. 255: the connection was lost, and that was said.
+        """
+
+    def start(self, script: str) -> Running:
+        """Start a bash script whose standard input stays open until `end`.
+
+        Raises:
+            UserError: the connection was lost.
+        """
+
+    def dial(self, host: str, port: int) -> Stream:
+        """Return a stream to a port as the login node sees it.
+
+        Raises:
+            UserError: nothing listens there, or sshd does not allow it.
+        """
+
+
+def connect(site: Site) -> Transport:
+    """Return a connection to the site's login node, signed in.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    # What was made for the connection is removed then, too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    # Neither library nor command is waited for by those who need the other.
+    if site.ssh.backend == "openssh":
+        from cluster.ssh.openssh import OpenSsh
+
+        return OpenSsh(site.ssh)
+    from cluster.ssh.channels import Channels
+
+    return Channels(site.ssh)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def command(script: str) -> str:
+    """Return a command for any login shell, csh and fish too, that runs a bash script.
+
+    As in a login, because that is where sites put Slurm on the PATH. What the profile says goes to
+    stderr, and it does not get the script's input.
+    """
+    inner = 'exec <&4 >&3 3>&- 4<&-; s=$SLUICE_SCRIPT; unset SLUICE_SCRIPT; eval "$s"'
+    outer = f"export SLUICE_SCRIPT={shlex.quote(script)}; exec 3>&1 4<&0 >&2 </dev/null; "
+    outer += f"exec bash -lc {shlex.quote(inner)}"
+    packed = base64.b64encode(outer.encode()).decode()
+    # Between single quotes, and without the letters that mean something to some shell there.
+    return f"exec bash -c 'eval \"$(echo {packed} | base64 -d)\"'"
+
+
+def marked(script: str) -> str:
+    """Return a script that prints where its own words begin."""
+    return f"printf '\\n-- sluice --\\n'; {script}"
+
+
+def answer(host: str, exit_code: int, output: bytes, errors: bytes) -> bytes:
+    """Return the words of a script that was `marked`.
+
+    Raises:
+        UserError: it failed.
+    """
+    _, found, words = output.partition(BEGINNING)
+    if exit_code == 0 and found:
+        return words
+    lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
+    said = lines[-1] if lines else f"exit code {exit_code}"
+    what = "a command failed there" if found else "no bash could be started there"
+    raise UserError(f"{host}: {what}: {printable(said)}")
