@@ -12,7 +12,9 @@
 #: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
 #: PLAN    1: say what would be queued, and queue nothing
 #: FORMAT  of what is shown: table or json
-#: NODE    the number of a node, whose log is meant
+#: NODE    the number of a node, whose log is meant; for a tunnel the name of one
+#: PORT    of this machine, and for a tunnel with NODE of the node
+#: CMD     a command for the login node
 #: DRILL   power-off, power-on, cut or join with a node's name, or restart controller
 #: RUNTIME apptainer or host: where it runs (in the image if it is there and Apptainer is)
 #: VARIANT cpu or cuda, of an image
@@ -28,9 +30,9 @@ VENV ?= .venv
 export VENV
 
 # In the environment these mean something else: WSL sets NAME to the name of the machine, the
-# program `time` reads its format from TIME, and others may read theirs from FORMAT or NODE.
+# program `time` reads its format from TIME, and others may read theirs from FORMAT, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
-$(foreach name,NAME TIME FORMAT NODE,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
+$(foreach name,NAME TIME FORMAT NODE PORT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
@@ -52,8 +54,8 @@ each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 # Recipes are one command each: what went wrong is said by that command, not by make.
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: submit status logs cancel cluster-up cluster-down cluster-shell cluster-drill
-.PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu clean
+.PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
+.PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu bench-ssh clean
 .PHONY: setup setup-train setup-dev
 
 help: ## this list
@@ -93,6 +95,18 @@ logs: | setup ## follow RUN; Ctrl+C leaves the job alone
 
 cancel: | setup ## have RUN save, and end its job
 	$(python) -m cluster.jobs cancel $(call flag,RUN,run)
+
+# A JOB that is only the default asks nothing. To make every code of a command's is failure, so that
+# "will wait" (1) is none; "can never run" and no verdict are.
+check: | setup ## what the cluster has and gives me; JOB=... will it fit, when, under which limit?
+	$(python) -m cluster.jobs check $(if $(filter-out file,$(origin JOB)),$(call flag,JOB,job)) \
+	  $(call flag,ACCEL,accel) $(sized) $(call flag,FORMAT,format) -- $(ARGS) || [ $$? -eq 1 ]
+
+ssh: | setup ## a terminal on the login node; CMD="..." runs a command there
+	$(python) -m cluster.ssh $(call flag,CMD,command)
+
+tunnel: | setup ## TensorBoard of RUN in the browser here, or PORT of a node: PORT=8888 NODE=node7
+	$(python) -m cluster.tunnel $(call flag,RUN,run) $(call flag,NODE,node) $(call flag,PORT,port)
 
 cluster-up: ## a private Slurm of two nodes on this machine
 	slurm/local/up.sh $(ARGS)
@@ -141,6 +155,9 @@ bench: | setup-train ## memory and speed of the data path, as ratios against pee
 
 bench-gpu: | setup-train ## training speed on one GPU: tokens/s, MFU, beside the Hugging Face Trainer
 	$(python) -m benchmarks.gpu $(ARGS)
+
+bench-ssh: | setup-train ## make ssh beside the ssh command: throughput, time from a key to its echo
+	$(python) -m benchmarks.ssh $(ARGS)
 
 clean: ## delete the tools' caches; never runs, data or the environment
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,9 @@
-"""`make status`, `make logs` and `make cancel`: what became of the jobs that were submitted.
+"""`make status`, `make logs`, `make cancel`, `make check`: jobs, and what runs them.
 
 python -m cluster.jobs status [--run RUN] [--format json]
 python -m cluster.jobs logs --run RUN [--node 1]
 python -m cluster.jobs cancel --run RUN
+python -m cluster.jobs check [--job JOB [--nodes N] [--gpus N] [--time T]] [--format json]
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import importlib
 import io
 import sys
 
+from cluster import remote, site
 from cluster.errors import UserError, did_you_mean, run_to_exit
 
-COMMANDS = ("status", "logs", "cancel")
+COMMANDS = ("status", "logs", "cancel", "check")
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +28,9 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"'{argv[0]}' is not a command{did_you_mean(argv[0], COMMANDS)}")
+    settings = site.load()
+    if settings.is_elsewhere and not {"--help", "-h"} & set(argv):
+        return remote.carry_out(settings, "cluster.jobs", argv)
     # Each needs its own libraries, and none shall wait for the others'.
     code: int = importlib.import_module(f"cluster.{argv[0]}").main(argv[1:])
     return code

@@ -1,19 +1,53 @@
-"""What a site's Slurm would never run, found before it is asked to."""
+"""What a site's Slurm would never run, and what it would let wait, by its limits.
+
+`make submit` refuses what these call NEVER, and `make check JOB=` shows all of them: one truth.
+"""
 
 from __future__ import annotations
 
 import getpass
+import grp
 import os
-import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cluster import slurm
-from cluster.errors import UserError, did_you_mean
+from cluster import accounting, choice, nodes, partitions, slurm
+from cluster.associations import Accounting, Association, Qos
+from cluster.bounds import Holders, over_bounds
+from cluster.choice import Choice
+from cluster.demand import Demand
+from cluster.demand import of as demand_of
+from cluster.errors import UserError, did_you_mean, printable
+from cluster.finding import Finding, Verdict, never, over_time
+from cluster.nodes import Node
+from cluster.partitions import Partition
 from cluster.request import Request
 from cluster.site import Site
 
-# Options of sbatch that say whose limits hold.
-CHOOSES = ("--account", "-A", "--qos", "-q", "--partition", "-p")
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Who decides over jobs, as Slurm tells it; None and `unknown`: what it does not."""
+
+    user: str
+    config: Mapping[str, str]
+    partitions: Mapping[str, Partition]
+    nodes: Mapping[str, Node] | None
+    accounting: Accounting
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A job under the rules."""
+
+    findings: list[Finding]
+    remarks: list[str]
+    """What the user should know beside them; also what is unknown."""
+    demand: Demand | None
+    """None: there is no such partition."""
+    account: str = ""
+    qos: str = ""
 
 
 def check(queue: slurm.Slurm, site: Site, request: Request) -> list[str]:
@@ -24,147 +58,276 @@ def check(queue: slurm.Slurm, site: Site, request: Request) -> list[str]:
     Raises:
         UserError: it can never run; with the limit, and where it is.
     """
+    judged = judge(read(queue), choice.of(site), request)
+    for finding in judged.findings:
+        if finding.verdict is Verdict.NEVER:
+            raise UserError(finding.message)
+    return [finding.message for finding in judged.findings] + judged.remarks
+
+
+def read(queue: slurm.Slurm) -> Rules:
+    """Ask Slurm for the rules, each kind once.
+
+    Raises:
+        SlurmError: it tells nothing of its settings or partitions.
+    """
     config = queue.config()
-    partition = _check_partition(queue, site, request)
-    # Where accounts are kept for the record alone, nobody needs one, and their limits do not bind.
-    enforced = set(config.get("AccountingStorageEnforce", "").lower().split(","))
-    if not enforced & {"associations", "limits", "qos", "safe", "all"}:
-        return ["this Slurm enforces no accounts: no limits of yours to check"]
-    if any(flag.startswith(CHOOSES) for flag in site.slurm.sbatch_flags):
-        return ["account and limits are not checked, because slurm.sbatch_flags chooses them"]
+    user = getpass.getuser()
+    unknown: list[str] = []
+    known: dict[str, Node] | None = None
     try:
-        limits = _check_account(queue, site, config.get("ClusterName", ""), partition, enforced)
-        if enforced & {"limits", "safe", "all"}:
-            _check_limits(request, limits)
+        known = nodes.read(queue)
     except slurm.ControllerUnreachable:
         raise
     except slurm.SlurmError as error:
-        return [f"accounts and their limits are unknown: sacctmgr says: {error}"]
-    return []
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What one job may have, by somebody's rule; empty where there is none."""
-
-    whose: str
-    wall: str
-    """[days-]hours:minutes:seconds."""
-    resources: str
-    """Of all its nodes together: cpu=64,gres/gpu=8,mem=500G,node=4."""
-
-
-def _check_partition(queue: slurm.Slurm, site: Site, request: Request) -> slurm.Partition:
-    name = site.slurm.partition
-    where = f"{site.source or 'the private cluster'}: slurm.partition '{name}'"
-    partition = queue.partition(name)
-    if partition is None:
-        raise UserError(
-            f"{where}: there is no such partition{did_you_mean(name, queue.partitions())}"
-        )
-    if partition.state != "UP":
-        raise UserError(f"{where}: is {partition.state}; choose another, or ask the site")
-    most = min(partition.total_nodes, partition.max_nodes or partition.total_nodes)
-    if request.num_nodes > most:
-        limit = "has" if most == partition.total_nodes else "gives a job at most"
-        raise UserError(
-            f"NODES={request.num_nodes}: partition {name} {limit} {most}; ask for fewer, or "
-            "another partition"
-        )
-    _check_time(request, partition.max_time, f"partition {name}")
-    for kind, chosen, allowed in (
-        ("account", site.slurm.account, partition.allowed_accounts),
-        ("QOS", site.slurm.qos, partition.allowed_qos),
-    ):
-        if chosen and allowed is not None and chosen not in allowed:
-            raise UserError(f"{where}: is closed to {kind} {chosen}; open to {', '.join(allowed)}")
-    return partition
-
-
-def _check_account(
-    queue: slurm.Slurm, site: Site, cluster: str, partition: slurm.Partition, enforced: set[str]
-) -> list[Limit]:
-    """Check that account and QOS may be used; return the limits that come, the strongest first.
-
-    Raises:
-        UserError: one may not.
-    """
-    user = getpass.getuser()
-    layout = "account,partition,qos,defaultqos,maxwall,maxtresperjob"
-    lines = _accounting(
-        queue, "associations", f"user={user}", f"cluster={cluster}", f"format={layout}"
+        unknown.append(f"nodes: scontrol show node: {printable(str(error))}")
+    if known is not None and not known:
+        known = None
+        unknown.append("nodes: scontrol shows none")
+    return Rules(
+        user=user,
+        config=config,
+        partitions=partitions.read(queue),
+        nodes=known,
+        accounting=accounting.read(queue, config, user),
+        unknown=tuple(unknown),
     )
-    # In all partitions where none is named.
-    associations = [line for line in lines if line[1] in ("", site.slurm.partition)]
-    accounts = sorted({line[0] for line in associations})
-    source = site.source or "the private cluster"
+
+
+def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
+    """Hold a job against all rules."""
+    name = chosen.partition
+    remarks = [f"unknown: {words}" for words in rules.unknown]
+    if chosen.not_reckoned_with:
+        flags = ", ".join(chosen.not_reckoned_with)
+        remarks.append(f"not reckoned with: {flags} of slurm.sbatch_flags in {chosen.where}")
+    if "," in name:
+        # sbatch takes the one where it starts first.
+        remarks.append(f"not checked: which of the partitions {name} the job would get")
+        return Judged(findings=[], remarks=remarks, demand=None)
+    partition = rules.partitions.get(name)
+    if partition is None:
+        message = (
+            f"{chosen.where}: slurm.partition '{name}': there is no such partition"
+            f"{did_you_mean(name, rules.partitions)}"
+        )
+        return Judged(findings=[never(message, "Partition", "")], remarks=remarks, demand=None)
+    remarks += [f"unknown: {key} of partition {name}" for key in partition.unknown]
+    demand = demand_of(request, partition, chosen, rules.config, rules.nodes)
+    account, qos, found = of_account(rules.accounting, chosen)
+    findings = [
+        *_open(partition, chosen, rules.user),
+        *_sizes(partition, request, demand, chosen, qos),
+        *_closed(partition, chosen, account, qos.name if qos else chosen.qos),
+        *found,
+    ]
+    kept = rules.accounting
+    remarks += [f"unknown: {words}" for words in kept.unknown]
+    if not kept.binds:
+        remarks.append("this Slurm enforces no accounts: no limits of yours to check")
+    elif kept.limits_bind and not any(f.verdict is Verdict.NEVER for f in found):
+        association = _association_of(kept, chosen, account)
+        holders = Holders.of(association, _qos_of(kept, partition.qos), qos)
+        found = list(over_bounds(holders, request, demand, safe="safe" in kept.enforced))
+        findings += found
+        if partition.qos and partition.qos not in kept.qos:
+            remarks.append(f"unknown: limits of partition {name}'s QOS {partition.qos}")
+        if association is not None and association.above is None:
+            remarks.append(f"unknown: limits of the accounts above {association.account}")
+        if qos is None and not kept.is_hidden:
+            remarks.append("unknown: which QOS the job gets, and that QOS's limits")
+        remarks += [f"unknown: {words}" for words in holders.unknown_use()]
+        remarks += demand.unknown
+    return Judged(
+        # What hinders most comes first, and of that what was found first.
+        findings=sorted(findings, key=lambda finding: -finding.verdict),
+        remarks=list(dict.fromkeys(remarks)),
+        demand=demand,
+        account=account,
+        qos=qos.name if qos else "",
+    )
+
+
+# ---- account and QOS ------------------------------------------------------------------------
+
+
+def of_account(kept: Accounting, chosen: Choice) -> tuple[str, Qos | None, list[Finding]]:
+    """Return the account and the QOS that a job gets, and whether it may have them."""
+    findings: list[Finding] = []
+    if not kept.binds or kept.is_hidden:
+        return chosen.account, kept.qos.get(chosen.qos), findings
+    here = _here(kept, chosen)
+    accounts = sorted({association.account for association in here})
     if not accounts:
-        raise UserError(f"user {user} has no account on this cluster; ask the site for one")
-    if site.slurm.account and site.slurm.account not in accounts:
-        raise UserError(
-            f"{source}: slurm.account '{site.slurm.account}' is not one of yours: "
+        message = f"user {kept.user} has no account on this cluster; ask the site for one"
+        if kept.associations:
+            others = ", ".join(sorted({a.partition for a in kept.associations}))
+            message = (
+                f"{chosen.where}: slurm.partition '{chosen.partition}': you have no account for "
+                f"it; you have for {others}"
+            )
+        return "", None, [never(message, "Account", f"user {kept.user}")]
+    account = chosen.account or kept.default_account
+    if not account and len(accounts) == 1:
+        account = accounts[0]
+    if chosen.account and chosen.account.lower() not in accounts:
+        message = (
+            f"{chosen.where}: slurm.account '{chosen.account}' is not one of yours: "
             f"{', '.join(accounts)}"
         )
-    account = site.slurm.account or os.environ.get("SBATCH_ACCOUNT", "")
-    if not account and len(accounts) > 1:
-        # What sbatch takes of several.
-        ((account,),) = _accounting(queue, "user", f"name={user}", "format=defaultaccount")
-    mine = [line for line in associations if account in ("", line[0])] or associations
-    known = sorted({qos for line in mine for qos in line[2].split(",") if qos})
-    if enforced & {"qos", "all"} and site.slurm.qos and site.slurm.qos not in known:
-        raise UserError(
-            f"{source}: slurm.qos '{site.slurm.qos}' is not one of yours: {', '.join(known)}"
+        return chosen.account, None, [never(message, "Account", "", accounts, "slurm.account")]
+    association = _association_of(kept, chosen, account)
+    if association is None:
+        message = (
+            f"{chosen.where}: your default account {account} is not for partition "
+            f"{chosen.partition}; set slurm.account to one of {', '.join(accounts)}"
         )
-    # The association of this very partition before that of all.
-    name, _, _, default, wall, resources = max(mine, key=lambda line: line[1])
-    qos = site.slurm.qos or default or (known[0] if len(known) == 1 else "")
-    names = sorted({qos, partition.qos} - {""})
-    layout = "format=name,flags,maxwall,maxtresperjob"
-    shown = _accounting(queue, "qos", f"name={','.join(names)}", layout) if names else []
-    by_name = {row[0]: (row[1], Limit(f"QOS {row[0]}", *row[2:])) for row in shown}
-    _, of_partition = by_name.get(partition.qos, ("", None))
-    flags, of_job = by_name.get(qos, ("", None))
-    order = [of_job, of_partition] if "OverPartQOS" in flags else [of_partition, of_job]
-    return [limit for limit in order if limit] + [Limit(f"account {name}", wall, resources)]
+        return account, None, [never(message, "Account", "", accounts, "slurm.account")]
+    known = association.qos
+    name = chosen.qos or association.default_qos
+    if not name and known is not None:
+        # As the controller does for who has no default.
+        name = known[0] if len(known) == 1 else ("normal" if "normal" in known else "")
+    if known is not None and kept.qos_binds and chosen.qos and chosen.qos not in known:
+        message = (
+            f"{chosen.where}: slurm.qos '{chosen.qos}' is not one of yours: "
+            f"{', '.join(sorted(known))}"
+        )
+        findings.append(never(message, "QOS", "", sorted(known), "slurm.qos"))
+    return account, _qos_of(kept, name), findings
 
 
-def _accounting(queue: slurm.Slurm, *words: str) -> list[list[str]]:
-    shown = queue.call("sacctmgr", "--noheader", "--parsable2", "show", *words)
-    return [line.split("|") for line in shown.splitlines()]
+def _here(kept: Accounting, chosen: Choice) -> list[Association]:
+    # In all partitions where none is named.
+    return [a for a in kept.associations if a.partition in ("", chosen.partition)]
 
 
-def _check_limits(request: Request, limits: list[Limit]) -> None:
-    """Check against the limits of QOS and account: of each kind the first that is set holds.
+def _association_of(kept: Accounting, chosen: Choice, account: str) -> Association | None:
+    mine = [a for a in _here(kept, chosen) if a.account == account.lower()]
+    # The one of this very partition before that of all.
+    return max(mine, key=lambda association: association.partition, default=None)
 
-    That is Slurm's order: https://slurm.schedmd.com/resource_limits.html (Hierarchy).
-    """
-    for limit in limits:
-        if limit.wall:
-            _check_time(request, limit.wall, limit.whose)
-            break
-    for kind, what, variable, given, each in (
-        ("node", "nodes", "NODES", request.num_nodes, 1),
-        ("gres/gpu", "GPUs", "GPUS", request.gpus_per_node, request.gpus_per_node),
-        ("cpu", "CPUs", "NODES", request.num_nodes, request.cpus_per_node),
+
+def _qos_of(kept: Accounting, name: str) -> Qos | None:
+    return kept.qos.get(name) if name else None
+
+
+# ---- the partition --------------------------------------------------------------------------
+
+
+def _open(partition: Partition, chosen: Choice, user: str) -> Iterator[Finding]:
+    where = f"{chosen.where}: slurm.partition '{partition.name}'"
+    whose = f"partition {partition.name}"
+    if partition.state not in ("UP", "unknown"):
+        message = f"{where}: is {printable(partition.state)}; choose another, or ask the site"
+        yield never(message, "State", whose)
+    is_root = user == "root"
+    if partition.is_for_root and not is_root:
+        yield never(f"{where}: is for root alone; choose another", "RootOnly", whose)
+    if partition.wants_reservation and not chosen.reservation:
+        message = f"{where}: takes jobs with a reservation alone; set SBATCH_RESERVATION"
+        yield never(message, "ReqResv", whose)
+    if partition.allowed_groups is not None and not is_root:
+        mine = _groups(user)
+        if mine is not None and not mine & set(partition.allowed_groups):
+            groups = ", ".join(partition.allowed_groups)
+            yield never(f"{where}: is for the groups {groups} alone", "AllowGroups", whose)
+
+
+def _groups(user: str) -> set[str] | None:
+    names = set()
+    try:
+        for number in os.getgrouplist(user, os.getgid()):
+            names.add(grp.getgrgid(number).gr_name)
+    except (KeyError, OSError):
+        return None
+    return names
+
+
+def _sizes(
+    partition: Partition, request: Request, demand: Demand, chosen: Choice, qos: Qos | None
+) -> Iterator[Finding]:
+    """Find whether the partition ever gives that much, and whether it has such nodes."""
+    whose = f"partition {partition.name}"
+    # A QOS may free its jobs of these.
+    flags = qos.flags if qos else ()
+    most = partition.total_nodes
+    if partition.max_nodes is not None and "PartitionMaxNodes" not in flags:
+        most = min(most, partition.max_nodes)
+    if request.num_nodes > most and "TotalNodes" not in partition.unknown:
+        verb = "has" if most == partition.total_nodes else "gives a job at most"
+        message = (
+            f"NODES={request.num_nodes}: {whose} {verb} {most}; ask for fewer, or another partition"
+        )
+        yield never(message, "MaxNodes", whose, [str(most)] if most else [], "NODES")
+    if request.num_nodes < partition.min_nodes and "PartitionMinNodes" not in flags:
+        message = (
+            f"NODES={request.num_nodes}: {whose} gives a job at least {partition.min_nodes}; ask "
+            "for more, or another partition"
+        )
+        yield never(message, "MinNodes", whose, [str(partition.min_nodes)], "NODES")
+    if "PartitionTimeLimit" not in flags and (
+        over := over_time(request, partition.max_time, whose, "MaxTime")
     ):
-        asked = request.num_nodes * each
-        for limit in limits:
-            words = dict(word.partition("=")[::2] for word in limit.resources.split(","))
-            most = words.get(kind, "")
-            if most.isdecimal() and asked > int(most):
-                raise UserError(
-                    f"{variable}={given}: {limit.whose} allows a job at most {most} {what}, and "
-                    f"this one asks for {asked}; ask for fewer"
-                )
-            if most:
-                break
-
-
-def _check_time(request: Request, limit: str, whose: str) -> None:
-    most = slurm.seconds(limit) if re.match(r"\d", limit) else None
-    asked = slurm.seconds(request.time)
-    if most is not None and (asked is None or asked > most):
-        raise UserError(
-            f"TIME={request.time}: {whose} allows at most {limit}; ask for less: a run saves at "
-            "its limit and goes on in the next job by itself"
+        yield over
+    if (cpus := partition.max_cpus_per_node) is not None and demand.cpus > cpus:
+        message = (
+            f"a job asks for {demand.cpus} CPUs of a node, and {whose} gives at most {cpus}; set "
+            "slurm.cpus_per_node to that"
         )
+        yield never(message, "MaxCPUsPerNode", whose, [str(cpus)], "slurm.cpus_per_node")
+    memory = partition.max_memory_per_node_mb
+    if memory is not None and request.memory_per_node_mb > memory:
+        message = (
+            f"a job asks for {request.memory_per_node_mb} MB of a node, and {whose} gives at most "
+            f"{memory}; set slurm.memory_per_node_mb to that"
+        )
+        yield never(message, "MaxMemPerNode", whose, [str(memory)], "slurm.memory_per_node_mb")
+    fitting = demand.fitting
+    if fitting is not None and len(fitting) < request.num_nodes <= most:
+        yield _too_large(partition, request, demand, chosen, len(fitting))
+
+
+def _too_large(
+    partition: Partition, request: Request, demand: Demand, chosen: Choice, fitting: int
+) -> Finding:
+    many = f"{fitting} of its nodes have" if fitting else "none of its nodes has"
+    message = f"partition {partition.name}: {many} what the job asks of each: {demand}"
+    flags = {
+        "constraint": chosen.constraint,
+        "nodelist": chosen.nodelist,
+        "exclude": chosen.exclude,
+    }
+    if given := " ".join(f"--{name}={value}" for name, value in flags.items() if value):
+        message += f", with {given} of slurm.sbatch_flags in {chosen.where}"
+    fits_with = ""
+    if fitting:
+        fits_with = f"NODES={fitting}"
+    elif demand.most_gpus is not None and request.gpus_per_node > demand.most_gpus:
+        fits_with = f"GPUS={demand.most_gpus}"
+    elif demand.most_cpus and demand.cpus > demand.most_cpus:
+        fits_with = f"slurm.cpus_per_node = {demand.most_cpus}"
+    elif demand.most_memory_mb and request.memory_per_node_mb > demand.most_memory_mb:
+        fits_with = f"slurm.memory_per_node_mb = {demand.most_memory_mb}"
+    return Finding(
+        verdict=Verdict.NEVER,
+        limit="Nodes",
+        whose=f"partition {partition.name}",
+        message=message,
+        fits_with=fits_with,
+    )
+
+
+def _closed(partition: Partition, chosen: Choice, account: str, qos: str) -> Iterator[Finding]:
+    where = f"{chosen.where}: slurm.partition '{partition.name}'"
+    for kind, name, allowed, denied, limit in (
+        ("account", account, partition.allowed_accounts, partition.denied_accounts, "Accounts"),
+        ("QOS", qos, partition.allowed_qos, partition.denied_qos, "Qos"),
+    ):
+        if name and allowed is not None and name not in allowed:
+            message = f"{where}: is closed to {kind} {name}; open to {', '.join(allowed)}"
+            setting = f"slurm.{kind.lower()}"
+            yield never(message, f"Allow{limit}", f"partition {partition.name}", allowed, setting)
+        elif name and name in denied:
+            message = f"{where}: is closed to {kind} {name}; choose another"
+            yield never(message, f"Deny{limit}", f"partition {partition.name}")

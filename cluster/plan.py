@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -62,7 +61,7 @@ def plan_new(
         sizes,
         asked={"num_nodes": job.resources.nodes, **asdict(job.resources)},
         origin=f"{job.path}: resources.gpus_per_node",
-        on_cpu=_is_dry_run(script_arguments),
+        on_cpu=request.is_dry_run(script_arguments),
     )
     words = ["make", "submit", f"JOB={job.name}", f"ACCEL={accel}", f"NODES={wanted.num_nodes}"]
     words += [f"GPUS={wanted.gpus_per_node}", f"NPROC={wanted.processes_per_node}"]
@@ -79,18 +78,6 @@ def plan_new(
     }
     settings = ["--config", str(job.path), *script_arguments]
     return _plan(queue, site, options, wanted, accel, folder, record, settings, is_new=True)
-
-
-def _is_dry_run(script_arguments: list[str]) -> bool:
-    """Return whether it is a dry run, for which other sizes are asked.
-
-    Raises:
-        UserError: it says so in a way that only the script would understand.
-    """
-    for word, value in itertools.pairwise([*script_arguments, ""]):
-        if word.startswith("--dry_run=") or (word == "--dry_run" and value in ("true", "false")):
-            raise UserError("ARGS: write --dry_run without a value, or leave it out")
-    return "--dry_run" in script_arguments
 
 
 def plan_continued(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,18 @@ def resolve(
         memory_per_node_mb=memory,
         device="cuda" if gpus and not on_cpu and site.container.variant == "cuda" else "cpu",
     )
+
+
+def is_dry_run(script_arguments: list[str]) -> bool:
+    """Return whether it is a dry run, for which other sizes are asked.
+
+    Raises:
+        UserError: it says so in a way that only the script would understand.
+    """
+    for word, value in itertools.pairwise([*script_arguments, ""]):
+        if word.startswith("--dry_run=") or (word == "--dry_run" and value in ("true", "false")):
+            raise UserError("ARGS: write --dry_run without a value, or leave it out")
+    return "--dry_run" in script_arguments
 
 
 def sbatch(site: Site, request: Request, *, name: str, folder: Path) -> list[str]:

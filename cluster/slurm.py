@@ -56,20 +56,14 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partition:
-    """What scontrol says of a partition."""
+class Trial:
+    """What `sbatch --test-only` says of a job; a guess, as Slurm has it."""
 
-    name: str
-    state: str
-    total_nodes: int
-    max_nodes: int | None
-    max_time: str
-    """UNLIMITED or [days-]hours:minutes:seconds."""
-    allowed_accounts: list[str] | None
-    allowed_qos: list[str] | None
-    """None: all."""
-    qos: str
-    """Its own QOS, whose limits hold for every job in it; empty without one."""
+    start: str = ""
+    """Local time in ISO format; empty where it says none."""
+    nodes: str = ""
+    refusal: str = ""
+    """Why it would not be taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,54 +145,34 @@ class Slurm:
             )
         return known
 
-    def partition(self, name: str) -> Partition | None:
-        """Return a partition, or None if there is none of this name (or none that we may see)."""
-        try:
-            shown = fields_of(self.call("scontrol", "show", "partition", name, "--oneliner"))
-        except ControllerUnreachable:
-            raise
-        except SlurmError as error:
-            if "not found" in str(error).lower() or "invalid partition" in str(error).lower():
-                return None
-            raise
-
-        def names(key: str) -> list[str] | None:
-            value = shown.get(key, "ALL")
-            return None if value in ("ALL", "N/A", "(null)") else value.split(",")
-
-        most = shown.get("MaxNodes", "UNLIMITED")
-        return Partition(
-            name=shown["PartitionName"],
-            state=shown.get("State", "UP"),
-            total_nodes=int(shown.get("TotalNodes", "0")),
-            max_nodes=int(most) if most.isdecimal() else None,
-            max_time=shown.get("MaxTime", "UNLIMITED"),
-            allowed_accounts=names("AllowAccounts"),
-            allowed_qos=names("AllowQos"),
-            qos=next(iter(names("QoS") or []), ""),
-        )
-
-    def partitions(self) -> list[str]:
-        """Return the names of the partitions."""
-        listed = self.call("sinfo", "-h", "-o", "%R").split()
-        return sorted(set(listed))
-
     def config(self) -> dict[str, str]:
         """Return slurm.conf as the controller has it."""
         shown = self.call("scontrol", "show", "config")
         return dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", shown, re.MULTILINE))
 
-    def expected_start(self, sbatch: list[str], environment: Mapping[str, str]) -> str:
-        """Return what `sbatch --test-only` says of a job's start; a guess, as Slurm has it."""
+    def trial(self, sbatch: list[str], environment: Mapping[str, str]) -> Trial:
+        """Ask when a job would start, without queueing it.
+
+        It lets limits pass that then hold the job for ever, and takes a node that is drained for
+        one that is not there: only its times are worth something.
+        """
         try:
             words = [sbatch[0], "--test-only", *sbatch[1:]]
             said = self.call(*words, environment=environment, with_stderr=True)
         except ControllerUnreachable:
             raise
         except SlurmError as error:
-            return f"unknown (sbatch --test-only: {error})"
-        found = re.search(r"to start at (\S+) using .* on nodes? (\S+)", said)
-        return f"{found[1].replace('T', ' ')} on {found[2]}" if found else "unknown"
+            return Trial(refusal=str(error))
+        # 26.05 has a word before "using".
+        found = re.search(r"to start at (\S+) (?:\S+ )?using .* on nodes? (\S+)", said)
+        return Trial(start=found[1], nodes=found[2]) if found else Trial()
+
+    def expected_start(self, sbatch: list[str], environment: Mapping[str, str]) -> str:
+        """Return in words when a job would start."""
+        trial = self.trial(sbatch, environment)
+        if trial.refusal:
+            return f"unknown (sbatch --test-only: {trial.refusal})"
+        return f"{trial.start.replace('T', ' ')} on {trial.nodes}" if trial.start else "unknown"
 
 
 def of(site: Site) -> Slurm:
@@ -221,8 +195,16 @@ def of(site: Site) -> Slurm:
 
 
 def fields_of(line: str) -> dict[str, str]:
-    """Return the KEY=VALUE words of a line of `scontrol show --oneliner`."""
-    return dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+    """Return the KEY=VALUE pairs of a line of `scontrol show --oneliner`; values have spaces.
+
+    Of a key that comes twice the first counts: what people write (a reason, a comment) is last,
+    and cannot pass for something else.
+    """
+    _, *parts = re.split(r"(?:^|\s+)([A-Z]\w*(?:/\w+)*)=", line)
+    found: dict[str, str] = {}
+    for key, value in zip(parts[::2], parts[1::2], strict=True):
+        found.setdefault(key, value.strip())
+    return found
 
 
 def seconds(time: str) -> int | None:

@@ -212,7 +212,7 @@ def test_what_one_job_may_have_of_a_qos_chosen_or_not(situation: Situation) -> N
 
 
 def test_what_slurm_itself_refuses_leaves_nothing(situation: Situation) -> None:
-    flags = 'sbatch_flags = ["--constraint=no-such-feature"]'
+    flags = 'sbatch_flags = ["--licenses=no-such-license"]'
     situation.site(lambda text: text.replace('"gpu"', f'"gpu"\n{flags}'))
     before = situation.queue(), situation.runs()
     done = situation.desk.make_inside("submit", "ARGS=--dry_run")

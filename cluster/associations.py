@@ -1,0 +1,99 @@
+"""Whom limits belong to: a QOS, an association of user and account, the accounts above it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# What sacctmgr calls a limit, and what the controller calls it. Those of the first two lines are
+# numbers, or for the wall a time; those of the last two are lists such as cpu=4,gres/gpu=2.
+GROUP = {"grpjobs": "GrpJobs", "grpsubmit": "GrpSubmitJobs", "grpwall": "GrpWall"}
+GROUP |= {"grptres": "GrpTRES", "grptresmins": "GrpTRESMins", "grptresrunmins": "GrpTRESRunMins"}
+JOB = {"maxwall": "MaxWallPJ"}
+JOB |= {"maxtres": "MaxTRESPJ", "maxtrespernode": "MaxTRESPN", "maxtresmins": "MaxTRESMinsPJ"}
+OF_ASSOCIATION = {**GROUP, **JOB, "maxjobs": "MaxJobs", "maxsubmit": "MaxSubmitJobs"}
+OF_QOS = {**GROUP, **JOB, "maxjobspu": "MaxJobsPU", "maxsubmitpu": "MaxSubmitJobsPU"}
+OF_QOS |= {"maxjobspa": "MaxJobsPA", "maxsubmitpa": "MaxSubmitJobsPA"}
+OF_QOS |= {"maxtrespu": "MaxTRESPU", "maxtrespa": "MaxTRESPA", "mintres": "MinTRESPJ"}
+# Enforcement by the controller: whether an account is needed, whether limits bind, whether QOS do.
+ENFORCING = {"associations", "limits", "qos", "safe", "all"}
+
+Key = tuple[str, str]
+"""A limit's name as the controller has it, and of what: ("GrpTRES", "gres/gpu")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One limit that is set."""
+
+    whose: str
+    name: str
+    tres: str
+    limit: int
+    """A count; MB of memory; minutes of wall time."""
+    text: str
+    """As Slurm writes it."""
+    used: int | None
+    """None: unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who limits: a QOS, an association, or an account above it."""
+
+    whose: str
+    bounds: Mapping[Key, Bound]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qos:
+    """A QOS."""
+
+    name: str
+    priority: int | None
+    flags: tuple[str, ...]
+    preempts: tuple[str, ...]
+    holder: Holder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """That I may use an account: in one partition, or in all where none is named."""
+
+    account: str
+    partition: str
+    qos: tuple[str, ...] | None
+    """Those that I may use; None: unknown."""
+    default_qos: str
+    holder: Holder
+    above: tuple[Holder, ...] | None
+    """The accounts above, the nearest first; None: unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """All that is known of it."""
+
+    user: str
+    enforced: frozenset[str]
+    associations: tuple[Association, ...] = ()
+    default_account: str = ""
+    qos: Mapping[str, Qos] = field(default_factory=dict)
+    is_hidden: bool = False
+    """Whether I have no association that is shown, which need not mean that I have none."""
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def binds(self) -> bool:
+        """Whether jobs need an account at all."""
+        return bool(self.enforced & ENFORCING)
+
+    @property
+    def limits_bind(self) -> bool:
+        """Whether limits hold."""
+        return bool(self.enforced & {"limits", "safe", "all"})
+
+    @property
+    def qos_binds(self) -> bool:
+        """Whether only those QOS may be used that were given to me."""
+        return bool(self.enforced & {"qos", "all"})

@@ -1,0 +1,298 @@
+"""A job held against the limits of QOS and account, in the order in which Slurm goes by them.
+
+Of each kind of limit the first that is set holds: that of the partition's QOS, of the job's QOS
+(the other way round if the job's has the flag OverPartQOS), of the association of user and account;
+what a group may have is asked of every account above as well.
+https://slurm.schedmd.com/resource_limits.html (Hierarchy), and src/slurmctld/acct_policy.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.associations import Association, Bound, Holder, Qos
+from cluster.demand import Demand
+from cluster.finding import Finding, Verdict, never, over_time
+from cluster.reasons import duration
+from cluster.request import Request
+
+WORDS = {"node": "nodes", "gres/gpu": "GPUs", "cpu": "CPUs", "mem": "MB of memory"}
+SETTINGS = {"node": "NODES", "gres/gpu": "GPUS", "cpu": "NODES", "mem": "NODES"}
+# In Slurm's order of checking: all that a job may ever have, then what it must wait for. Behind a
+# limit of a QOS the one of an association that it stands before.
+PER_JOB = (("MaxTRESPJ", "MaxTRESPJ"), ("MaxTRESPN", "MaxTRESPN"), ("MinTRESPJ", ""))
+MINUTES_PER_JOB = (("MaxTRESMinsPJ", "MaxTRESMinsPJ"),)
+AT_ONCE = (("MaxTRESPU", ""), ("MaxTRESPA", ""), ("GrpTRES", "GrpTRES"))
+MINUTES = (("GrpTRESMins", "GrpTRESMins"), ("GrpTRESRunMins", "GrpTRESRunMins"))
+JOBS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("MaxJobsPU", "MaxJobsPA"), "MaxJobs"),
+    (("GrpJobs",), "GrpJobs"),
+)
+SUBMITTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("MaxSubmitJobsPU", "MaxSubmitJobsPA"), "MaxSubmitJobs"),
+    (("GrpSubmitJobs",), "GrpSubmitJobs"),
+)
+WHO = {"PU": "a user", "PA": "an account"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holders:
+    """Who limits a job: the QOS, the strongest first, then the association, then those above."""
+
+    qos: list[Holder]
+    association: Holder | None
+    above: tuple[Holder, ...]
+
+    @classmethod
+    def of(
+        cls, association: Association | None, of_partition: Qos | None, of_job: Qos | None
+    ) -> Holders:
+        """Return them in the order that holds."""
+        order = [of_partition, of_job]
+        if of_job is not None and "OverPartQOS" in of_job.flags:
+            order.reverse()
+        distinct = list({qos.name: qos.holder for qos in order if qos is not None}.values())
+        return cls(
+            qos=distinct,
+            association=association.holder if association else None,
+            above=(association.above or ()) if association else (),
+        )
+
+    def bounds(self, name: str, in_association: str) -> Iterator[Bound]:
+        """Return those limits of one name that hold: of each resource one, or one an account."""
+        seen: set[str] = set()
+        for holder in self.qos:
+            own = {key[1]: bound for key, bound in holder.bounds.items() if key[0] == name}
+            yield from (bound for kind, bound in own.items() if kind not in seen)
+            seen |= set(own)
+        rest = [self.association] if self.association and in_association else []
+        if name.startswith("Grp"):
+            rest += self.above
+        for other in rest:
+            for key, bound in other.bounds.items():
+                if key[0] == in_association and key[1] not in seen:
+                    yield bound
+
+    def unknown_use(self) -> Iterator[str]:
+        """Return what of it is limited without that anybody tells how much is used."""
+        for holder in [*self.qos, *filter(None, [self.association]), *self.above]:
+            for bound in holder.bounds.values():
+                if bound.used is None and not _is_per_job(bound):
+                    yield f"how much is used of {_name(bound)} of {bound.whose}"
+
+
+def over_bounds(
+    holders: Holders, request: Request, demand: Demand, *, safe: bool
+) -> Iterator[Finding]:
+    """Find the limits that a job would never keep, and those that let it wait.
+
+    `safe`: AccountingStorageEnforce has that word, so that no job starts that could not end within
+    its group's minutes; without it jobs start as long as there are some, and are ended then.
+    """
+    for bound in holders.bounds("MaxWallPJ", "MaxWallPJ"):
+        if over := over_time(request, bound.text, bound.whose, "MaxWall"):
+            yield over
+    for name, other in PER_JOB:
+        for bound in holders.bounds(name, other):
+            yield from _of_one_job(bound, request, demand)
+    for name, other in MINUTES_PER_JOB:
+        for bound in holders.bounds(name, other):
+            yield from _of_time(bound, request, demand, used=0)
+    for name, other in AT_ONCE:
+        for bound in holders.bounds(name, other):
+            yield from _at_once(bound, request, demand)
+    for name, other in MINUTES:
+        for bound in holders.bounds(name, other):
+            if safe or name == "GrpTRESRunMins":
+                yield from _of_time(bound, request, demand, used=bound.used)
+            elif count := demand.of_all_nodes().get(bound.tres):
+                yield from _until_used_up(bound, demand, count)
+    for bound in holders.bounds("GrpWall", "GrpWall"):
+        if safe:
+            yield from _wall(bound, request, demand)
+        else:
+            yield from _until_used_up(bound, demand, 1)
+    for kinds, verb in ((SUBMITTED, "queued"), (JOBS, "running")):
+        for names, other in kinds:
+            for bound in _first(holders, names, other):
+                yield from _jobs(bound, verb)
+
+
+def _first(holders: Holders, names: tuple[str, ...], other: str) -> Iterator[Bound]:
+    """Return what a QOS says for a user and for an account, and if neither, an association."""
+    of_qos = [bound for name in names for bound in holders.bounds(name, "")]
+    yield from of_qos
+    if not of_qos:
+        yield from holders.bounds(other, other)
+
+
+def _of_one_job(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding]:
+    per_node = bound.name == "MaxTRESPN"
+    asked = (demand.of_a_node() if per_node else demand.of_all_nodes()).get(bound.tres)
+    at_least = bound.name == "MinTRESPJ"
+    if asked is None and not (at_least and bound.tres.startswith("gres/")):
+        return
+    asked = asked or 0
+    if asked >= bound.limit if at_least else asked <= bound.limit:
+        return
+    setting, given, what = _setting(bound, request, per_node=per_node)
+    of_each = " of a node" if per_node else ""
+    most = "at least" if at_least else "at most"
+    message = (
+        f"{setting}={given}: {bound.whose} allows a job {most} {bound.text} {what}{of_each}, and "
+        f"this one asks for {asked}; ask for {'more' if at_least else 'fewer'}"
+    )
+    fitting = "" if at_least else _fits_with(bound, request, demand, bound.limit, per_node=per_node)
+    yield _finding(Verdict.NEVER, bound, message, fitting)
+
+
+def _at_once(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding]:
+    asked = demand.of_all_nodes().get(bound.tres)
+    if not asked:
+        return
+    setting, given, what = _setting(bound, request)
+    whose = bound.whose + (f" for {WHO[bound.name[-2:]]}" if bound.name[-2:] in WHO else "")
+    if asked > bound.limit:
+        message = (
+            f"{setting}={given}: {whose} allows at most {bound.text} {what} at once, and this job "
+            f"asks for {asked}; ask for fewer"
+        )
+        yield _finding(
+            Verdict.NEVER, bound, message, _fits_with(bound, request, demand, bound.limit)
+        )
+    elif bound.used is not None and bound.used + asked > bound.limit:
+        message = (
+            f"{whose} allows {bound.text} {what} at once, {bound.used} are in use, and this job "
+            f"asks for {asked}: it waits until others end"
+        )
+        left = max(0, bound.limit - bound.used)
+        yield _finding(Verdict.WAITS, bound, message, _fits_with(bound, request, demand, left))
+
+
+def _of_time(
+    bound: Bound, request: Request, demand: Demand, *, used: int | None
+) -> Iterator[Finding]:
+    count = demand.of_all_nodes().get(bound.tres)
+    if not count:
+        return
+    what = WORDS.get(bound.tres, bound.tres)
+    asked = None if demand.minutes is None else count * demand.minutes
+    if asked is None or asked > bound.limit:
+        most = duration(bound.limit // count * 60)
+        message = (
+            f"TIME={request.time}: {bound.whose} allows at most {bound.text} minutes x {what} "
+            f"({_name(bound)}), which is {most} for this job; ask for less"
+        )
+        fits_with = f"TIME={most}" if bound.limit >= count else ""
+        yield _finding(Verdict.NEVER, bound, message, fits_with)
+    elif used is not None and used + asked > bound.limit:
+        left = max(0, bound.limit - used)
+        message = (
+            f"{bound.whose} allows {bound.text} minutes x {what} ({_name(bound)}), {used} are "
+            f"{'taken' if 'Run' in bound.name else 'used up'}, and this job asks for {asked}: it "
+            f"waits until {'others have run down' if 'Run' in bound.name else 'use is forgotten'}"
+        )
+        fits_with = f"TIME={duration(left // count * 60)}" if left >= count else ""
+        yield _finding(Verdict.WAITS, bound, message, fits_with)
+
+
+def _until_used_up(bound: Bound, demand: Demand, count: int) -> Iterator[Finding]:
+    """Find whether the minutes of a group are used up, or will be before a job ends."""
+    if bound.used is None:
+        return
+    if bound.used >= bound.limit:
+        message = (
+            f"{bound.whose} has used up its {bound.text} ({_name(bound)}); it waits until use is "
+            "forgotten, or ask who manages the account"
+        )
+        yield _finding(Verdict.WAITS, bound, message, "")
+    elif demand.minutes is None or bound.used + count * demand.minutes > bound.limit:
+        left = duration((bound.limit - bound.used) // count * 60)
+        message = (
+            f"{bound.whose} has minutes for {left} of this job ({_name(bound)}: {bound.used} of "
+            f"{bound.text} are used up); Slurm ends it then"
+        )
+        yield _finding(Verdict.FITS, bound, message, "")
+
+
+def _wall(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding]:
+    if demand.minutes is None or demand.minutes > bound.limit:
+        message = f"TIME={request.time}: {bound.whose} allows at most {bound.text} in all (GrpWall)"
+        yield _finding(Verdict.NEVER, bound, message, f"TIME={duration(bound.limit * 60)}")
+    elif bound.used is not None and bound.used + demand.minutes > bound.limit:
+        left = max(0, bound.limit - bound.used)
+        message = (
+            f"{bound.whose} allows {bound.text} of running in all (GrpWall), and "
+            f"{duration(bound.used * 60)} are used up; it waits until use is forgotten"
+        )
+        yield _finding(Verdict.WAITS, bound, message, f"TIME={duration(left * 60)}" if left else "")
+
+
+def _jobs(bound: Bound, verb: str) -> Iterator[Finding]:
+    whose = bound.whose + (f" for {WHO[bound.name[-2:]]}" if bound.name[-2:] in WHO else "")
+    if bound.limit == 0:
+        message = f"{whose} allows no jobs ({_name(bound)}); choose another, or ask the site"
+        yield _finding(Verdict.NEVER, bound, message, "")
+    elif bound.used is not None and bound.used >= bound.limit:
+        many = f"{bound.limit} job{'s' if bound.limit != 1 else ''}"
+        until = "it waits until one ends"
+        if verb == "queued":
+            until = "sbatch refuses another until one ends"
+        message = f"{whose} allows {many} {verb} at once, {bound.used} are: {until}"
+        yield _finding(Verdict.WAITS, bound, message, "")
+
+
+# ---- words ----------------------------------------------------------------------------------
+
+
+def _finding(verdict: Verdict, bound: Bound, message: str, fits_with: str) -> Finding:
+    if verdict is Verdict.NEVER:
+        found = never(message, _name(bound), bound.whose)
+        return Finding(**{**found.__dict__, "fits_with": fits_with})
+    return Finding(
+        verdict=verdict,
+        limit=_name(bound),
+        whose=bound.whose,
+        message=message,
+        fits_with=fits_with,
+    )
+
+
+def _name(bound: Bound) -> str:
+    return f"{bound.name} {bound.tres}".strip()
+
+
+def _is_per_job(bound: Bound) -> bool:
+    return bound.name.endswith(("PJ", "PN"))
+
+
+def _setting(bound: Bound, request: Request, *, per_node: bool = False) -> tuple[str, int, str]:
+    """Return which variable it is about, its value, and what is counted."""
+    kind = bound.tres.split(":")[0]
+    what = WORDS.get(kind, bound.tres)
+    if ":" in bound.tres:
+        what += f" of type {bound.tres.partition(':')[2]}"
+    if SETTINGS.get(kind) == "GPUS" or (per_node and request.gpus_per_node):
+        return "GPUS", request.gpus_per_node, what
+    return "NODES", request.num_nodes, what
+
+
+def _fits_with(
+    bound: Bound, request: Request, demand: Demand, most: int, *, per_node: bool = False
+) -> str:
+    """Return the largest request of this shape that keeps a limit."""
+    each = demand.of_a_node().get(bound.tres, 0)
+    if not each:
+        return ""
+    if not per_node and most >= each:
+        return f"NODES={most // each}"
+    gpus = request.gpus_per_node
+    if gpus > 1:
+        # CPUs and memory go with the GPUs of a node.
+        fewer = most * gpus // each
+        if fewer:
+            return (
+                f"GPUS={fewer}" if per_node or request.num_nodes == 1 else f"NODES=1 GPUS={fewer}"
+            )
+    return ""

@@ -1,0 +1,194 @@
+"""What a job takes of each node, as Slurm counts it, and which nodes could ever give that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cluster import choice as choices
+from cluster import hosts, slurm
+from cluster.choice import Choice
+from cluster.nodes import Node
+from cluster.partitions import Partition
+from cluster.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Of each node, and which nodes have it when nothing else runs."""
+
+    num_nodes: int
+    cpus: int
+    gpus: int
+    gpu_type: str
+    memory_mb: int | None
+    """None: unknown, or that the site does not give out memory."""
+    whole_nodes: bool
+    """No other job may be on them."""
+    whole_memory: bool
+    """All memory of them."""
+    gives_memory: bool
+    """Whether the site counts memory."""
+    minutes: int | None
+    """The time limit; None: unlimited."""
+    fitting: list[Node] | None
+    """None: unknown."""
+    most_cpus: int | None = None
+    most_gpus: int | None = None
+    most_memory_mb: int | None = None
+    """What the largest node of the partition has."""
+    unknown: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """How it is said: 4 CPUs, 2 GPUs (a100), 8000 MB."""
+        parts = [f"{self.cpus} CPU{'s' if self.cpus != 1 else ''}"]
+        if self.gpus:
+            kind = f" ({self.gpu_type})" if self.gpu_type else ""
+            parts.append(f"{self.gpus} GPU{'s' if self.gpus != 1 else ''}{kind}")
+        if self.whole_memory:
+            parts.append("all memory")
+        elif self.gives_memory and self.memory_mb:
+            parts.append(f"{self.memory_mb} MB")
+        return ", ".join(parts) + (", to itself" if self.whole_nodes else "")
+
+    def of_all_nodes(self) -> dict[str, int]:
+        """Return what the job takes in all, by Slurm's names; memory in MB, where it is known."""
+        each = self.of_a_node()
+        return {kind: count * self.num_nodes for kind, count in each.items()} | {
+            "node": self.num_nodes
+        }
+
+    def of_a_node(self) -> dict[str, int]:
+        """Return the same of one node."""
+        each = {"cpu": self.cpus, "node": 1}
+        if self.gpus:
+            each["gres/gpu"] = self.gpus
+            if self.gpu_type:
+                each[f"gres/gpu:{self.gpu_type}"] = self.gpus
+        if self.memory_mb is not None:
+            each["mem"] = self.memory_mb
+        return each
+
+    def fits_free(self, node: Node) -> bool | None:
+        """Return whether the node has it free now; None: unknown."""
+        if not node.is_in_service:
+            return False
+        if self.whole_nodes and (node.cpus_used or node.state not in ("idle", "planned")):
+            return False
+        if self.cpus > node.cpus_free:
+            return False
+        if self.gives_memory:
+            wanted = node.memory_mb if self.whole_memory else self.memory_mb or 0
+            if wanted > node.memory_mb - node.memory_used_mb:
+                return False
+        if not self.gpus:
+            return True
+        free = node.gpus_free(self.gpu_type or None)
+        return None if free is None else self.gpus <= free
+
+
+def of(
+    request: Request,
+    partition: Partition,
+    chosen: Choice,
+    config: Mapping[str, str],
+    known: Mapping[str, Node] | None,
+) -> Demand:
+    """Return what a job takes there."""
+    selects = config.get("SelectTypeParameters", "").upper()
+    gives_memory = "MEMORY" in selects
+    whole = chosen.is_exclusive or partition.gives_whole_nodes
+    whole = whole or "linear" in config.get("SelectType", "")
+    cpus = request.cpus_per_node
+    unknown = []
+    own = None
+    if known is not None:
+        own = _candidates(partition, chosen, known)
+        if own is None:
+            unknown.append(f"unknown: which nodes --constraint={chosen.constraint} means")
+    if own:
+        threads = max(node.threads_per_core for node in own)
+        if "CR_CPU" not in selects:
+            # What is given out is cores, with all their threads.
+            cpus = math.ceil(cpus / threads) * threads
+        if whole:
+            cpus = max(cpus, min(node.cpus for node in own))
+    memory = request.memory_per_node_mb or _default_memory(partition, config, cpus)
+    minutes = _minutes(request)
+    kind = chosen.gpu_type if request.gpus_per_node else ""
+    demand = Demand(
+        num_nodes=request.num_nodes,
+        cpus=cpus,
+        gpus=request.gpus_per_node,
+        gpu_type=kind,
+        memory_mb=memory,
+        whole_nodes=whole,
+        whole_memory=gives_memory
+        and (memory is None or (whole and not request.memory_per_node_mb)),
+        gives_memory=gives_memory,
+        minutes=minutes,
+        fitting=None,
+    )
+    if own is None:
+        return replace(demand, unknown=unknown)
+    fitting = [
+        node
+        for node in own
+        if demand.cpus <= node.cpus
+        and (not gives_memory or demand.whole_memory or (memory or 0) <= node.memory_mb)
+        and demand.gpus <= (node.gpus.get(kind, 0) if kind else sum(node.gpus.values()))
+    ]
+    return replace(
+        demand,
+        fitting=fitting,
+        most_cpus=max((node.cpus for node in own), default=None),
+        most_gpus=max(
+            (node.gpus.get(kind, 0) if kind else sum(node.gpus.values()) for node in own),
+            default=None,
+        ),
+        most_memory_mb=max((node.memory_mb for node in own), default=None),
+    )
+
+
+def _minutes(request: Request) -> int | None:
+    """Return the time limit in minutes, as Slurm rounds it; None: unlimited."""
+    seconds = slurm.seconds(request.time)
+    return None if seconds is None else math.ceil(seconds / 60)
+
+
+def _candidates(
+    partition: Partition, chosen: Choice, known: Mapping[str, Node]
+) -> list[Node] | None:
+    """Return the nodes of the partition that the site's flags leave; None: unknown."""
+    features = choices.features(chosen.constraint)
+    if features is None:
+        return None
+    only = set(hosts.expand(chosen.nodelist)) if chosen.nodelist else None
+    without = set(hosts.expand(chosen.exclude))
+    return [
+        node
+        for node in known.values()
+        if partition.name in node.partitions
+        and node.state != "future"
+        and set(features) <= set(node.features)
+        and node.name not in without
+        # With several nodes the list is of those that must be among them.
+        and (only is None or node.name in only or len(only) > 1)
+    ]
+
+
+def _default_memory(partition: Partition, config: Mapping[str, str], cpus: int) -> int | None:
+    """Return what of a node a job gets that asks for no memory; None: all, or unknown."""
+
+    def number(key: str) -> int | None:
+        value = config.get(key, "")
+        return int(value) if value.isdecimal() and len(value) < 16 else None
+
+    if partition.memory_per_cpu_mb is not None:
+        return partition.memory_per_cpu_mb * cpus
+    if partition.memory_per_node_mb is not None:
+        return partition.memory_per_node_mb
+    if (each := number("DefMemPerCPU")) is not None:
+        return each * cpus
+    return number("DefMemPerNode")

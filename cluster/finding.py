@@ -1,0 +1,66 @@
+"""What is found about a job: that something hinders it, for now or for ever, and what would not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from cluster import slurm
+from cluster.request import Request
+
+
+class Verdict(IntEnum):
+    """What becomes of a job; the numbers are exit codes of `python -m cluster.jobs check`."""
+
+    FITS = 0
+    WAITS = 1
+    NEVER = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that hinders a job, or with FITS what may end it before its time."""
+
+    verdict: Verdict
+    limit: str
+    """Which one, in Slurm's words: MaxTRESPU gres/gpu."""
+    whose: str
+    """QOS normal, partition gpu, account research; "" for none."""
+    message: str
+    """One line: what, and what to do."""
+    fits_with: str = ""
+    """The setting that would fit: NODES=2; empty where none does."""
+
+
+def never(
+    message: str, limit: str, whose: str, choices: list[str] | None = None, setting: str = ""
+) -> Finding:
+    """Return that a job can never run, with the first of `choices` as what would fit."""
+    fits_with = ""
+    if choices:
+        # A setting of site.toml is written as there.
+        fits_with = f'{setting} = "{choices[0]}"' if "." in setting else f"{setting}={choices[0]}"
+        if choices[0].isdecimal():
+            fits_with = fits_with.replace('"', "")
+    return Finding(
+        verdict=Verdict.NEVER, limit=limit, whose=whose, message=message, fits_with=fits_with
+    )
+
+
+def over_time(request: Request, limit: str, whose: str, name: str) -> Finding | None:
+    """Return that a job's time is above a limit, if it is."""
+    try:
+        most = slurm.seconds(limit)
+        asked = slurm.seconds(request.time)
+    except ValueError:
+        return None
+    if most is None or (asked is not None and asked <= most):
+        return None
+    return never(
+        f"TIME={request.time}: {whose} allows at most {limit}; ask for less: a run saves at "
+        "its limit and goes on in the next job by itself",
+        name,
+        whose,
+        [limit],
+        "TIME",
+    )

@@ -1,0 +1,221 @@
+"""Will a job fit: now, later, or never; under which limit, and what would fit instead."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import choice, limits, reservations, room, slurm
+from cluster import request as requests
+from cluster.errors import printable
+from cluster.finding import Finding, Verdict
+from cluster.plan import PASSED
+from cluster.reasons import clock
+from cluster.request import Request
+from cluster.reservations import epoch
+from cluster.site import Site
+
+# A start that is as near as this is now: the scheduler acts in turns.
+NOW_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The verdict on a job."""
+
+    verdict: Verdict
+    findings: list[Finding] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    start: str = ""
+    """When Slurm expects it to start, local time in ISO format; empty: unknown."""
+    nodes: str = ""
+    request: Request | None = None
+    account: str = ""
+    qos: str = ""
+    partition: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Return it for programs (docs/check.md has the schema)."""
+        words = {Verdict.FITS: "fits now", Verdict.WAITS: "will wait", Verdict.NEVER: "never"}
+        wanted = self.request
+        return {
+            "verdict": int(self.verdict),
+            "word": words[self.verdict],
+            "findings": [
+                {
+                    "verdict": int(finding.verdict),
+                    "limit": finding.limit,
+                    "whose": printable(finding.whose),
+                    "message": printable(finding.message),
+                    "fits_with": printable(finding.fits_with) or None,
+                }
+                for finding in self.findings
+            ],
+            "expected_start": self.start or None,
+            "expected_nodes": printable(self.nodes) or None,
+            "request": None
+            if wanted is None
+            else {
+                "num_nodes": wanted.num_nodes,
+                "gpus_per_node": wanted.gpus_per_node,
+                "processes_per_node": wanted.processes_per_node,
+                "cpus_per_node": wanted.cpus_per_node,
+                "memory_per_node_mb": wanted.memory_per_node_mb or None,
+                "time": wanted.time,
+            },
+            "partition": printable(self.partition),
+            "account": printable(self.account) or None,
+            "qos": printable(self.qos) or None,
+            "remarks": [printable(remark) for remark in self.remarks],
+        }
+
+
+def on(queue: slurm.Slurm, site: Site, request: Request, name: str) -> Answer:
+    """Return the verdict on a job of this size.
+
+    Raises:
+        SlurmError: Slurm does not answer, so that there is none.
+    """
+    chosen = choice.of(site)
+    rules = limits.read(queue)
+    judged = limits.judge(rules, chosen, request)
+    findings, remarks = list(judged.findings), list(judged.remarks)
+    start, nodes = "", ""
+    if not any(finding.verdict is Verdict.NEVER for finding in findings):
+        ahead = _ahead(queue, rules, chosen, remarks)
+        findings += _room(queue, rules, chosen, judged, ahead, remarks)
+        trial = _trial(queue, site, request, name)
+        start, nodes = trial.start, trial.nodes
+        findings += _as_slurm_says(trial, findings, ahead, remarks)
+        findings = _unless_it_starts(trial, findings, rules, judged, remarks)
+    verdict = max((finding.verdict for finding in findings), default=Verdict.FITS)
+    # Slurm's estimate knows of no limits but those of the nodes, and of no gaps between plans.
+    others = any(finding.verdict and finding.limit not in _OF_ROOM for finding in findings)
+    if others or (verdict is Verdict.FITS and _is_later(start)):
+        start, nodes = "", ""
+    return Answer(
+        verdict=verdict,
+        findings=sorted(findings, key=lambda finding: -finding.verdict),
+        remarks=remarks,
+        start=start if epoch(start) is not None else "",
+        nodes=nodes,
+        request=request,
+        account=judged.account,
+        qos=judged.qos,
+        partition=chosen.partition,
+    )
+
+
+# Findings about the nodes, which Slurm's estimate knows of.
+_OF_ROOM = {"Resources", "Nodes", "Reservation", "Priority", "Start"}
+
+
+def _room(
+    queue: slurm.Slurm,
+    rules: limits.Rules,
+    chosen: choice.Choice,
+    judged: limits.Judged,
+    ahead: list[room.Waiting],
+    remarks: list[str],
+) -> list[Finding]:
+    demand = judged.demand
+    if demand is None or demand.fitting is None or rules.nodes is None:
+        return []
+    kept: dict[str, reservations.Reservation] = {}
+    try:
+        kept = reservations.read(queue)
+    except slurm.ControllerUnreachable:
+        raise
+    except slurm.SlurmError as error:
+        remarks.append(f"unknown: reservations: {printable(str(error))}")
+    return list(
+        room.look(
+            demand,
+            rules.nodes,
+            chosen,
+            kept,
+            ahead,
+            rules.user,
+            judged.account,
+        )
+    )
+
+
+def _ahead(
+    queue: slurm.Slurm, rules: limits.Rules, chosen: choice.Choice, remarks: list[str]
+) -> list[room.Waiting]:
+    """Return who waits in the partition, as far as the site shows it."""
+    if "jobs" in rules.config.get("PrivateData", ""):
+        remarks.append("unknown: jobs of others that are before it in line: this site hides them")
+    try:
+        return room.waiting(queue, chosen.partition)
+    except slurm.ControllerUnreachable:
+        raise
+    except slurm.SlurmError as error:
+        remarks.append(f"unknown: who waits in the partition: {printable(str(error))}")
+        return []
+
+
+def _trial(queue: slurm.Slurm, site: Site, request: Request, name: str) -> slurm.Trial:
+    words = requests.sbatch(site, request, name=f"sluice-{name}", folder=Path.cwd())
+    # With the environment of `make submit`, as some of its variables choose for sbatch too.
+    passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
+    return queue.trial([*words, str(Path("slurm/train.sbatch").absolute())], passed)
+
+
+def _as_slurm_says(
+    trial: slurm.Trial, findings: list[Finding], ahead: list[room.Waiting], remarks: list[str]
+) -> list[Finding]:
+    """Return what Slurm itself says against it, where nothing that was found explains that."""
+    if any(finding.verdict for finding in findings):
+        return []
+    if trial.refusal:
+        # The nodes are free as far as can be seen: then it is their kind, or a rule of the site.
+        message = f"sbatch would not take it: {printable(trial.refusal)}"
+        limit = "sbatch --test-only"
+        return [Finding(verdict=Verdict.NEVER, limit=limit, whose="Slurm", message=message)]
+    if not _is_later(trial.start):
+        return []
+    if any(job.nodes for job in ahead):
+        # Beside those that wait Slurm starts what is over before their time has come, of which its
+        # estimate knows nothing; theirs were reckoned with.
+        remarks.append("it starts beside jobs that wait, when Slurm comes to look for such")
+        return []
+    message = "others are before it in line, or Slurm keeps its nodes for them"
+    return [Finding(verdict=Verdict.WAITS, limit="Start", whose="Slurm", message=message)]
+
+
+def _is_later(start: str) -> bool:
+    begins = epoch(start)
+    return begins is not None and begins > time.time() + NOW_S
+
+
+def _unless_it_starts(
+    trial: slurm.Trial,
+    findings: list[Finding],
+    rules: limits.Rules,
+    judged: limits.Judged,
+    remarks: list[str],
+) -> list[Finding]:
+    """Leave out that others have the nodes, where Slurm would take them from these."""
+    begins = epoch(trial.start)
+    qos = rules.accounting.qos.get(judged.qos)
+    if begins is None or begins > time.time() + NOW_S or qos is None or not qos.preempts:
+        return findings
+    busy = [finding for finding in findings if finding.limit in ("Resources", "Priority")]
+    if busy:
+        remarks.append(f"QOS {qos.name} takes nodes from jobs of QOS {', '.join(qos.preempts)}")
+    return [finding for finding in findings if finding not in busy]
+
+
+def words(answer: Answer) -> str:
+    """Return the verdict in one line."""
+    when = clock(answer.start)
+    if answer.verdict is Verdict.FITS:
+        return "fits now" + (f", on {printable(answer.nodes)}" if answer.nodes else "")
+    if answer.verdict is Verdict.NEVER:
+        return "can never run"
+    return "will wait, " + (f"until {when} as Slurm expects" if when else "until when is unknown")
