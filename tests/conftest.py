@@ -58,9 +58,14 @@ NEEDS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
-    # A shell's background jobs ignore Ctrl+C, and hand that on to all that these tests start.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell's background jobs ignore Ctrl+C, and those of nohup a closed terminal; all that these
+    # tests start would, too.
+    for number, normal in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, normal)
     # A worker inherits it.
     if SHARED not in os.environ:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="sluice-tests-")
