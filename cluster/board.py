@@ -61,19 +61,21 @@ def main(argv: list[str]) -> int:
         finally:
             assert board.stdin is not None
             board.stdin.close()
-            try:
-                board.wait(END_S)
-            except subprocess.TimeoutExpired:
-                board.kill()
+            for end in (board.terminate, board.kill):
+                try:
+                    board.wait(END_S)
+                except subprocess.TimeoutExpired:
+                    end()
 
 
 def _place(folder: Path) -> tuple[str, list[str]]:
     """Return the address to listen at, and the words that run a command there."""
     last = history.submissions(folder)[-1:]
-    if last:
+    made = [each for each in history.attempts(folder) if last and each.is_of(last[0].job_id)]
+    # Where the folder tells that the job is over, Slurm need not answer.
+    if last and not history.is_settled(last[0], made):
         queue = slurm.of(sites.load())
         job = history.job_of(folder, last[0].job_id, queue.jobs([last[0].job_id]))
-        made = [each for each in history.attempts(folder) if each.is_of(last[0].job_id)]
         if job is not None and job.state == "RUNNING" and made and made[-1].nodes:
             node = made[-1].nodes[0]
             shown = slurm.fields_of(queue.call("scontrol", "show", "node", node, "--oneliner"))

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +24,8 @@ ORIGIN_DIFF = Path(".origin.diff")
 NOT_CODE = {".git", ".apptainer", ".cluster", ".venv", *site.FOLDERS, "site.toml"}
 NOT_CODE |= {"__pycache__", str(ORIGIN), str(ORIGIN_DIFF)}
 # What must not lie in a run folder, which others may read; unless it is committed.
-SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"]
+SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*"]
+SECRETS += ["id_ecdsa*", "secrets.*"]
 SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
 # A file that git does not know is code up to this size, and data above it.
 MAX_UNTRACKED_BYTES = 1_000_000
@@ -55,15 +57,30 @@ def state() -> State:
     if ORIGIN.exists():
         return _origin()
     try:
-        commit = _git("rev-parse", "HEAD").decode().strip()
-        tracked, untracked = _listed(), _listed("--others", "--exclude-standard")
-        diff = _git("diff", "HEAD")
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return State(files=_code_below(Path()), commit=None, diff=b"")
-    if not tracked:
-        # A tarball that was unpacked inside some other repository.
-        return State(files=_code_below(Path()), commit=None, diff=b"")
-    return State(files=tracked + _harmless(untracked), commit=commit, diff=diff)
+        _git("rev-parse", "--git-dir")
+        tracked = _files("ls-files")
+        untracked = _files("ls-files", "--others", "--exclude-standard")
+        if not tracked:
+            # A tarball that was unpacked inside some other repository.
+            return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
+        if not _succeeds("rev-parse", "--verify", "HEAD"):
+            return State(files=_code_of(untracked, tracked), commit=None, diff=b"")
+        # What was added and not committed is looked at as if git did not have it yet.
+        added = _files("diff", "--relative", "--cached", "--name-only", "--diff-filter=A", "HEAD")
+        left_out = [f":(exclude,literal){file}" for file in added if _is_secret(file)]
+        return State(
+            files=[*(file for file in tracked if file not in added), *_code_of(untracked, added)],
+            commit=_git("rev-parse", "HEAD").decode().strip(),
+            diff=_git("diff", "HEAD", "--", ".", *left_out),
+        )
+    except FileNotFoundError:
+        return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip()
+        if "not a git repository" in said:
+            return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
+        # Without git's word all files would be taken, also those that it is told to ignore.
+        raise UserError(f"git: {said.splitlines()[0] if said else error}") from None
 
 
 def copy(target: Path) -> dict[str, Any]:
@@ -88,15 +105,23 @@ def _origin() -> State:
             f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, the next command "
             "from the laptop makes it anew"
         ) from None
-    return State(files=_code_below(Path()), commit=commit, diff=diff)
+    return State(files=_code_of(_code_below(Path())), commit=commit, diff=diff)
 
 
 def _git(*arguments: str) -> bytes:
-    return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
+    # In English, for the one answer that is looked at.
+    environment = os.environ | {"LC_ALL": "C"}
+    words = ["git", *arguments]
+    return subprocess.run(words, capture_output=True, check=True, env=environment).stdout
 
 
-def _listed(*options: str) -> list[Path]:
-    names = _git("ls-files", "-z", *options).split(b"\0")
+def _succeeds(*arguments: str) -> bool:
+    return subprocess.run(["git", *arguments], capture_output=True, check=False).returncode == 0
+
+
+def _files(*arguments: str) -> list[Path]:
+    """Return those files that exist of the names that git lists."""
+    names = _git(arguments[0], "-z", *arguments[1:]).split(b"\0")
     return [path for path in (Path(os.fsdecode(name)) for name in names) if path.is_file()]
 
 
@@ -110,17 +135,19 @@ def _code_below(folder: Path) -> list[Path]:
             files += _code_below(entry)
         elif entry.is_file():
             files.append(entry)
-    return _harmless(files)
+    return files
 
 
-def _harmless(files: list[Path]) -> list[Path]:
-    """Return those that are no data and no secrets."""
-    left_out = [file for file in files if _is_secret(file)]
-    if left_out:
-        names = ", ".join(map(str, left_out))
-        print(f"note: not copied to the run, as it looks like a secret: {names}", file=sys.stderr)
-    small = [file for file in files if file.stat().st_size <= MAX_UNTRACKED_BYTES]
-    return [file for file in small if file not in left_out]
+def _code_of(unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
+    """Return those that are no secrets, and of what git does not know those that are no data."""
+    large = [file for file in unknown if file.stat().st_size > MAX_UNTRACKED_BYTES]
+    small = [*staged, *(file for file in unknown if file not in large)]
+    secret = [file for file in small if _is_secret(file)]
+    for left_out, why in ((secret, "it looks like a secret"), (large, "it is above 1 MB")):
+        if left_out:
+            names = ", ".join(map(str, left_out))
+            print(f"note: not taken along, as {why}: {names}", file=sys.stderr)
+    return [file for file in small if file not in secret]
 
 
 def _is_secret(file: Path) -> bool:

@@ -103,7 +103,12 @@ def of(
     cpus = request.cpus_per_node
     unknown = []
     own = None
-    if known is not None:
+    shown = sum(partition.name in node.partitions for node in (known or {}).values())
+    if known is not None and shown < partition.total_nodes:
+        # Those that a cloud is yet to start, for instance.
+        hidden = f"{partition.total_nodes - shown} of {partition.total_nodes} nodes"
+        unknown.append(f"unknown: {hidden} of partition {partition.name}, which are not shown")
+    elif known is not None:
         own = _candidates(partition, chosen, known)
         if own is None:
             unknown.append(f"unknown: which nodes --constraint={chosen.constraint} means")

@@ -13,9 +13,10 @@ from cluster.slurm import Slurm, fields_of
 STATES = (
     ("down", {"DOWN", "FAIL", "FAILING", "ERROR", "NO_RESPOND", "NOT_RESPONDING", "INVALID_REG"}),
     ("drained", {"DRAIN", "DRAINED", "DRAINING", "EXTERNAL"}),
-    ("maintenance", {"MAINT", "MAINTENANCE", "REBOOT", "REBOOT_ISSUED", "REBOOT_REQUESTED"}),
+    ("maintenance", {"MAINT", "MAINTENANCE", "REBOOT", "REBOOT_ISSUED"}),
     ("reserved", {"RESERVED"}),
-    ("powered down", {"POWERED_DOWN", "POWERING_DOWN", "POWER_DOWN", "POWERING_UP", "POWER_UP"}),
+    ("powering down", {"POWERING_DOWN", "POWER_DOWN"}),
+    ("powered down", {"POWERED_DOWN", "POWERING_UP", "POWER_UP"}),
     ("future", {"FUTURE", "FUTR"}),
     ("unknown", {"UNKNOWN"}),
     ("blocked", {"BLOCKED", "PERFCTRS", "NPC"}),
@@ -25,8 +26,9 @@ STATES = (
     ("planned", {"PLANNED"}),
     ("idle", {"IDLE"}),
 )
-# From which Slurm gives to new jobs; "planned" until another job's time has come.
-IN_SERVICE = {"idle", "mixed", "planned", "completing", "allocated"}
+# From which Slurm gives to new jobs; "planned" until another job's time has come, and what is
+# powered down after some minutes, as it is booted for the job.
+IN_SERVICE = {"idle", "mixed", "planned", "completing", "allocated", "powered down"}
 # Behind a state: does not answer, is rebooted, powers up or down, is planned for somebody.
 MARKS = {"*": "NO_RESPOND", "@": "REBOOT", "^": "REBOOT", "~": "POWERED_DOWN", "#": "POWERING_UP"}
 MARKS |= {"!": "POWERING_DOWN", "%": "POWERING_DOWN", "$": "MAINT", "-": "PLANNED"}
@@ -61,7 +63,7 @@ class Node:
     @property
     def is_whole_free(self) -> bool:
         """Whether nothing of it is in use, and jobs may start on it."""
-        return self.state in ("idle", "planned") and not self.cpus_used
+        return self.state in ("idle", "planned", "powered down") and not self.cpus_used
 
     @property
     def cpus_free(self) -> int:

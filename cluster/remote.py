@@ -31,7 +31,7 @@ def carry_out(site: Site, module: str, argv: list[str]) -> int:
     with transport.connect(site) as login:
         code = login.run(script(site, checkout(login, site), module, argv))
     if code == transport.LOST:
-        print("make status shows what became of it", file=sys.stderr)
+        print("what was begun there goes on or was not begun: make status", file=sys.stderr)
     return code
 
 
@@ -45,14 +45,12 @@ def checkout(login: Transport, site: Site) -> str:
 
 def script(site: Site, folder: str, module: str, argv: list[str]) -> str:
     """Return a bash script that runs a module in a checkout on the cluster."""
-    from cluster import sync
-
-    venv = (
-        shlex.quote(os.environ.get("VENV", ".venv"))
-        if site.is_private
-        else f"{sync.home(site)}/.venv"
-    )
-    lines = [f"cd -- {shlex.quote(folder)} || exit 2", f"export {sites.ARRIVED}=1 VENV={venv}"]
+    # A link, to what outlives this checkout.
+    venv = shlex.quote(os.environ.get("VENV", ".venv")) if site.is_private else ".venv"
+    lines = [
+        f"cd -- {shlex.quote(folder)} || exit 2",
+        f'export {sites.ARRIVED}=1 VENV="$(readlink -f -- {venv})"',
+    ]
     lines += [f"module load {shlex.quote(name)} || exit 2" for name in site.ssh.modules]
     lines += [
         "containers/venv.sh --base || exit",

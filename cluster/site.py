@@ -219,7 +219,8 @@ def _section(path: Path, section: str, kind: Any, table: dict[str, Any]) -> Any:
             raise UserError(
                 f"{path}: {section}.{name} is missing; {EXAMPLE} says what belongs there"
             )
-    if kind is Ssh:
+    # On the cluster nobody asks for it, and a variable may be the laptop's own.
+    if kind is Ssh and not os.environ.get(ARRIVED):
         values["config"] = _expanded(path, f"{section}.config", values.get("config", ""))
     return kind(**values)
 
@@ -249,6 +250,8 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
         wanted = "a number of 0 or more" if kind is float else "a whole number of 0 or more"
     if key == "ssh.host" and good and not re.fullmatch(r"([^\s-]\S*)?", value):
         good, wanted = False, "the name of a machine"
+    if key == "ssh.folder" and good and value.strip("./~ ") == "":
+        good, wanted = False, 'a folder of its own, such as "sluice"'
     if good and key.endswith(("partition", "cpus_per_node", "scratch")) and not value:
         good, wanted = False, "filled in"
     if not good:

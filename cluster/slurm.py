@@ -86,7 +86,7 @@ class Slurm:
         try:
             done = subprocess.run(
                 [*self.prefix, *command],
-                env=environment,
+                env=_plain() if environment is None else environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -173,6 +173,12 @@ class Slurm:
         if trial.refusal:
             return f"unknown (sbatch --test-only: {trial.refusal})"
         return f"{trial.start.replace('T', ' ')} on {trial.nodes}" if trial.start else "unknown"
+
+
+def _plain() -> dict[str, str]:
+    """Return the environment without the user's own filters and layouts of Slurm's commands."""
+    own = re.compile("(SLURM|SQUEUE|SINFO|SCONTROL|SACCT|SACCTMGR|SSHARE)_(?!CONF$).*")
+    return {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
 
 
 def of(site: Site) -> Slurm:

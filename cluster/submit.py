@@ -108,6 +108,8 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
         else:
             runs.write_whole(settings, began_with)
         raise UserError(f"sbatch: {error}; nothing was queued") from None
+    # From here to the record nothing interrupts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # ID, or ID;CLUSTER where a site has several; a site's own words may come first.
     found = re.search(r"^(\d+)(;\S*)?$", answer, re.MULTILINE)
     if found is None:

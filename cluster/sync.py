@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import secrets
 import shlex
 import sys
 import tarfile
+import time
 from dataclasses import dataclass
 
 from cluster import checkout
@@ -23,6 +25,8 @@ from cluster.transport import Transport
 
 # How many checkouts stay there: somebody may still follow a log with the code of an older one.
 KEPT = 10
+# What the environment of a command there is made from (containers/venv.sh).
+LOCKS = ("pip", "base", "torch-cpu", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +51,20 @@ class Parcel:
         text = self.manifest + "\0".join(sorted(self.executable))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def environment(self) -> str:
+        """A name for the Python environment that these files want: another lock, another one."""
+        locks = [self.contents.get(f"containers/locks/{name}.txt", b"") for name in LOCKS]
+        return hashlib.sha256(b"".join(locks)).hexdigest()[:16]
+
     def packed(self, names: set[str]) -> bytes:
         """Return these of its files as a tar file, compressed."""
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as archive:
             for name in sorted(names):
                 entry = tarfile.TarInfo(name)
+                # Not of 1970, which a file system that is cleaned by age would take away.
+                entry.mtime = int(time.time())
                 entry.size = len(self.contents[name])
                 entry.mode = 0o755 if name in self.executable else 0o644
                 archive.addfile(entry, io.BytesIO(self.contents[name]))
@@ -75,7 +87,7 @@ def pack(site: Site) -> Parcel:
             if file.parts[0] in FOLDERS:
                 # There, this is a link to a folder that stays.
                 continue
-            if "\n" in name or "\\" in name:
+            if "\n" in name or "\\" in name or not _is_utf_8(name):
                 raise UserError(f"{name!r}: a file of this name cannot be brought along; rename it")
             contents[name] = file.read_bytes()
             if file.stat().st_mode & 0o100:
@@ -88,6 +100,14 @@ def pack(site: Site) -> Parcel:
     return Parcel(contents=contents, executable=frozenset(executable))
 
 
+def _is_utf_8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def bring(transport: Transport, site: Site) -> str:
     """Have the checkout on the cluster as it is here; return its folder there, from the root.
 
@@ -95,18 +115,24 @@ def bring(transport: Transport, site: Site) -> str:
         UserError: it cannot be written there, or the connection was lost.
     """
     parcel = pack(site)
-    key, manifest = parcel.key, parcel.manifest
-    said = transport.ask(_script(BEGIN, site, key), manifest.encode()).decode()
+    # Two commands at once have folders of their own until one of them is whole.
+    token = secrets.token_hex(4)
+    said = transport.ask(_script(BEGIN, site, parcel, token), parcel.manifest.encode()).decode()
     folder, _, has = said.partition("\n")
-    if has.strip() == "complete":
+    lines = has.splitlines()
+    if lines[-1:] == ["complete"]:
         return folder
-    there = {line.removesuffix(": OK") for line in has.splitlines() if line.endswith(": OK")}
+    for line in lines:
+        if line.startswith("changed "):
+            kept = f"{folder.rpartition('/')[0]}/{line.removeprefix('changed ')}"
+            print(f"note: {folder} was changed there, and is kept as {kept}", file=sys.stderr)
+    there = {line.removesuffix(": OK") for line in lines if line.endswith(": OK")}
     missing = set(parcel.contents) - there
     packed = parcel.packed(missing)
     of = f" of {len(parcel.contents)}" if there else ""
     size = f"{len(packed) / 1e6:.1f} MB"
     print(f"{site.ssh.host}: {len(missing)}{of} files to {folder}, {size}", file=sys.stderr)
-    transport.ask(_script(FINISH, site, key), packed)
+    transport.ask(_script(FINISH, site, parcel, token), packed)
     return folder
 
 
@@ -119,10 +145,17 @@ def home(site: Site) -> str:
     return shlex.quote(folder) if folder.startswith("/") else f'"$HOME"/{shlex.quote(folder)}'
 
 
-def _script(text: str, site: Site, key: str) -> str:
+def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
     # What the site keeps in another place has no folder here.
     own = [kind for kind in FOLDERS if not getattr(site.paths, kind)]
-    return f"top={home(site)} key={key} shared='{' '.join([*own, '.venv', '.apptainer'])}'\n{text}"
+    values = {
+        "key": parcel.key,
+        "token": token,
+        "shared": " ".join([*own, ".apptainer"]),
+        "environment": parcel.environment,
+    }
+    words = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+    return f"top={home(site)} {' '.join(words)}\n{text}"
 
 
 # Prints the folder, then "complete", or what is there of it already.
@@ -130,34 +163,57 @@ BEGIN = """
 set -eu
 mkdir -p -- "$top/checkouts"
 cd -- "$top/checkouts"
-top=$(pwd -P)
-printf '%s/%s\\n' "$top" "$key"
+# A site's file may have what others should not read.
+chmod 700 .
+printf '%s/%s\\n' "$(pwd -P)" "$key"
+manifest=".$key.$token.manifest" partial=".$key.$token.partial"
+cat >"$manifest"
+check() { (cd -- "$1" && LC_ALL=C sha256sum --check "../$manifest" 2>/dev/null); }
 if [ -d "$key" ]; then
-  touch -- "$key"
-  ln -sfn -- "checkouts/$key" ../current
-  echo complete
-  exit
+  if check "$key" >/dev/null; then
+    touch -- "$key"
+    ln -sfn -- "checkouts/$key" ../current
+    rm -- "$manifest"
+    echo complete
+    exit
+  fi
+  mv -T -- "$key" "$key.changed-$token"
+  echo "changed $key.changed-$token"
 fi
-mkdir -p -- ".$key.partial"
-cat >".$key.manifest"
-cd -- ".$key.partial"
-LC_ALL=C sha256sum --check "../.$key.manifest" 2>/dev/null || echo incomplete
+mkdir -- "$partial"
+# What another transfer has left, or still brings: as far as it is right, it is not sent again.
+for other in ".$key."*.partial; do
+  if [ "$other" != "$partial" ] && ! cp -rp -- "$other/." "$partial/" 2>/dev/null; then
+    echo "$other goes on, or has just ended"
+  fi
+done
+check "$partial" || echo incomplete
 """
 
 FINISH = f"""
 set -eu
-cd -- "$top/checkouts/.$key.partial"
-tar -xzf -
-LC_ALL=C sha256sum --check --quiet --strict "../.$key.manifest" >&2
+cd -- "$top/checkouts"
+manifest=".$key.$token.manifest" partial=".$key.$token.partial"
+tar -xzf - -C "$partial"
+(cd -- "$partial" && LC_ALL=C sha256sum --check --quiet --strict "../$manifest" >&2)
 for name in $shared; do
-  mkdir -p -- "../../$name"
-  ln -sfn -- "../../$name" "$name"
+  mkdir -p -- "../$name"
+  ln -sfn -- "../../$name" "$partial/$name"
 done
-cd ..
+mkdir -p -- "../environments/$environment"
+ln -sfn -- "../../environments/$environment" "$partial/.venv"
 # The same, brought at the same time by another command, is as good.
-[ -d "$key" ] || mv -T -- ".$key.partial" "$key" || [ -d "$key" ]
+if [ -d "$key" ] || ! mv -T -- "$partial" "$key"; then
+  [ -d "$key" ]
+  rm -rf -- "$partial"
+fi
+rm -- "$manifest"
 ln -sfn -- "checkouts/$key" ../current
-rm -rf -- ".$key.partial" ".$key.manifest"
-ls -1t | tail -n +{KEPT + 1} | while IFS= read -r old; do rm -rf -- "$old"; done
-find . -maxdepth 1 -name '.*.partial' -mtime +7 -exec rm -rf -- {{}} +
+# Of ours alone, and never half of one under its own name.
+ls -1t | grep -xE '[0-9a-f]{{16}}' | tail -n +{KEPT + 1} | while IFS= read -r old; do
+  mv -T -- "$old" ".$old.gone.partial"
+  rm -rf -- ".$old.gone.partial"
+done
+find . -maxdepth 1 -name '.*.partial' -mmin +1440 -exec rm -rf -- {{}} +
+find . -maxdepth 1 -name '.*.manifest' -mmin +1440 -exec rm -f -- {{}} +
 """

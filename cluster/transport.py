@@ -97,7 +97,8 @@ def connect(site: Site) -> Transport:
     """
     # What was made for the connection is removed then, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
     # Neither library nor command is waited for by those who need the other.
     if site.ssh.backend == "openssh":
         from cluster.ssh.openssh import OpenSsh
@@ -109,6 +110,9 @@ def connect(site: Site) -> Transport:
 
 
 def _leave(number: int, _: object) -> NoReturn:
+    # Nothing interrupts what is given back on the way out.
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 

@@ -6,11 +6,13 @@ python -m cluster.tunnel --port 8888 --node node7
 
 from __future__ import annotations
 
+import contextlib
 import re
 import selectors
 import socket
 import sys
 import threading
+from typing import NoReturn
 
 from cluster import remote
 from cluster import site as sites
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int:
         )
     with _listen(port) as door, connect(site) as login:
         if options.node:
-            return _lead(door, login, options.node, port, "")
+            _lead(door, login, options.node, port, "")
         return _to_tensorboard(door, login, site, options.run)
 
 
@@ -79,13 +81,17 @@ def _to_tensorboard(door: socket.socket, login: Transport, site: sites.Site, run
         remote.script(site, remote.checkout(login, site), "cluster.board", ["--run", run])
     )
     try:
-        said = ""
-        while line := board.read_line():
-            if found := re.match(r"tensorboard listens at (\S+) (\d+)$", line.strip()):
+        while line := printable(board.read_line()):
+            if found := re.fullmatch(r"tensorboard listens at ([A-Za-z0-9._:-]+) (\d+)", line):
                 address, port = found[1], int(found[2])
-                return _lead(door, login, address, port, f"TensorBoard of {run}: ", board)
-            said = line.strip() or said
-        raise UserError(printable(re.sub("^error: ", "", said)) or f"{site.ssh.host}: no answer")
+                _lead(door, login, address, port, f"TensorBoard of {run}: ", board)
+            if line.startswith("error: "):
+                raise UserError(line.removeprefix("error: "))
+            # The first time, what the commands need there is installed.
+            print(line, file=sys.stderr, flush=True)
+        raise UserError(
+            f"{site.ssh.host}: {login.lost or 'TensorBoard did not start, nor say why'}"
+        )
     finally:
         board.end()
 
@@ -97,8 +103,12 @@ def _lead(
     port: int,
     what: str,
     board: Running | None = None,
-) -> int:
-    """Serve the port until Ctrl+C, or until what it leads to has ended; return the exit code."""
+) -> NoReturn:
+    """Serve the port until Ctrl+C.
+
+    Raises:
+        UserError: what it leads to has ended, or the connection was lost.
+    """
     here = door.getsockname()[1]
     print(f"{what}http://127.0.0.1:{here} leads to {host}:{port}; Ctrl+C ends it", flush=True)
     waiting = selectors.DefaultSelector()
@@ -107,8 +117,9 @@ def _lead(
         if login.lost:
             raise UserError(f"the connection was lost: {login.lost}")
         if board is not None and board.is_over():
+            said = printable(board.read_line()).removeprefix("error: ")
             raise UserError(
-                f"{what}has ended, with its job or by itself; make tunnel starts it anew"
+                f"{what}has ended{f' ({said})' if said else ''}; make tunnel starts it anew"
             )
         if not waiting.select(POLL_S):
             continue
@@ -128,8 +139,9 @@ def _serve(guest: socket.socket, login: Transport, host: str, port: int) -> None
     back.start()
     _pump(guest, far)
     back.join()
-    far.close()
     guest.close()
+    with contextlib.suppress(OSError, EOFError):
+        far.close()
 
 
 def _pump(source: Stream, target: Stream) -> None:
@@ -138,10 +150,12 @@ def _pump(source: Stream, target: Stream) -> None:
         while data := source.recv(BLOCK_BYTES):
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
-    except OSError:
-        # One side is gone: then the other has nobody to talk to.
-        source.close()
-        target.close()
+    except Exception:
+        # One side is gone, in whichever way: then the other has nobody to talk to. A mere close
+        # would not wake the thread that waits for it.
+        for end in (source, target):
+            with contextlib.suppress(OSError, EOFError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,17 @@ def on(queue: slurm.Slurm, site: Site, request: Request, name: str) -> Answer:
     )
 
 
+# What sbatch says of a job that it will not take later either (slurm_errno.c).
+LASTING = (
+    "invalid",
+    "not available",
+    "not permitted",
+    "not valid",
+    "access/permission denied",
+    "more processors requested than permitted",
+    "too many nodes",
+    "unable to determine",
+)
 # Findings about the nodes, which Slurm's estimate knows of.
 _OF_ROOM = {"Resources", "Nodes", "Reservation", "Priority", "Start"}
 
@@ -174,9 +185,12 @@ def _as_slurm_says(
         return []
     if trial.refusal:
         # The nodes are free as far as can be seen: then it is their kind, or a rule of the site.
+        # Other words may be about this moment alone.
+        lasts = any(words in trial.refusal.lower() for words in LASTING)
         message = f"sbatch would not take it: {printable(trial.refusal)}"
         limit = "sbatch --test-only"
-        return [Finding(verdict=Verdict.NEVER, limit=limit, whose="Slurm", message=message)]
+        verdict = Verdict.NEVER if lasts else Verdict.WAITS
+        return [Finding(verdict=verdict, limit=limit, whose="Slurm", message=message)]
     if not _is_later(trial.start):
         return []
     if any(job.nodes for job in ahead):

@@ -29,6 +29,15 @@ def main(argv: list[str]) -> int:
     if not settings.host:
         raise UserError("ssh: no host is named; set host in [ssh] of site.toml, or give HOST=")
 
+    if settings.backend == "openssh":
+        from cluster.ssh.openssh import words_of
+
+        words = words_of(settings) + (["-A"] if options.forward_agent else [])
+        words += [settings.host] + ([options.command] if options.command else [])
+        try:
+            os.execvp("ssh", words)
+        except FileNotFoundError:
+            raise UserError('ssh.backend = "openssh": ssh is not on the PATH') from None
     # They take a third of a second, which a mistake above does not have to wait for.
     from cluster.ssh import config, connection, session
 

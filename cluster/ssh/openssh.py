@@ -16,7 +16,22 @@ from types import TracebackType
 
 from cluster.errors import UserError
 from cluster.site import Ssh
-from cluster.transport import Running, Stream, answer, command, marked
+from cluster.transport import LOST, Running, Stream, answer, command, marked
+
+# What a script there gets to end once its input has.
+END_S = 60
+
+
+def words_of(settings: Ssh) -> list[str]:
+    """Return the ssh command of a site, as far as the name of the host."""
+    words = ["ssh"]
+    if settings.config:
+        words += ["-F", settings.config]
+    if settings.user:
+        words += ["-l", settings.user]
+    if settings.port:
+        words += ["-p", str(settings.port)]
+    return words
 
 
 class OpenSsh:
@@ -24,13 +39,9 @@ class OpenSsh:
 
     def __init__(self, settings: Ssh) -> None:
         self._host = settings.host
-        self._words = ["ssh"]
-        if settings.config:
-            self._words += ["-F", settings.config]
-        if settings.user:
-            self._words += ["-l", settings.user]
-        if settings.port:
-            self._words += ["-p", str(settings.port)]
+        # Of what ssh_config says, not a command and ports that are meant for a terminal.
+        self._words = [*words_of(settings), "-o", "RemoteCommand=none"]
+        self._words += ["-o", "ClearAllForwardings=yes"]
         self._master: subprocess.Popen[bytes] | None = None
         # In /tmp, because the path of a socket may not be long.
         self._folder = Path(tempfile.mkdtemp(prefix="sluice-", dir="/tmp"))
@@ -54,13 +65,20 @@ class OpenSsh:
     @property
     def lost(self) -> str:
         """Why there is no connection any more; see `Transport`."""
-        ended = self._master is not None and self._master.poll() is not None
-        return "ssh has ended" if ended else ""
+        master = self._master
+        stands = self._has_master() if master is None else master.poll() is None
+        return "" if stands else "ssh has ended"
+
+    def _has_master(self) -> bool:
+        words = [*self._words, "-O", "check", self._host]
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
     def _sign_in(self) -> None:
-        check = [*self._words, "-O", "check", self._host]
+        # From here on nothing asks anything, even if the master should be lost.
+        quiet = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
         try:
-            if subprocess.run(check, capture_output=True, check=False).returncode == 0:
+            if self._has_master():
+                self._words += quiet
                 return
         except FileNotFoundError:
             raise UserError('ssh.backend = "openssh": ssh is not on the PATH') from None
@@ -68,6 +86,7 @@ class OpenSsh:
         # Ends with this process, however that ends: cat then finds no more input.
         stay = "exec sh -c 'echo; echo -- sluice --; exec cat >/dev/null'"
         words = [*self._words, "-T", "-o", "ControlMaster=yes", "-o", "ControlPersist=no"]
+        words += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
         self._master = subprocess.Popen(
             [*words, self._host, stay], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -78,21 +97,24 @@ class OpenSsh:
         else:
             self._master.wait()
             raise UserError(f"{self._host}: ssh could not sign in; its own words are above")
-        # From here on nothing asks anything, even if the master should be lost.
-        self._words += ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
+        self._words += quiet
 
     def _end(self) -> None:
-        if self._master is not None:
-            assert self._master.stdin is not None
-            self._master.stdin.close()
-            self._master.terminate()
-            self._master.wait()
-        shutil.rmtree(self._folder)
+        try:
+            if self._master is not None:
+                assert self._master.stdin is not None
+                self._master.stdin.close()
+                self._master.terminate()
+                self._master.wait()
+        finally:
+            shutil.rmtree(self._folder)
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script there; see `Transport`."""
         words = [*self._words, "-T", self._host, command(marked(script))]
         done = subprocess.run(words, input=data, capture_output=True, check=False)
+        if done.returncode == LOST and self.lost:
+            raise UserError(f"{self._host}: the connection was lost: {self.lost}; try again")
         return answer(self._host, done.returncode, done.stdout, done.stderr)
 
     def run(self, script: str) -> int:
@@ -107,7 +129,7 @@ class OpenSsh:
         return _Process([*self._words, "-T", self._host, command(script)])
 
     def dial(self, host: str, port: int) -> Stream:
-        """Return a stream to a port there; see `Transport`."""
+        """Return a stream to a port there; what does not listen there is said by ssh itself."""
         ours, theirs = socket.socketpair()
         words = [*self._words, "-W", f"[{host}]:{port}", self._host]
         with theirs:
@@ -133,4 +155,8 @@ class _Process:
     def end(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +19,14 @@ from pathlib import Path
 
 import pytest
 
+from cluster.sync import Parcel
 from tests.cluster.desk import SECRET, Run
 from tests.cluster.local import LOCAL, Cluster, Result, wait_until
-from tests.conftest import free_port
+from tests.conftest import CHECKOUT, free_port
 from tests.image.accounts import IS_ROOT, lay_out
 
 pytestmark = [pytest.mark.needs("slurm"), pytest.mark.needs("unshare"), pytest.mark.timeout(600)]
+LOCKS = CHECKOUT / "containers/locks"
 SLURM = ("sbatch", "squeue", "scancel", "scontrol", "sinfo", "sacctmgr", "srun", "sshare")
 SITE = """
 [slurm]
@@ -108,7 +111,7 @@ class Laptop:
 
     def checkouts(self) -> list[Path]:
         """What is whole on the cluster."""
-        found = (self.there / "checkouts").glob("[!.]*")
+        found = (self.there / "checkouts").glob("?" * 16)
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def jobs(self) -> str:
@@ -126,7 +129,11 @@ def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Laptop
         subprocess.run(["git", *name, *words], cwd=folder / "clone", check=True)
     there = folder / "there"
     there.mkdir()
-    (there / ".venv").symlink_to(sys.prefix)
+    locks = {str(path.relative_to(CHECKOUT)): path.read_bytes() for path in LOCKS.glob("*.txt")}
+    environments = there / "environments"
+    environments.mkdir()
+    name = Parcel(contents=locks, executable=frozenset()).environment
+    (environments / name).symlink_to(sys.prefix)
     kept = {k: v for k, v in cluster.environment.items() if k != "SLUICE_CLUSTER"}
     environment = kept | {"VENV": sys.prefix, "HF_TOKEN": SECRET, "GIT_CONFIG_GLOBAL": "/dev/null"}
     return Laptop(cluster, folder / "clone", there, environment)
@@ -197,10 +204,11 @@ def test_a_job_is_cancelled_and_its_curves_are_shown_before(with_image: Laptop) 
     assert following.stdout is not None
     while "step " not in following.stdout.readline():
         assert following.poll() is None
-    assert running("cluster.jobs", "logs", found[1])
+    assert running_there("cluster.jobs", "logs", found[1])
     os.killpg(following.pid, signal.SIGINT)
     following.communicate(timeout=60)
-    wait_until(lambda: not running("cluster.jobs", "logs", found[1]), 30, "the end of make logs")
+    over = "the end of make logs there"
+    wait_until(lambda: not running_there("cluster.jobs", "logs", found[1]), 30, over)
     assert laptop.cluster.state_of(run.job_id) == "RUNNING"
     port = free_port()
     with tunnel(laptop, f"RUN={found[1]}", f"PORT={port}") as words:
@@ -217,17 +225,27 @@ def test_a_job_is_cancelled_and_its_curves_are_shown_before(with_image: Laptop) 
         assert f"http://127.0.0.1:{port} leads to 127.0.0.1:" in words
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=60) as answer:
             assert json.load(answer) == ["."]
+    # One that ends by itself ends the tunnel.
+    words = ("make", "--no-print-directory", "tunnel", f"RUN={found[1]}", f"PORT={port}")
+    process = laptop.start(*words)
+    assert process.stdout is not None
+    assert "leads to" in process.stdout.readline()
+    subprocess.run(["pkill", "-f", "tensorboard.main --logdir .* --host 127.0.0.1"], check=True)
+    _, errors = process.communicate(timeout=60)
+    assert "has ended" in errors
+    assert process.returncode == 2
 
 
-def running(*words: str) -> bool:
-    """Return whether a process has all of these among its words."""
+def running_there(*words: str) -> bool:
+    """Return whether a process that came from a laptop has all of these among its words."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes()
+            arrived = b"SLUICE_ARRIVED=1" in path.with_name("environ").read_bytes().split(b"\0")
         except OSError:
             # It has just ended.
             continue
-        if all(word.encode() in line for word in words):
+        if arrived and all(word.encode() in line for word in words):
             return True
     return False
 
@@ -360,8 +378,10 @@ def test_the_checkout_is_brought_once_whole_without_secrets_and_what_git_ignores
     (clone / "runs/x/big").write_text("x")
     (clone / "slurm/odd name!.sh").write_text("x")
     (clone / "slurm/odd name!.sh").chmod(0o755)
-    assert " files to " in either.make("status").stderr
-    assert " files to " not in either.make("status").stderr
+    first, second = either.make("status"), either.make("status")
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert " files to " in first.stderr
+    assert " files to " not in second.stderr
     found = either.checkouts()[-1]
     for path in clone.rglob("*"):
         name = path.relative_to(clone)
@@ -380,10 +400,54 @@ def test_the_checkout_is_brought_once_whole_without_secrets_and_what_git_ignores
     assert b"+edited" in (found / ".origin.diff").read_bytes()
 
 
+def test_what_was_changed_there_is_kept_and_not_run(laptop: Laptop) -> None:
+    laptop.use()
+    (laptop.checkout / "train/new.py").write_text(f"# {time.time()}\n")
+    laptop.output("status")
+    (laptop.there / "current/train/new.py").write_text("changed by hand")
+    (laptop.there / "current/README.md").unlink()
+    done = laptop.make("status")
+    assert done.returncode == 0
+    kept = re.search(r"note: (\S+) was changed there, and is kept as (\S+)", done.stderr)
+    assert kept, done.stderr
+    assert Path(kept[2], "train/new.py").read_text() == "changed by hand"
+    here = laptop.checkout
+    assert Path(kept[1], "train/new.py").read_bytes() == (here / "train/new.py").read_bytes()
+    assert Path(kept[1], "README.md").exists()
+
+
+def test_two_first_commands_at_once_have_one_checkout_that_is_whole(laptop: Laptop) -> None:
+    laptop.use()
+    before = set(laptop.checkouts())
+    (laptop.checkout / "train/new.py").write_text(f"# {time.time()}\n")
+    both = [laptop.start("make", "status") for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
+    (new,) = set(laptop.checkouts()) - before
+    assert (new / "train/new.py").read_bytes() == (laptop.checkout / "train/new.py").read_bytes()
+
+
+def test_old_checkouts_go_and_nothing_else_does(laptop: Laptop) -> None:
+    laptop.use()
+    mine = laptop.there / "checkouts/mine"
+    mine.mkdir(exist_ok=True)
+    for number in range(12):
+        old = laptop.there / f"checkouts/{number:016x}"
+        old.mkdir()
+        os.utime(old, (number, number))
+    (laptop.checkout / "train/new.py").write_text(f"# {time.time()}\n")
+    laptop.output("status")
+    assert len(laptop.checkouts()) == 10
+    assert mine.is_dir()
+
+
 def test_a_transfer_that_was_cut_off_leaves_nothing_to_run_and_goes_on(either: Laptop) -> None:
     big = either.checkout / "big"
     big.write_bytes(os.urandom(15_000_000))
     subprocess.run(["git", "add", "big"], cwd=either.checkout, check=True)
+    for left in either.there.glob("checkouts/.*.partial"):
+        shutil.rmtree(left)
     try:
         jobs, whole = either.jobs(), either.checkouts()
         process = either.start("make", "submit", "NODES=2", "ARGS=--dry_run")
@@ -398,7 +462,6 @@ def test_a_transfer_that_was_cut_off_leaves_nothing_to_run_and_goes_on(either: L
         assert int(found[1]) < int(found[2])
         (new,) = set(either.checkouts()) - set(whole)
         assert (new / "big").read_bytes() == big.read_bytes()
-        assert not list((either.there / "checkouts").glob(".*.partial"))
     finally:
         subprocess.run(["git", "rm", "--quiet", "--cached", "big"], cwd=either.checkout, check=True)
         big.unlink()

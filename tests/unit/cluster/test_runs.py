@@ -137,7 +137,7 @@ def test_what_looks_like_a_secret_is_not_copied_and_said(
     assert not copied & names
     assert "tokenizer.py" in copied
     said = capsys.readouterr().err
-    assert said.startswith("note: not copied to the run, as it looks like a secret: ")
+    assert said.startswith("note: not taken along, as it looks like a secret: ")
     assert all(name in said for name in names)
     assert len(said.splitlines()) == 1
 
@@ -178,6 +178,43 @@ def test_a_run_folder_that_cannot_be_finished_leaves_nothing(
     with pytest.raises(UserError, match=r"^SLUICE_RUNS: the run folder cannot be made"):
         create()
     assert list((checkout / "runs/rag").iterdir()) == []
+
+
+@pytest.mark.needs("git")
+def test_a_secret_that_is_staged_is_neither_code_nor_in_the_diff(checkout: Path, git: Git) -> None:
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (checkout / ".env").write_text("PASSWORD=1234")
+    (checkout / "new.py").write_text("new")
+    (checkout / "data.bin").write_bytes(bytes(code_of.MAX_UNTRACKED_BYTES + 1))
+    git("add", "--force", ".env", "new.py", "data.bin")
+    folder = create()
+    # What was staged was meant, whatever its size.
+    assert {"new.py", "data.bin"} <= code(folder)
+    assert ".env" not in code(folder)
+    diff = (folder / "code.diff").read_bytes()
+    assert b"+new" in diff
+    assert b"1234" not in diff
+
+
+@pytest.mark.needs("git")
+def test_before_the_first_commit_git_still_tells_what_to_ignore(checkout: Path, git: Git) -> None:
+    (checkout / ".gitignore").write_text("ignored\nruns\n")
+    (checkout / "ignored").touch()
+    git("init")
+    git("add", "README.md")
+    folder = create()
+    assert code(folder) == {".gitignore", "slurm/node.sh", "train/labs/rag.py", "README.md"}
+    assert runs.record(folder)["git_commit"] is None
+
+
+@pytest.mark.needs("git")
+def test_a_git_that_does_not_answer_is_said(checkout: Path, git: Git) -> None:
+    git("init")
+    (checkout / ".git/config").write_text("[broken")
+    with pytest.raises(UserError, match=r"^git: .*config"):
+        create()
 
 
 @pytest.mark.parametrize("name", ["a/b", "..%2f", "a b", "ü", "$x", "a\n"])
