@@ -58,10 +58,11 @@ NEEDS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
-    # A shell's background jobs ignore Ctrl+C, and those of nohup a closed terminal; all that these
-    # tests start would, too.
+    # A shell's background jobs ignore Ctrl+C and Ctrl+\, and those of nohup a closed terminal; all
+    # that these tests start would, too.
     for number, normal in (
         (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
         (signal.SIGHUP, signal.SIG_DFL),
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
