@@ -56,9 +56,12 @@ def _table(columns: list[str], rows: Iterable[Iterable[Any]]) -> Any:
     listed = [[UNKNOWN if cell is None else str(cell) for cell in row] for row in rows]
     if not listed:
         return Text("  none")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns, 1):
+        # A terminal of 80 columns has room for what is short; lists at the end are folded.
+        short = number < len(columns) - 1
+        head = column.replace(" ", "\n") if short else column
+        table.add_column(head, overflow="fold", no_wrap=short, vertical="top")
     for row in listed:
         table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
     return table

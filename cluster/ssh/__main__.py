@@ -49,8 +49,7 @@ def main(argv: list[str]) -> int:
             connected,
             options.command or None,
             # As with ssh, what the configuration says means nothing where there is no agent.
-            forward_agent=options.forward_agent
-            or (found.forward_agent and bool(found.identity_agent)),
+            forward_agent=options.forward_agent or bool(found.forward_agent),
         )
 
 

@@ -12,15 +12,20 @@ from typing import Any, Self
 import paramiko
 
 from cluster.errors import UserError
+from cluster.ssh.link import Link
 
 REQUEST_IDENTITIES, IDENTITIES_ANSWER = 11, 12
 SIGN_REQUEST, SIGN_RESPONSE = 13, 14
+FAILURE, SUCCESS, EXTENSION = 5, 6, 27
+SESSION_BIND = b"session-bind@openssh.com"
 # draft-ietf-sshm-ssh-agent: which hash an RSA key signs with.
 RSA_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
 LONGEST_ANSWER_BYTES = 256 * 1024
 # A key may want to be touched or confirmed.
 TIMEOUT_S = 300
 BLOCK_BYTES = 1 << 15
+# The far side may be gone at any point, and each half of a pair may find it out first.
+GONE = (OSError, EOFError, paramiko.SSHException)
 
 
 class AgentError(Exception):
@@ -38,6 +43,26 @@ class AgentKey:
     def kind(self) -> str:
         """Its type, such as ssh-ed25519."""
         return self.blob[4 : 4 + int.from_bytes(self.blob[:4], "big")].decode(errors="replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """The session that an agent is used for (PROTOCOL.agent of OpenSSH, section 1)."""
+
+    host_key: bytes
+    session_id: bytes
+    signature: bytes
+    """Of the session's id, by the host key."""
+
+    @classmethod
+    def of(cls, link: Link) -> Self:
+        """Return the binding to a link whose first key exchange is over."""
+        assert link.host_key_blob is not None and link.session_id is not None
+        return cls(
+            host_key=link.host_key_blob,
+            session_id=link.session_id,
+            signature=link.first_signature,
+        )
 
 
 class Agent:
@@ -97,6 +122,27 @@ class Agent:
             raise AgentError("it refused to sign")
         return _string(body)[0]
 
+    def bind(self, binding: Binding, *, is_forwarding: bool) -> None:
+        """Tell which session this connection is for, before anything else is asked.
+
+        By it an agent knows a host that asks from a program here: a key may be meant for some
+        hosts only, and no host may have it load a library (CVE-2023-38408).
+
+        Raises:
+            AgentError: it refuses, or is gone.
+        """
+        parts = (SESSION_BIND, binding.host_key, binding.session_id, binding.signature)
+        packed = b"".join(struct.pack(">I", len(part)) + part for part in parts)
+        kind, _ = self._ask(bytes([EXTENSION]) + packed + bytes([is_forwarding]))
+        # FAILURE is also what an agent says that does not know of it; ssh goes on then, too.
+        if kind not in (SUCCESS, FAILURE):
+            raise AgentError("it refuses the session")
+
+    def detach(self) -> socket.socket:
+        """Return the socket, for who speaks to the agent from here on; it has no time limit."""
+        self._socket.settimeout(None)
+        return self._socket
+
     def _ask(self, message: bytes) -> tuple[int, bytes]:
         try:
             self._socket.sendall(struct.pack(">I", len(message)) + message)
@@ -125,8 +171,13 @@ def _string(data: bytes) -> tuple[bytes, bytes]:
     return data[4:end], data[end:]
 
 
-def forward(channel: Any, path: str) -> None:
+def forward(channel: Any, path: str, binding: Binding) -> None:
     """Let the far side of a session channel use the agent at `path`.
+
+    Args:
+        channel: of a session whose command has not begun.
+        path: the agent's socket.
+        binding: to the session's connection; the agent is told of it before it hears anything.
 
     Raises:
         UserError: nothing answers there.
@@ -139,27 +190,41 @@ def forward(channel: Any, path: str) -> None:
         ) from None
 
     def serve(remote: Any) -> None:
-        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            local.connect(path)
-        except OSError:
-            local.close()
-            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
-                remote.close()
-            return
-        for source, target in ((local, remote), (remote, local)):
-            # As daemons: a far side that never hangs up holds nothing up.
-            threading.Thread(target=_pump, args=(source, target), daemon=True).start()
+        # Called in the thread that reads the connection, which waits for no agent. As a daemon: a
+        # far side that never hangs up holds nothing up.
+        threading.Thread(target=_serve, args=(remote, path, binding), daemon=True).start()
 
     channel.request_forward_agent(serve)
 
 
+def _serve(remote: Any, path: str, binding: Binding) -> None:
+    try:
+        local = Agent(path)
+    except AgentError:
+        _end(remote)
+        return
+    try:
+        local.bind(binding, is_forwarding=True)
+    except AgentError:
+        local.close()
+        _end(remote)
+        return
+    stream = local.detach()
+    threading.Thread(target=_pump, args=(stream, remote), daemon=True).start()
+    _pump(remote, stream)
+
+
 def _pump(source: Any, target: Any) -> None:
-    # The far side may be gone at any point, and each half may find it out first.
-    gone = (OSError, EOFError, paramiko.SSHException)
-    with contextlib.suppress(*gone):
+    with contextlib.suppress(*GONE):
         while data := source.recv(BLOCK_BYTES):
             target.sendall(data)
     for stream in (source, target):
-        with contextlib.suppress(*gone):
-            stream.close()
+        _end(stream)
+
+
+def _end(stream: Any) -> None:
+    """Close a stream from which the other half may be reading, which a mere close does not wake."""
+    with contextlib.suppress(*GONE):
+        stream.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(*GONE):
+        stream.close()

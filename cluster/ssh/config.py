@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
-from cluster.errors import UserError
+from cluster.errors import UserError, printable
 from cluster.ssh import patterns, ssh_config, tokens
 from cluster.ssh.ssh_config import Settings
 
@@ -26,12 +26,25 @@ METHODS = ("publickey", "keyboard-interactive", "password")
 IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
 USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
-ALGORITHMS = ("kexalgorithms", "hostkeyalgorithms", "ciphers", "macs", "pubkeyacceptedalgorithms")
+ALGORITHMS = (
+    "kexalgorithms",
+    "hostkeyalgorithms",
+    "ciphers",
+    "macs",
+    "pubkeyacceptedalgorithms",
+    "casignaturealgorithms",
+)
 # As ssh takes it: user@host, or a URI.
 DESTINATION = (
     r"(?P<scheme>ssh://)?(?:(?P<user>.+)@)?(?P<host>\[[^\[\]]+\]|[^\[\]:@/]+)"
     r"(?(scheme)(?::(?P<port>[0-9]{1,5}))?/?)"
 )
+# In bits, as OpenSSH's own.
+REQUIRED_RSA_SIZE = 1024
+# What a shell would take for more than a name, in a ProxyCommand's %h, %n and %r (valid_hostname
+# and valid_ruser of OpenSSH 9.6, which older releases lack).
+BAD_HOST = re.compile(r"^-|[\s\x00-\x1f\x7f'`\"$\\;&<>|(){}]")
+BAD_USER = re.compile(r"^-|[\x00-\x1f\x7f'`\";&<>|(){}]|\s-|\\\Z")
 # What would change whom we trust, or which way we go, and is not done here.
 REFUSED = {
     "knownhostscommand": "none",
@@ -75,8 +88,11 @@ class Host:
     host_key_alias: str = ""
     strict_host_key_checking: Literal["yes", "ask", "accept-new"] = "ask"
     hash_known_hosts: bool = False
+    required_rsa_size: int = REQUIRED_RSA_SIZE
+    """In bits: an RSA key of a host, or of an authority, that is shorter is not believed."""
 
-    forward_agent: bool = False
+    forward_agent: str = ""
+    """The socket of the agent that the far side may use; empty for none."""
     server_alive_interval_s: int = ALIVE_INTERVAL_S
     server_alive_count_max: int = 3
     connect_timeout_s: int | None = None
@@ -129,12 +145,18 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
     Raises:
         UserError: the configuration is wrong, or says what we cannot do.
     """
-    if not alias or alias.startswith("-") or re.search(r"[\s\x00-\x1f\x7f]", alias):
-        raise UserError(f"'{alias}' is not a host; make it a name, an address, or a Host of ssh")
     found = re.fullmatch(DESTINATION, alias)
     if found is not None:
         alias, user = found["host"].strip("[]"), user or found["user"] or ""
         port = port or int(found["port"] or 0)
+    elif alias.startswith("ssh://"):
+        raise UserError(f"'{printable(alias)}' is not a host; make it ssh://[user@]host[:port]")
+    elif "@" in alias:
+        # An address of IPv6 without its brackets.
+        before, _, alias = alias.rpartition("@")
+        user = user or before
+    # Before ssh -G sees them, too: a Match exec would have them in its command.
+    _refuse_unsafe(alias, user)
     if config and not Path(config).is_file():
         raise UserError(f"{config}: there is no such ssh_config; see config in [ssh] of site.toml")
     if shutil.which("ssh"):
@@ -149,6 +171,17 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
     else:
         settings = ssh_config.read(alias, user=user, port=port, config=config)
     return _host(alias, settings, config)
+
+
+def _refuse_unsafe(name: str, user: str) -> None:
+    if not name or BAD_HOST.search(name):
+        raise UserError(
+            f"'{printable(name)}' is not a host; make it a name, an address, or a Host of ssh"
+        )
+    if BAD_USER.search(user):
+        raise UserError(
+            f"'{printable(user)}' is not a user; a shell would take it for more than a name"
+        )
 
 
 def _by_ssh(alias: str, user: str, port: int, config: str) -> Settings:
@@ -206,6 +239,7 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
     hostname = one("hostname", alias)
     port = number("port", 22)
     user = one("user", pwd.getpwuid(os.getuid()).pw_name)
+    _refuse_unsafe(hostname, user)
     jump = one("proxyjump")
     stand_for = tokens.of(
         alias=one("host", alias),
@@ -222,6 +256,7 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
     def files(key: str, default: str) -> tuple[str, ...]:
         return tuple(map(path, _split_paths(settings.get(key, [default])[0], key)))
 
+    identity_agent = _agent(settings.get("identityagent", ["SSH_AUTH_SOCK"])[0], stand_for)
     alive_interval_s = number("serveraliveinterval", 0)
     return Host(
         alias=alias,
@@ -232,7 +267,7 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         identity_files=_unique(map(path, _named(settings.get("identityfile", IDENTITIES)))),
         certificate_files=_unique(map(path, _named(settings.get("certificatefile", ())))),
         identities_only=yes("identitiesonly"),
-        identity_agent=_agent(settings.get("identityagent", ["SSH_AUTH_SOCK"])[0], stand_for),
+        identity_agent=identity_agent,
         methods=_methods(one, yes),
         number_of_password_prompts=number("numberofpasswordprompts", 3),
         batch_mode=yes("batchmode"),
@@ -243,7 +278,8 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         host_key_alias=one("hostkeyalias"),
         strict_host_key_checking=_strictness(one("stricthostkeychecking", "ask")),
         hash_known_hosts=yes("hashknownhosts"),
-        forward_agent=one("forwardagent", "no").lower() not in ("no", "false"),
+        required_rsa_size=number("requiredrsasize", REQUIRED_RSA_SIZE),
+        forward_agent=_forwarded(one("forwardagent", "no"), identity_agent, stand_for),
         server_alive_interval_s=alive_interval_s or ALIVE_INTERVAL_S,
         # Without an interval of the user's the count means nothing.
         server_alive_count_max=number("serveralivecountmax", 3) if alive_interval_s else 3,
@@ -301,6 +337,14 @@ def _agent(value: str, stand_for: Mapping[str, str]) -> str:
     return tokens.path(value, stand_for)
 
 
+def _forwarded(value: str, identity_agent: str, stand_for: Mapping[str, str]) -> str:
+    if value.lower() in ("no", "false"):
+        return ""
+    # A path, or a variable that has one, is of an agent that was started for the far side.
+    is_ours = value.lower() in ("yes", "true")
+    return identity_agent if is_ours else _agent(value, stand_for)
+
+
 def _methods(one: Callable[[str, str], str], yes: Callable[[str, str], bool]) -> tuple[str, ...]:
     order = one("preferredauthentications", ",".join(METHODS)).split(",")
     allowed = {
@@ -313,9 +357,10 @@ def _methods(one: Callable[[str, str], str], yes: Callable[[str, str], bool]) ->
 
 
 def _strictness(value: str) -> Literal["yes", "ask", "accept-new"]:
-    known = {"true": "yes", "yes": "yes", "ask": "ask", "accept-new": "accept-new"}
+    known = {"true": "yes", "yes": "yes", "accept-new": "accept-new"}
     # "no" would go on with a changed key. Only what is new is let pass.
-    return cast(Literal["yes", "ask", "accept-new"], known.get(value.lower(), "accept-new"))
+    known |= dict.fromkeys(("no", "false", "off"), "accept-new")
+    return cast(Literal["yes", "ask", "accept-new"], known.get(value.lower(), "ask"))
 
 
 def _address_family(value: str) -> Literal["any", "inet", "inet6"]:

@@ -97,9 +97,10 @@ class Connection:
         Raises:
             UserError: there is no agent here.
         """
-        if not self.host.identity_agent:
+        path = self.host.forward_agent or self.host.identity_agent
+        if not path:
             raise UserError("agent forwarding: there is no ssh-agent; SSH_AUTH_SOCK names one")
-        agent.forward(channel, self.host.identity_agent)
+        agent.forward(channel, path, agent.Binding.of(self._hops[-1].link))
 
     def close(self) -> None:
         """End all hops; takes two seconds at most, also with a dead peer. May be called twice."""

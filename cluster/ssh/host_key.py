@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cluster.errors import UserError
 from cluster.ssh import known_hosts
 from cluster.ssh.config import Host
-from cluster.ssh.known_hosts import Known
+from cluster.ssh.known_hosts import Entry, Known
 from cluster.ssh.link import CERTIFICATE, HOST_KEYS
 from cluster.ssh.prompts import Prompts
 
@@ -40,7 +40,7 @@ class Check:
         """
         allowed = self.host.algorithms.get("hostkeyalgorithms")
         names = list(HOST_KEYS)
-        kinds = {entry.kind for entry in [*self.known.keys, *self.known.portless]}
+        kinds = {entry.kind for entry in self._keys}
         names.sort(key=lambda name: kind_of(name) not in kinds)
         if self.known.authorities:
             names = [f"{name}{CERTIFICATE}" for name in HOST_KEYS] + names
@@ -63,9 +63,10 @@ class Check:
             say(f"note: {note}")
         kind, blob, certificate = _parse(shown, self.host)
         self._refuse_revoked(blob)
+        self._refuse_short(kind, blob, "its host key")
         if certificate is not None and self._is_certified(certificate):
             return
-        if any(entry.blob == blob for entry in [*self.known.keys, *self.known.portless]):
+        if any(entry.blob == blob for entry in self._keys):
             return
         name = self.host.known_as
         seen = f"{_short(kind)} key {known_hosts.fingerprint(blob)}"
@@ -81,6 +82,11 @@ class Check:
         self._remember(kind, blob, say)
 
     @property
+    def _keys(self) -> list[Entry]:
+        # Another server on the same machine may have the key of the name without the port.
+        return self.known.keys or self.known.portless
+
+    @property
     def _file(self) -> str:
         return next(iter(self.host.user_known_hosts_files), "")
 
@@ -92,6 +98,14 @@ class Check:
                     "answers may have stolen it. Ask the site"
                 )
 
+    def _refuse_short(self, kind: str, blob: bytes, what: str) -> None:
+        least = self.host.required_rsa_size
+        if kind == "ssh-rsa" and (bits := _rsa_bits(blob)) < least:
+            raise UserError(
+                f"{self.host.known_as}: {what} is of RSA with {bits} bits, and RequiredRSASize is "
+                f"{least}; ask the site for a longer one"
+            )
+
     def _is_certified(self, certificate: SSHCertificate) -> bool:
         """Return whether an authority that is known for the host has signed; refuse a bad one."""
         name = self.host.known_as
@@ -100,7 +114,12 @@ class Check:
         entry = next((entry for entry in self.known.authorities if entry.blob == signer), None)
         if entry is None:
             return False
-        wrong = _fault(certificate, self.host.host_key_alias or self.host.hostname)
+        self._refuse_short(entry.kind, signer, f"the authority of {entry.where}")
+        wrong = _fault(
+            certificate,
+            self.host.host_key_alias or self.host.hostname,
+            self.host.algorithms.get("casignaturealgorithms"),
+        )
         if wrong:
             raise UserError(
                 f"{name}: its host certificate is not valid: {wrong} (authority of {entry.where}); "
@@ -192,11 +211,24 @@ def _blob(key: Any) -> bytes:
     return base64.b64decode(line.split()[1])
 
 
-def _fault(certificate: SSHCertificate, hostname: str) -> str:
+def _rsa_bits(blob: bytes) -> int:
+    """Return how long the modulus of an RSA key is."""
+    at = 0
+    # The type and the exponent come before it.
+    for _ in range(2):
+        at += 4 + int.from_bytes(blob[at : at + 4], "big")
+    size = int.from_bytes(blob[at : at + 4], "big")
+    return int.from_bytes(blob[at + 4 : at + 4 + size], "big").bit_length()
+
+
+def _fault(certificate: SSHCertificate, hostname: str, allowed: Sequence[str] | None) -> str:
     """Return what is wrong with a certificate for a host; empty if nothing is."""
     # SHA-1, as old authorities sign with RSA, can be forged; what cannot be told counts as that.
-    if bytes(getattr(certificate, "_inner_sig_type", b"ssh-rsa")) == b"ssh-rsa":
+    algorithm = bytes(getattr(certificate, "_inner_sig_type", b"ssh-rsa")).decode(errors="replace")
+    if algorithm == "ssh-rsa":
         return "it is signed with SHA-1"
+    if allowed is not None and algorithm not in allowed:
+        return f"it is signed with {algorithm}, which CASignatureAlgorithms leaves out"
     try:
         certificate.verify_cert_signature()
     except InvalidSignature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from cluster.errors import UserError
 from cluster.ssh import private_key
-from cluster.ssh.agent import Agent, AgentError, AgentKey
+from cluster.ssh.agent import Agent, AgentError, AgentKey, Binding
 from cluster.ssh.config import Host
 from cluster.ssh.link import CERTIFICATE
 from cluster.ssh.private_key import PassphraseMissing, PrivateKey
@@ -125,6 +126,8 @@ class Keys:
 
     host: Host
     prompts: Prompts
+    binding: Binding
+    """The session that the agent's signatures are for."""
     problems: list[str] = field(default_factory=list)
     """What stood in the way of keys, for the message if nobody is let in."""
     agent: Agent | None = None
@@ -168,7 +171,11 @@ class Keys:
         if not self.host.identity_agent:
             return {}
         try:
-            self.agent = self.agent or Agent(self.host.identity_agent)
+            if self.agent is None:
+                self.agent = Agent(self.host.identity_agent)
+                # As with ssh, an agent that makes nothing of it may still sign.
+                with contextlib.suppress(AgentError):
+                    self.agent.bind(self.binding, is_forwarding=False)
             return {key.blob: key for key in self.agent.identities()}
         except AgentError as error:
             self.problems.append(f"ssh-agent: {error}")

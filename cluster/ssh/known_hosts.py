@@ -40,8 +40,9 @@ class Known:
 
     keys: list[Entry] = field(default_factory=list)
     portless: list[Entry] = field(default_factory=list)
-    """Keys of the name without its port: one that is equal is believed, another says nothing."""
+    """Keys of the name without its port, of which ssh thinks only where `keys` has none."""
     authorities: list[Entry] = field(default_factory=list)
+    """Also those of the name without its port, which ssh asks where none with it has signed."""
     revoked: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """FILE:LINE: WHAT, for lines that name the host and cannot be honoured."""

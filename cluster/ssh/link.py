@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +50,9 @@ HOST_KEYS = (
     "rsa-sha2-256",
 )
 
+# RFC 4250, section 4.1.2: from here on the numbers are not of the transport and its keys.
+FIRST_AFTER_KEX = 50
+
 # Paramiko logs errors that are told here in one line; with no handler, Python prints them.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 logging.getLogger("paramiko").propagate = False
@@ -72,8 +76,9 @@ class Ear(Packetizer):  # type: ignore[misc]
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def complete_handshake(self) -> None:
-        """Note that it was in time."""
-        self._deadline = None
+        """Note that it was in time; Paramiko calls it after each packet, also the first of all."""
+        if self._initial_kex_done:
+            self._deadline = None
 
     def read_message(self) -> Any:
         """Return the next packet."""
@@ -108,7 +113,10 @@ class Link(paramiko.Transport):  # type: ignore[misc]
         options.digests = self._allowed(options.digests, MACS, algorithms, "macs")
         self.host_key_blob: bytes | None = None
         """The server's host key or host certificate as it came, once its signature was right."""
+        self.first_signature = b""
+        """The server's, of the session's id, by that key."""
         self._host_key_algorithms: tuple[str, ...] = ()
+        self._held: list[Any] = []
 
     @staticmethod
     def _allowed(
@@ -142,7 +150,33 @@ class Link(paramiko.Transport):  # type: ignore[misc]
         # The first was checked against known_hosts. Each new exchange must show the same.
         if known is not None and not hmac.compare_digest(known, host_key):
             raise paramiko.SSHException("the host key changed in the middle of the connection")
+        if known is None:
+            self.first_signature = sig
         self.host_key_blob = host_key
+
+    # ---- what this thread answers in the middle of a key exchange ----
+    #
+    # Paramiko sends some of it at once, which the protocol forbids, and for the rest waits for the
+    # new keys in the one thread that can take them. Here it is held back until they are in use.
+
+    def _send_message(self, data: Any) -> None:
+        is_early = not self.clear_to_send.is_set() and data.asbytes()[0] >= FIRST_AFTER_KEX
+        if is_early and threading.current_thread() is self:
+            self._held.append(data)
+        else:
+            super()._send_message(data)
+
+    def _send_user_message(self, data: Any) -> None:
+        if threading.current_thread() is not self:
+            super()._send_user_message(data)
+        elif self.active:
+            self._send_message(data)
+
+    def _parse_newkeys(self, m: Any) -> None:
+        super()._parse_newkeys(m)
+        held, self._held = self._held, []
+        for message in held:
+            self._send_message(message)
 
     def _parse_disconnect(self, m: Any) -> None:
         m.get_int()

@@ -13,6 +13,7 @@ import select
 import socket
 import stat
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ class Outlet:
         self._seen = seen
         self._lock = threading.Lock()
         self._kept: deque[bytes] = deque()
+        self._is_stopped = False
         self._own_fd: int | None = None
         self._socket: socket.socket | None = None
         self.fd = fd
@@ -65,6 +67,8 @@ class Outlet:
         Where nothing can be written any more, all are.
         """
         with self._lock:
+            if self._is_stopped:
+                return len(data)
             if self._kept:
                 self._kept.append(data)
                 return 0
@@ -76,17 +80,41 @@ class Outlet:
             return written
 
     def flush(self) -> int:
-        """Write what was kept as far as there is room; return how many bytes were written."""
+        """Write what was kept as far as there is room; return how many bytes are done with.
+
+        Where nothing can be written any more, all are: what is left unsaid, the server would wait
+        for to be taken.
+        """
         total = 0
         with self._lock:
-            while self._kept and self.broken is None:
+            while self._kept:
                 data = self._kept.popleft()
                 written = self._write_all(data)
+                if self.broken is not None:
+                    written = len(data)
                 total += written
                 if written < len(data):
                     self._kept.appendleft(data[written:])
                     break
         return total
+
+    def stop(self) -> None:
+        """Drop what is kept, and all that `put` is given from now on."""
+        with self._lock:
+            self._is_stopped = True
+            self._kept.clear()
+
+    def finish(self, data: bytes, timeout_s: float) -> bool:
+        """Stop, and write `data` as the last; return whether it found room within `timeout_s`."""
+        self.stop()
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                data = data[self._write_all(data) :]
+                left = deadline - time.monotonic()
+                if not data or self.broken is not None or left <= 0:
+                    return not data
+                select.select([], [self.fd], [], left)
 
     def _write_all(self, data: bytes) -> int:
         total = 0
@@ -114,7 +142,6 @@ class Outlet:
             return 0
         except OSError as error:
             self.broken = error
-            self._kept.clear()
             return 0
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
+import select
 import termios
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from cluster.errors import UserError, printable
+from cluster.ssh.alarm import Alarm
 
-# What ends or stops a process from outside; Ctrl+C is Python's own.
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 # A line's length in the kernel's line discipline.
 LINE_BYTES = 4096
-Answer = TypeVar("Answer")
 
 
 class Prompts(Protocol):
@@ -66,14 +61,17 @@ class Terminal:
 
     def _line(self, question: str, *, is_shown: bool) -> str:
         try:
-            tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            # Not blocking, which holds for this descriptor alone: a signal does not have to wait.
+            tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             raise UserError(
                 f"there is no terminal to ask '{one_line(question)}' on; a key in ssh-agent, or "
                 "the host's key in known_hosts, needs no question"
             ) from None
         try:
-            line = _until_answered(lambda: _read(tty, question, is_shown=is_shown))
+            line = _answer(tty, question, is_shown=is_shown)
+        except (OSError, termios.error):
+            raise UserError(f"the terminal went away at '{one_line(question)}'") from None
         finally:
             os.close(tty)
         if not line.endswith(b"\n"):
@@ -81,49 +79,36 @@ class Terminal:
         return line[:-1].decode(errors="surrogateescape")
 
 
-class _Signalled(Exception):
-    """A signal came while a question was open."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _until_answered(ask: Callable[[], Answer]) -> Answer:
-    """Return the answer; a signal takes effect when the terminal is itself again.
+def _answer(tty: int, question: str, *, is_shown: bool) -> bytes:
+    """Return what was typed; a signal takes effect when the terminal is itself again.
 
     After Ctrl+Z and `fg` the question is asked anew.
     """
-    while True:
-        try:
-            with _signals_raise():
-                return ask()
-        except _Signalled as signalled:
-            os.kill(os.getpid(), signalled.number)
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let signals that would end or stop the process raise an exception instead."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        # Signals are for the main thread.
+        line = _read(tty, question, is_shown=is_shown, until=[])
+        assert line is not None
+        return line
+    while True:
+        alarm = Alarm()
+        try:
+            # They raise nothing, or one more could come when the terminal is being given back.
+            with alarm.watches(resize=False):
+                line = _read(tty, question, is_shown=is_shown, until=[alarm.fd])
+            came = alarm.take()
+        finally:
+            alarm.close()
+        for number in came:
+            os.kill(os.getpid(), number)
+        if line is not None:
+            return line
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Signalled(number)
 
-    before: dict[int, Any] = {}
-    try:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, interrupt)
-        yield
-    finally:
-        for changed, handler in before.items():
-            signal.signal(changed, handler)
+def _read(tty: int, question: str, *, is_shown: bool, until: list[int]) -> bytes | None:
+    """Ask, and return what was typed with its newline; the terminal is given back as it was.
 
-
-def _read(tty: int, question: str, *, is_shown: bool) -> bytes:
-    """Ask, and return what was typed with its newline; the terminal is given back as it was."""
+    None: one of the descriptors of `until` had something to read.
+    """
     before = termios.tcgetattr(tty)
     asking = termios.tcgetattr(tty)
     # A line at a time, with its editing and its signals, whatever was set before.
@@ -132,24 +117,47 @@ def _read(tty: int, question: str, *, is_shown: bool) -> bytes:
     asking[3] |= termios.ICANON | termios.ISIG | termios.ECHO
     if not is_shown:
         asking[3] &= ~(termios.ECHO | termios.ECHONL)
+    text = "\n".join(printable_line(line) for line in question.split("\n"))
+    line = b""
     try:
-        # What was typed before the question came is no answer to it.
-        termios.tcsetattr(tty, termios.TCSAFLUSH, asking)
-        _write(tty, "\n".join(printable_line(line) for line in question.split("\n")))
-        line = b""
-        while not line.endswith(b"\n") and (more := os.read(tty, LINE_BYTES)):
+        _set(tty, asking)
+        if not _write(tty, text, until):
+            return None
+        while not line.endswith(b"\n"):
+            if set(until) & set(select.select([tty, *until], [], [])[0]):
+                return None
+            try:
+                more = os.read(tty, LINE_BYTES)
+            except BlockingIOError:  # somebody else has read it
+                continue
+            if not more:
+                break
             line += more
     finally:
+        _set(tty, before)
         if not is_shown:
-            _write(tty, "\n")
-        termios.tcsetattr(tty, termios.TCSAFLUSH, before)
+            # What a stopped terminal has no room for is no loss.
+            _write(tty, "\n", None)
     return line
 
 
-def _write(tty: int, text: str) -> None:
+def _set(tty: int, attributes: list[Any]) -> None:
+    """Set it so, and drop what was typed before: that is no answer to what comes."""
+    # Not TCSAFLUSH, which waits for all to be shown, and fails if a signal comes meanwhile.
+    termios.tcsetattr(tty, termios.TCSANOW, attributes)
+    termios.tcflush(tty, termios.TCIFLUSH)
+
+
+def _write(tty: int, text: str, until: list[int] | None) -> bool:
+    """Show `text`, and return whether that is done; without `until` as far as there is room."""
     data = text.encode(errors="replace")
     while data:
-        data = data[os.write(tty, data) :]
+        try:
+            data = data[os.write(tty, data) :]
+        except BlockingIOError:
+            if until is None or set(until) & set(select.select(until, [tty], [])[0]):
+                return False
+    return True
 
 
 def printable_line(text: str) -> str:

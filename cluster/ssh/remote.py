@@ -8,6 +8,7 @@ ended has no exit status. So a channel's messages come here (`Transport._channel
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -28,6 +29,8 @@ WINDOW_BYTES = 2 << 20
 TERMINAL_WINDOW_BYTES = 1 << 20
 # Fewer and larger packets than the 32 KiB that every server takes; OpenSSH goes up to 256 KiB.
 PACKET_BYTES = 128 << 10
+# For what has come already to be received, when nothing can be sent any more.
+LAST_WORDS_S = 1.0
 # A key, or a pasted line: sent at once. A socket that select calls writable has room for it.
 SMALL_BYTES = 512
 
@@ -92,7 +95,8 @@ class Remote:
     def set_environment(self, variables: Mapping[str, str]) -> None:
         """Offer variables; the server takes those that its AcceptEnv names, and tells nobody."""
         for name, value in variables.items():
-            self._channel.set_environment_variable(name, value)
+            # Bytes, as the environment and the command line are: they need not be UTF-8.
+            self._channel.set_environment_variable(os.fsencode(name), os.fsencode(value))
 
     def request_terminal(self, term: str, size: Size, modes: bytes) -> None:
         """Have it run in a terminal of this kind.
@@ -102,7 +106,7 @@ class Remote:
         """
         # Channel.get_pty has no modes to say.
         message = self._request("pty-req", wants_reply=True)
-        message.add_string(term)
+        message.add_string(os.fsencode(term))
         for number in (size.columns, size.rows, size.width, size.height):
             message.add_int(number)
         message.add_string(modes)
@@ -126,7 +130,7 @@ class Remote:
             if command is None:
                 self._channel.invoke_shell()
             else:
-                self._channel.exec_command(command)
+                self._channel.exec_command(os.fsencode(command))
         except (paramiko.SSHException, EOFError, OSError):
             what = "a shell" if command is None else "a command"
             raise UserError(f"the server does not run {what} for you; ask the site") from None
@@ -146,7 +150,7 @@ class Remote:
             )
             if not goes_now:
                 self._keep(data)
-        if goes_now and (rest := data[self._send(data) :]):
+        if goes_now and (rest := data[self._send_now(data) :]):
             with self._work:
                 self._keep(rest)
 
@@ -167,6 +171,13 @@ class Remote:
             self._sizes.append(size)
             self._work.notify()
 
+    def _send_now(self, data: bytes) -> int:
+        try:
+            return self._send(data)
+        except (paramiko.SSHException, EOFError):
+            # The link has broken. The sender finds the same, and ends it.
+            return 0
+
     def _send(self, data: bytes) -> int:
         """Send as much as there is room for; return how many bytes."""
         try:
@@ -178,13 +189,25 @@ class Remote:
 
     def _send_all(self) -> None:
         """Send what comes up until the session is closed; the only one that may have to wait."""
-        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        try:
             while job := self._next():
                 job()
                 with self._work:
                     self._is_sending = False
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            self._lose(error)
+        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
             self._channel.close()
         self._wake()
+
+    def _lose(self, error: Exception) -> None:
+        """End the link, on which nothing can be sent: else the session would live on, deaf."""
+        if isinstance(error, (EOFError, OSError)):
+            # The thread that receives finds out, too, and may still have something to receive.
+            self._transport.join(LAST_WORDS_S)
+        elif self._transport.saved_exception is None:
+            self._transport.saved_exception = error
+        self._transport.close()
 
     def _next(self) -> Callable[[], None] | None:
         """Return what can be sent next; None at the end."""
@@ -232,8 +255,11 @@ class Remote:
         self._transport._send_user_message(message)
 
     def _send_size(self, size: Size) -> None:
-        with contextlib.suppress(paramiko.SSHException):  # it has just ended
+        try:
             self._channel.resize_pty(size.columns, size.rows, size.width, size.height)
+        except paramiko.SSHException:
+            if not self.is_over:
+                raise
 
     def _request(self, kind: str, *, wants_reply: bool) -> paramiko.Message:
         message = paramiko.Message()
@@ -320,4 +346,7 @@ class _Bell:
 
 def _has_room(sock: Any) -> bool:
     """Whether a small packet can be sent without waiting; False where that is not known."""
-    return isinstance(sock, socket.socket) and bool(select.select([], [sock], [], 0)[1])
+    try:
+        return isinstance(sock, socket.socket) and bool(select.select([], [sock], [], 0)[1])
+    except (ValueError, OSError):  # closed, by the thread that receives
+        return False

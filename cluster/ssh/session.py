@@ -14,7 +14,9 @@ import signal
 import sys
 import time
 
-from cluster.errors import UserError
+import paramiko
+
+from cluster.errors import UserError, printable
 from cluster.ssh import remote, tty_modes
 from cluster.ssh.alarm import ENDING, Alarm
 from cluster.ssh.connection import Connection
@@ -31,6 +33,8 @@ TERMINAL_READ_BYTES = 1 << 12
 PENDING_BYTES = 1 << 18
 TERMINAL_PENDING_BYTES = 1 << 20
 REDRAW_S = 0.1
+# For a terminal that stands still, to take what turns its modes off.
+RESET_S = 1.0
 # As the ssh command: the connection, not the command, is what failed.
 LOST = 255
 
@@ -114,8 +118,7 @@ class Session:
                     try:
                         self._loop(ended_by)
                     finally:
-                        if not self._remote.was_closed:
-                            self._reset(terminal)
+                        self._reset(terminal)
         return self._ending(ended_by, tty=tty)
 
     def _start(
@@ -143,6 +146,9 @@ class Session:
         except UserError as error:
             why = self._connection.lost or str(error)
             raise UserError(f"{self._name}: {why}") from None
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            why = self._connection.lost or printable(str(error)) or "the connection ended"
+            raise UserError(f"{self._name}: no session: {why}; try again") from None
 
     def _see(self, data: bytes) -> None:
         if (terminal := self._terminal) is not None:
@@ -155,18 +161,22 @@ class Session:
         is_open = self._reads_input
         limit = PENDING_BYTES if self._terminal is None else TERMINAL_PENDING_BYTES
         while not self._is_ended and not ended_by:
+            # Before the look at the outlets, as the last that comes may have to wait there.
+            is_over = self._remote.is_over
             outlets = {outlet for outlet in (self._out, self._err) if outlet.is_waiting}
-            if self._out.broken or (self._remote.is_over and not outlets):
+            if self._out.broken or (is_over and not outlets):
                 return
             reading = [self._alarm.fd]
             if is_open and self._remote.pending_bytes < limit:
                 reading.append(0)
             ready, _, _ = select.select(reading, [out.fd for out in outlets], [], self._due_in())
-            if self._due_in() == 0:
+            if self._resizes_at is not None and self._due_in() == 0:
                 self._resize()
             for number in self._alarm.take() if self._alarm.fd in ready else ():
                 self._obey(number, ended_by)
-            self._remote.flush()
+            # What is kept from now on rings, and is seen in the next turn.
+            if outlets:
+                self._remote.flush()
             if 0 in ready:
                 is_open = self._read()
 
@@ -175,6 +185,8 @@ class Session:
         assert self._remote is not None
         try:
             data = os.read(0, READ_BYTES if self._terminal is None else TERMINAL_READ_BYTES)
+        except BlockingIOError:
+            return True  # Who else has this input was quicker, and has set it so.
         except OSError:
             data = b""  # The terminal is gone.
         if not data:
@@ -192,7 +204,6 @@ class Session:
     def _act(self, action: Action) -> None:
         name = self._escapes.name
         if action is Action.END:
-            self._say(f"{name}.")
             self._is_ended = True
         elif action is Action.HELP:
             self._say(f"{name}?\n{HELP.format(name)}".rstrip())
@@ -241,8 +252,15 @@ class Session:
 
     def _reset(self, terminal: Terminal) -> None:
         """Turn off what the remote program can no longer turn off itself."""
-        if undo := terminal.reset_modes():
-            (self._out if os.isatty(1) else self._err).put(undo)
+        assert self._remote is not None
+        is_waiting = self._out.is_waiting or self._err.is_waiting
+        if self._remote.was_closed and not is_waiting:
+            return
+        # Not after what waits: a slow terminal would show that for long.
+        self._out.stop()
+        self._err.stop()
+        shown = self._out if os.isatty(1) else self._err
+        terminal.reset_modes(lambda undo: shown.finish(undo, RESET_S))
 
     def _ending(self, ended_by: list[int], *, tty: bool) -> int:
         """Say how it ended where that needs saying; return the exit code."""
@@ -252,6 +270,8 @@ class Session:
         if self._out.broken:
             raise BrokenPipeError
         if self._is_ended:
+            # Not at once: the terminal may stand still.
+            self._say(f"{self._escapes.name}.")
             self._say(f"Connection to {self._name} closed.")
             return LOST
         if not self._remote.was_closed:

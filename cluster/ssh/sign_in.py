@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 from cluster.errors import UserError, printable
+from cluster.ssh.agent import Binding
 from cluster.ssh.config import OPENSSH, Host
 from cluster.ssh.dialogue import Dialogue, PasswordExpired, Reply, Round, SignInLost
 from cluster.ssh.keys import Candidate, Keys, KeyUnusable
@@ -21,7 +23,7 @@ def sign_in(link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]
     Raises:
         UserError: it lets us in by no method; the connection is useless then.
     """
-    keys = Keys(host=host, prompts=prompts)
+    keys = Keys(host=host, prompts=prompts, binding=Binding.of(link))
     try:
         _SignIn(link, host, prompts, say, keys).run()
     except SignInLost as error:
@@ -128,8 +130,11 @@ class _SignIn:
             answers = []
             for question, is_shown in round_.questions:
                 was_asked = True
-                # As ssh does, so that it is known who asks.
-                whole = f"({self._host.user}@{self._host.hostname}) {question}"
+                # As ssh does, so that it is known who asks; and on each line, as the last of them
+                # could look like a question of ours.
+                name = f"({self._host.user}@{self._host.hostname})"
+                asked = re.split(r"\r\n|\r|\n", question)
+                whole = "\n".join(f"{name} {line}" for line in asked)
                 ask = self._prompts.ask if is_shown else self._prompts.secret
                 answers.append(ask(whole))
             return answers

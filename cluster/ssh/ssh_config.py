@@ -6,6 +6,7 @@ several SendEnv lines. Here, a line that is not understood to the end is an erro
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from cluster.ssh import patterns, tokens
 Settings = dict[str, list[str]]
 """In the words of `ssh -G`: keywords in lower case, each with its values in their order."""
 
-FILES = ("~/.ssh/config", "/etc/ssh/ssh_config")
+OWN = "~/.ssh/config"
+FILES = (OWN, "/etc/ssh/ssh_config")
 INSTALL = "install the ssh command, which reads it, or leave it out"
 # Those of which each line adds to the ones before.
 LISTS = ("identityfile", "certificatefile", "sendenv")
@@ -30,7 +32,7 @@ YES_NO = (
     "passwordauthentication",
     "tcpkeepalive",
 )
-NUMBERS = ("port", "numberofpasswordprompts", "serveralivecountmax")
+NUMBERS = ("port", "numberofpasswordprompts", "requiredrsasize", "serveralivecountmax")
 TIMES = ("connecttimeout", "serveraliveinterval")
 WORDS = (
     "bindaddress",
@@ -44,7 +46,14 @@ WORDS = (
     "user",
 )
 PATHS = ("userknownhostsfile", "globalknownhostsfile")
-ALGORITHMS = ("ciphers", "hostkeyalgorithms", "kexalgorithms", "macs", "pubkeyacceptedalgorithms")
+ALGORITHMS = (
+    "casignaturealgorithms",
+    "ciphers",
+    "hostkeyalgorithms",
+    "kexalgorithms",
+    "macs",
+    "pubkeyacceptedalgorithms",
+)
 # What is about other things than the way to a host and who it is: forwardings, sharing, looks.
 # Or what makes OpenSSH trust more than we do without it.
 OF_NO_MATTER = (
@@ -115,7 +124,13 @@ def read(alias: str, *, user: str = "", port: int = 0, config: str = "") -> Sett
     for file in [config] if config else FILES:
         path = Path(tokens.home(file))
         try:
-            text = path.read_text(errors="surrogateescape")
+            with path.open(errors="surrogateescape") as stream:
+                # As ssh, which looks at this file only: what it says runs as the user.
+                if file == OWN and not config and _is_writable_by_others(os.fstat(stream.fileno())):
+                    raise UserError(
+                        f"{path}: others may write it; it has to be yours alone: chmod go-w {path}"
+                    )
+                text = stream.read()
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -124,6 +139,10 @@ def read(alias: str, *, user: str = "", port: int = 0, config: str = "") -> Sett
     name = tokens.expand(found.get("hostname", ["%h"])[0], {"%": "%", "h": alias})
     found["hostname"] = [name.lower()]
     return found
+
+
+def _is_writable_by_others(found: os.stat_result) -> bool:
+    return found.st_uid not in (0, os.getuid()) or bool(found.st_mode & 0o022)
 
 
 def _take(found: Settings, path: Path, text: str, alias: str) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,8 +63,10 @@ class Terminal:
         self._fd = fd
         self.attributes: list[Any] = termios.tcgetattr(fd)
         """As tcgetattr returned them, before it became raw."""
+        self._size = Size(80, 24)
         self._modes = Modes()
         self._undo = b""
+        self._undo_is_left = False
         self.is_raw = False
         """Whether keys come as they are, and a new line does not begin at the left."""
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -99,12 +102,15 @@ class Terminal:
         try:
             process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            # It goes on where the terminal stands still, and there is something left to show.
+            if not self._undo_is_left:
+                process.kill()
+                process.wait()
 
     def make_raw(self) -> None:
         """Have it pass each byte on as it is."""
-        self.attributes = termios.tcgetattr(self._fd)
+        with contextlib.suppress(termios.error):  # it is gone: reading will tell
+            self.attributes = termios.tcgetattr(self._fd)
         raw = [*self.attributes[:CC], list(self.attributes[CC])]
         for index, flags in RAW_OFF.items():
             raw[index] &= ~flags
@@ -112,13 +118,14 @@ class Terminal:
         raw[CC][termios.VMIN], raw[CC][termios.VTIME] = 1, 0
         self.is_raw = True
         self._tell_guardian()
-        termios.tcsetattr(self._fd, termios.TCSADRAIN, raw)
+        # Not TCSADRAIN: that would wait while the terminal is held by Ctrl+S, and fail at a signal.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(self._fd, termios.TCSANOW, raw)
 
     def restore(self) -> None:
         """Make it as it was before it became raw."""
         if not self.is_raw:
             return
-        # Not TCSADRAIN: that would wait for as long as the terminal is held by Ctrl+S.
         with contextlib.suppress(termios.error):  # it is gone: its window was closed
             termios.tcsetattr(self._fd, termios.TCSANOW, self.attributes)
         self.is_raw = False
@@ -126,11 +133,13 @@ class Terminal:
 
     def size(self) -> Size:
         """Return its size now."""
-        rows, columns, width, height = struct.unpack(
-            "HHHH", fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8))
-        )
-        self._modes.rows = rows
-        return Size(columns, rows, width, height)
+        with contextlib.suppress(OSError):  # it is gone
+            rows, columns, width, height = struct.unpack(
+                "HHHH", fcntl.ioctl(self._fd, termios.TIOCGWINSZ, bytes(8))
+            )
+            self._size = Size(columns, rows, width, height)
+            self._modes.rows = rows
+        return self._size
 
     def note(self, data: bytes) -> None:
         """Take note of what it was given to show: the modes that it turns on."""
@@ -138,14 +147,21 @@ class Terminal:
             self._undo = undo
             self._tell_guardian()
 
-    def reset_modes(self) -> bytes:
-        """Return what turns off the modes that are left on; what they made it type is dropped."""
-        undo, self._undo = self._undo, b""
-        self._modes = Modes()
-        if undo:
-            with contextlib.suppress(termios.error):
-                termios.tcflush(self._fd, termios.TCIFLUSH)
-        return undo
+    def reset_modes(self, show: Callable[[bytes], bool]) -> None:
+        """Turn off the modes that are left on; what they made it type is dropped.
+
+        `show` writes what it is given, and returns whether all of it is out; if it is not, the
+        process beside this one shows it.
+        """
+        if not self._undo:
+            return
+        with contextlib.suppress(termios.error):
+            termios.tcflush(self._fd, termios.TCIFLUSH)
+        if show(self._undo):
+            self._undo = b""
+            self._modes = Modes()
+        else:
+            self._undo_is_left = True
 
     def suspend(self) -> None:
         """Give the terminal back and stop, with all of this job; return when it goes on."""
@@ -161,7 +177,7 @@ class Terminal:
             if self._guardian is None or self._guardian.stdin is None:
                 return
             state = None
-            if self.is_raw:
+            if self.is_raw or self._undo_is_left:
                 *flags, characters = self.attributes
                 # VMIN and VTIME come as numbers where the terminal was not canonical.
                 codes = [bytes((c,)) if isinstance(c, int) else c for c in characters]

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import paramiko
 import pytest
 
 from cluster.errors import UserError
 from cluster.ssh.config import Host, resolve
 from cluster.ssh.connection import connect, route
+from cluster.ssh.link import FIRST_AFTER_KEX
 from tests.cluster.ssh.answers import answers, host_of, output, signed_in
 from tests.cluster.ssh.server import USER, NewServer, Server
 from tests.conftest import CHECKOUT
@@ -198,6 +200,30 @@ def test_a_server_that_says_nothing_is_given_up(server: Server, listener: socket
     assert "no SSH connection" in refusal(host)
 
 
+def test_a_server_that_falls_silent_in_the_key_exchange_is_given_up(
+    server: Server, listener: socket.socket
+) -> None:
+    kept = []
+
+    def begin() -> None:
+        connection, _ = listener.accept()
+        kept.append(connection)
+        # All that a real one says before it has a key to show.
+        with socket.create_connection(("127.0.0.1", server.port)) as real:
+            real.sendall(b"SSH-2.0-test\r\n")
+            connection.sendall(real.makefile("rb").readline())
+            size = real.recv(4, socket.MSG_WAITALL)
+            connection.sendall(size + real.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+
+    threading.Thread(target=begin, daemon=True).start()
+    server.write_config()
+    host = replace(host_of(server), port=listener.getsockname()[1], connect_timeout_s=1)
+    began = time.monotonic()
+    assert "no SSH connection" in refusal(host)
+    assert time.monotonic() - began < 10
+    kept[0].close()
+
+
 def test_a_server_with_other_algorithms_is_said(new_server: NewServer) -> None:
     server = new_server("Ciphers chacha20-poly1305@openssh.com")
     assert 'backend = "openssh"' in refusal(host_of(server))
@@ -246,6 +272,54 @@ def test_no_more_sessions_is_said(new_server: NewServer) -> None:
         with pytest.raises(UserError, match="no session was granted"):
             connection.open_session()
         kept.close()
+
+
+# ---- new keys ----
+
+
+def test_what_comes_while_new_keys_are_made_is_answered_with_them(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = new_server("ClientAliveInterval 1")
+    with signed_in(host_of(server)) as connection:
+        link = connection.transport
+        link.clear_to_send_timeout = 3
+        channel = connection.open_session()
+        channel.exec_command("sleep 0.5; echo done")
+        passes, read = threading.Event(), link.packetizer.read_message
+        early, send = [], link.packetizer.send_message
+
+        def read_late() -> object:
+            message = read()
+            passes.wait()
+            return message
+
+        def send_noted(message: paramiko.Message) -> None:
+            if not link.clear_to_send.is_set():
+                early.append(message.asbytes()[0])
+            send(message)
+
+        monkeypatch.setattr(link.packetizer, "read_message", read_late)
+        monkeypatch.setattr(link.packetizer, "send_message", send_noted)
+        # The thread that reads still waits in the real one, for the first of these words: output,
+        # the end, and the question whether we are there. All are read after we asked for new keys.
+        time.sleep(2.5)
+        link._send_kex_init()
+        passes.set()
+        assert channel.makefile().read() == b"done\n"
+        assert output(connection, "echo more") == "more\n"
+        assert connection.lost is None
+    # RFC 4253, section 7.1: nothing but the exchange itself goes out between the two.
+    assert early and max(early) < FIRST_AFTER_KEX
+
+
+def test_new_keys_for_each_few_packets_hold_up_no_command(server: Server) -> None:
+    server.write_config()
+    with signed_in(host_of(server)) as connection:
+        connection.transport.clear_to_send_timeout = 5
+        connection.transport.packetizer.REKEY_BYTES = 2000
+        for number in range(30):
+            assert output(connection, f"seq {number} | tail -n 1; seq 1000").count("\n") >= 1000
 
 
 # ---- the end ----

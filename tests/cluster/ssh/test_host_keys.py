@@ -191,6 +191,27 @@ def test_a_host_known_by_another_type_only_is_refused_as_ssh_does(
     assert "no host key of a type that is known" in said and f"{known}:1" in said
 
 
+def test_the_key_of_the_name_without_its_port_does_not_stand_for_another_with_it(
+    both: Server, host: Host, known: Path, stranger: str
+) -> None:
+    known.write_text(f"[127.0.0.1]:{both.port} {stranger}\n127.0.0.1 {public(both.host_key)}\n")
+    assert f"{known}:1" in refusal(both, host)
+    # ssh, too, says that the key has changed.
+    command = ["ssh", "-F", both.config, "-o", f"UserKnownHostsFile={known}", "server", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 255 and "IDENTIFICATION HAS CHANGED" in done.stderr
+
+
+def test_an_rsa_key_that_is_too_short_is_refused_though_it_is_known(
+    both: Server, host: Host, known: Path
+) -> None:
+    known.write_text(f"[127.0.0.1]:{both.port} {public(both.folder / 'host_rsa')}\n")
+    with signed_in(replace(host, required_rsa_size=3072)):
+        pass
+    said = refusal(both, replace(host, required_rsa_size=3073))
+    assert "its host key is of RSA with 3072 bits, and RequiredRSASize is 3073" in said
+
+
 # ---- who is meant ----
 
 
@@ -291,6 +312,11 @@ def test_a_host_certificate(
             return
         with signed_in(replace(host, strict_host_key_checking="yes")):
             pass
+        # One that ssh would not let sign, by its algorithm or by its size, does not either.
+        only = replace(host, algorithms={"casignaturealgorithms": ("ssh-ed25519",)})
+        assert "it is signed with rsa-sha2-512, which CASig" in refusal(server, only)
+        short = refusal(server, replace(host, required_rsa_size=4096))
+        assert f"the authority of {known}:1 is of RSA with 3072 bits" in short
         # A revoked authority certifies nobody.
         with known.open("a") as stream:
             stream.write(f"@revoked * {public(authority)}\n")

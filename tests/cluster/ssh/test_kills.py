@@ -29,7 +29,7 @@ def run_one(server: Server, kind: str, seed: int) -> None:
     dice = random.Random(seed)
     with contextlib.ExitStack() as stack:
         relay = stack.enter_context(Relay(server.port))
-        alive = ("ConnectTimeout 2", "ServerAliveInterval 1", "ServerAliveCountMax 1")
+        alive = ("ConnectTimeout 10", "ServerAliveInterval 2", "ServerAliveCountMax 2")
         variables = environment(server, relay.config(server, *alive))
         screen = stack.enter_context(Screen([*CLIENT, "--command", BUSY], variables))
         before = screen.stty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -144,6 +145,17 @@ def test_secrets_are_not_echoed(session: Session) -> None:
 
 def test_ctrl_c_at_a_question_ends_with_130(session: Session) -> None:
     session.type("pass\x03")
+    assert session.ends() == 130
+
+
+def test_ctrl_c_twice_at_a_terminal_that_stands_still_gives_it_back(session: Session) -> None:
+    session.type("\x13")
+    time.sleep(0.2)
+    # The key would have it go on.
+    for _ in range(2):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(session.pid, signal.SIGINT)
+        time.sleep(0.3)
     assert session.ends() == 130
 
 

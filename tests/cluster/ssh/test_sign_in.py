@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import UserError
+from cluster.ssh.config import resolve
 from cluster.ssh.connection import connect
 from tests.cluster.ssh.answers import answers, host_of, output, signed_in
+from tests.cluster.ssh.questioner import Questioner
 from tests.cluster.ssh.server import PASSWORD, USER, NewServer, Server, keygen
 from tests.image.accounts import IS_ROOT
 
@@ -184,6 +190,88 @@ def test_the_far_side_can_use_the_agent_if_that_is_asked_for(
     add(agent, "-D")
 
 
+class Recorder:
+    """A socket of an agent that notes what it is asked, and answers what a test wants."""
+
+    def __init__(self, path: Path, *answers: bytes) -> None:
+        self.path = path
+        self.asked: list[bytes] = []
+        self.closed = threading.Event()
+        self._answers = answers
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(path))
+        self._socket.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        # The first connection only looks whether there is an agent.
+        self._socket.accept()[0].close()
+        stream, _ = self._socket.accept()
+        with stream, stream.makefile("rb") as reader:
+            for answer in self._answers:
+                size = int.from_bytes(reader.read(4), "big")
+                self.asked.append(reader.read(size))
+                stream.sendall(len(answer).to_bytes(4, "big") + answer)
+            assert not reader.read(1)
+        self.closed.set()
+
+
+BIND = b"\x1b\0\0\0\x18session-bind@openssh.com"
+NO_KEYS = b"\x0c\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("answer", "goes_on"),
+    [(b"\x06", True), (b"\x05", True), (b"\x1c", False)],
+    ids=["bound", "unknown", "refused"],
+)
+def test_a_forwarded_agent_is_told_first_that_a_host_asks(
+    server: Server, tmp_path: Path, answer: bytes, goes_on: bool
+) -> None:
+    server.write_config(f"ForwardAgent {tmp_path}/agent")
+    recorder = Recorder(tmp_path / "agent", answer, *([NO_KEYS] if goes_on else []))
+    with signed_in(host_of(server)) as connection:
+        channel = connection.open_session()
+        connection.forward_agent(channel)
+        channel.exec_command("ssh-add -l")
+        assert (b"no identities" in channel.makefile().read()) == goes_on
+        # Neither its connection nor its threads stay.
+        assert recorder.closed.wait(5)
+        key = base64.b64decode(server.known_hosts.read_text().split()[2])
+        session_id = connection.transport.session_id
+        assert session_id is not None
+        parts = BIND, key, session_id
+        assert recorder.asked[0].startswith(
+            parts[0] + b"".join(len(part).to_bytes(4, "big") + part for part in parts[1:])
+        )
+        assert recorder.asked[0].endswith(b"\x01")
+        assert len(recorder.asked) == (2 if goes_on else 1)
+        deadline = time.monotonic() + 5
+        while any("(_pump)" in thread.name for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_an_agent_takes_no_library_from_the_far_side(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "agent"
+    command = ["ssh-agent", "-d", "-a", str(path), "-P", "*"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        while not path.exists():
+            assert process.poll() is None
+        server.write_config(f"IdentityAgent {path}")
+        with signed_in(host_of(server)) as connection:
+            channel = connection.open_session()
+            connection.forward_agent(channel)
+            channel.exec_command("echo 1 | SSH_ASKPASS_REQUIRE=never ssh-add -s /lib/libm.so.6")
+            assert channel.recv_exit_status() != 0
+    finally:
+        process.terminate()
+        process.wait()
+    assert "remote addition of providers is disabled" in (tmp_path / "log").read_text()
+
+
 # ---- certificates ----
 
 
@@ -288,6 +376,20 @@ def test_the_preferred_method_comes_first(new_server: NewServer) -> None:
         pass
     server.write_config("PasswordAuthentication no", key=False)
     assert "nothing was there to try" in refusal(server)
+
+
+def test_each_line_of_a_question_bears_the_name_of_who_asks(tmp_path: Path) -> None:
+    words = "Code\r\nPassphrase for the key /home/me/.ssh/id_rsa: "
+    questioner = Questioner([("", [(words, False, "x")])])
+    try:
+        host = resolve("questioner", config=str(questioner.write_config(tmp_path)))
+        user = answers(("Passphrase", "x"))
+        with signed_in(host, user):
+            pass
+    finally:
+        questioner.stop()
+    (asked,) = user.secret_questions
+    assert [line[:15] for line in asked.split("\n")] == ["(me@127.0.0.1) "] * 2
 
 
 def test_the_banner_is_shown_without_what_could_steer_the_terminal(

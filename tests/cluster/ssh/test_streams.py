@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,14 @@ def client(server: Server, command: str, *, given: bytes = b"", **variables: str
         timeout=60,
         check=False,
     )
+
+
+def test_a_command_and_a_variable_need_not_be_utf8(new_server: NewServer) -> None:
+    server = new_server()
+    server.write_config("SendEnv SLUICE_WORD")
+    word = os.fsdecode(b"\xff\xfe")
+    done = client(server, f"printf '{word} %s' \"$SLUICE_WORD\"", SLUICE_WORD=word)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\xff\xfe \xff\xfe", b"")
 
 
 @pytest.mark.parametrize("code", [0, 1, 130, 255])
@@ -114,9 +123,11 @@ def test_a_reader_that_leaves_ends_it(server: Server) -> None:
     assert (done.stdout, done.stderr) == (b"y\n141\n", b"")
 
 
-def test_a_reader_of_errors_that_leaves_does_not_hold_it_up(server: Server) -> None:
+@pytest.mark.parametrize("reader", ["exit", "sleep 1"])
+def test_a_reader_of_errors_that_leaves_does_not_hold_it_up(server: Server, reader: str) -> None:
     # More errors than the window has room for.
-    script = '"$@" -m cluster.ssh --command "head -c 5000000 /dev/zero >&2; exit 3" 2> >(exit)'
+    command = "head -c 5000000 /dev/zero >&2; exit 3"
+    script = f'"$@" -m cluster.ssh --command "{command}" 2> >({reader})'
     done = subprocess.run(
         ["bash", "-c", script, "bash", sys.executable],
         cwd=CHECKOUT,
@@ -143,19 +154,27 @@ def numbers(size: int) -> Iterator[bytes]:
     source.stdout.close()
 
 
+# In a process of its own: a child counts what its parent had when it was started.
+PEAK = """
+import pathlib, resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+pathlib.Path(sys.argv[1]).write_text(str(peak))
+sys.exit(code)
+"""
+
+
+def peak_of(server: Server, words: list[str], **streams: IO[bytes] | int) -> int:
+    """Run a command that has to succeed; return the most memory that it had, in kB."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-c", PEAK, file.name, *words]
+        subprocess.run(command, check=True, cwd=CHECKOUT, env=environment(server), **streams)
+        return int(Path(file.name).read_text())
+
+
 def transfer(server: Server, command: str, source: IO[bytes] | int, sink: IO[bytes] | int) -> int:
     """Run a command there; return the most memory that the client had, in kB."""
-    process = subprocess.Popen(
-        [*CLIENT, "--command", command],
-        stdin=source,
-        stdout=sink,
-        cwd=CHECKOUT,
-        env=environment(server),
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss
+    return peak_of(server, [*CLIENT, "--command", command], stdin=source, stdout=sink)
 
 
 def test_200_mb_of_output_pass_with_flat_memory(server: Server, tmp_path: Path) -> None:
@@ -195,16 +214,10 @@ def test_nobody_reads_and_the_memory_stays_flat_both_ways(server: Server) -> Non
     """Output that nobody takes, and input that the far side does not take."""
     for command, ours in (("yes", "</dev/zero | sleep 2"), ("sleep 2", "</dev/zero >/dev/null")):
         script = f'"$@" -m cluster.ssh --command "{command}" {ours}'
-        process = subprocess.Popen(
-            ["bash", "-c", script, "bash", sys.executable],
-            cwd=CHECKOUT,
-            env=environment(server),
-            stderr=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        # `|` and `;`: the last command's code is not the client's.
+        words = ["bash", "-c", f"{script}; true", "bash", sys.executable]
         # Paramiko itself, the window, what waits to be sent.
-        assert usage.ru_maxrss < 90_000
+        assert peak_of(server, words, stderr=subprocess.DEVNULL) < 90_000
 
 
 # ---- how it is lost -------------------------------------------------------------------------

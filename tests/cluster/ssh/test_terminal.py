@@ -188,6 +188,36 @@ def test_another_escape_character(new_server: NewServer) -> None:
         assert screen.wait() == 255
 
 
+MODES_ON = r"printf '\033[?1049h\033[?1000h\033[?25lon\n'"
+
+
+@pytest.mark.parametrize("end", ["~.", signal.SIGTERM])
+def test_a_slow_terminal_gets_its_modes_back(server: Server, end: str | int) -> None:
+    with session(server, "--command", f"{MODES_ON}; yes") as screen:
+        screen.expect("on\r\n")
+        # Nobody reads: what comes has to wait.
+        time.sleep(0.5)
+        if isinstance(end, str):
+            screen.type(end)
+        else:
+            screen.process.send_signal(end)
+        assert screen.wait() == (255 if end == "~." else 128 + signal.SIGTERM)
+        given_back(screen)
+
+
+def test_a_terminal_that_stands_still_gets_its_modes_back_later(server: Server) -> None:
+    with session(server, "--command", f"{MODES_ON}; yes") as screen:
+        screen.expect("on\r\n")
+        time.sleep(0.5)
+        screen.process.terminate()
+        assert screen.process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert screen.attributes() == screen.at_start
+        deadline = time.monotonic() + 5
+        while screen.left_on() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        given_back(screen)
+
+
 @pytest.mark.parametrize("through_make", [False, True])
 def test_suspending_stops_the_whole_job_and_fg_comes_back(
     server: Server, tmp_path: Path, through_make: bool

@@ -9,6 +9,7 @@ import select
 import socket
 import tty
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,38 @@ def test_a_reader_that_left_is_noted(make: Callable[[], Pair]) -> None:
     assert outlet.put(b"more") == 4
     outlet.close()
     os.close(writer)
+
+
+def test_what_is_dropped_when_the_reader_leaves_is_done_with() -> None:
+    reader, writer = a_pipe()
+    outlet = Outlet(writer)
+    data = b"x" * 200_000
+    done = outlet.put(data) + outlet.put(data)
+    assert done < len(data) and outlet.is_waiting
+    os.close(reader)
+    # Else the server waits for it to be taken.
+    assert done + outlet.flush() == 2 * len(data)
+    assert isinstance(outlet.broken, BrokenPipeError)
+    outlet.close()
+    os.close(writer)
+
+
+def test_the_last_takes_the_place_of_what_waits() -> None:
+    reader, writer = a_pipe()
+    outlet = Outlet(writer)
+    outlet.put(b"x" * 200_000)
+    assert not outlet.finish(b"the end", 0.01)
+    with ThreadPoolExecutor() as pool:
+        finished = pool.submit(outlet.finish, b"the end", 5)
+        found = b""
+        while not finished.done():
+            if select.select([reader], [], [], 0.01)[0]:
+                found += os.read(reader, 1 << 10)
+    assert finished.result()
+    assert outlet.put(b"more") == 4 and not outlet.is_waiting
+    os.close(writer)
+    outlet.close()
+    while not found.endswith(b"end"):
+        found += os.read(reader, 1 << 16)
+    assert len(found) < 200_000
+    os.close(reader)

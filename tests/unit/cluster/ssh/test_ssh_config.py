@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import UserError
 from cluster.ssh import config, ssh_config
 from cluster.ssh.config import Host, resolve
+from cluster.ssh.connection import route
 
 needs_ssh = pytest.mark.needs("sshd")
 
@@ -163,6 +164,96 @@ def test_ssh_s_own_complaint_names_file_and_line(tmp_path: Path) -> None:
 def test_what_is_no_host_is_refused(alias: str) -> None:
     with pytest.raises(UserError, match="is not a host"):
         resolve(alias)
+
+
+@pytest.mark.parametrize("by_ssh", [False, True], ids=["no ssh", "ssh"])
+@pytest.mark.parametrize(
+    "alias",
+    [
+        "$(touch${IFS}/tmp/p)",
+        "a;b",
+        "me@-x",
+        "ssh://me@-x",
+        "me@-x/y",
+        "ssh://me@x/y",
+        "$(id)@farm",
+        "-l@farm",
+        "a -x@farm",
+        "a\\@farm",
+    ],
+)
+def test_what_a_shell_would_run_is_neither_host_nor_user(
+    tmp_path: Path, request: pytest.FixtureRequest, alias: str, by_ssh: bool
+) -> None:
+    if not by_ssh:
+        request.getfixturevalue("no_ssh")
+    path = write(tmp_path, "ProxyCommand nc %h %n %r\n")
+    with pytest.raises(UserError, match=r"is not a (host|user)"):
+        resolve(alias, config=path)
+
+
+def test_a_name_or_a_user_of_the_file_is_looked_at_too(tmp_path: Path, no_ssh: None) -> None:
+    with pytest.raises(UserError, match="is not a host"):
+        resolve("x", config=write(tmp_path, "HostName %h;id\n"))
+    with pytest.raises(UserError, match="is not a user"):
+        resolve("x", config=write(tmp_path, "User `id`\n"))
+    with pytest.raises(UserError, match=r"the jump .* is not a user"):
+        route(resolve("x", config=write(tmp_path, "Host x\nProxyJump $(id)@y\n")))
+    # What is not for a shell stays as it is.
+    host = resolve(r"DOMAIN\me@fe80::1%eth0", config=write(tmp_path, ""))
+    assert (host.user, host.hostname) == (r"DOMAIN\me", "fe80::1%eth0")
+
+
+@needs_ssh
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("yes", "/tmp/agent"),
+        ("no", ""),
+        ("/run/%r/agent", "/run/me/agent"),
+        ("$OTHER_AGENT", "/tmp/other"),
+        ("$NO_AGENT", ""),
+    ],
+)
+def test_the_agent_that_is_named_is_forwarded_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, path: str
+) -> None:
+    monkeypatch.setenv("OTHER_AGENT", "/tmp/other")
+    text = f"User me\nForwardAgent {value}\n"
+    for host in by_both(write(tmp_path, text), "x"):
+        assert host.forward_agent == path and host.identity_agent == "/tmp/agent"
+
+
+@needs_ssh
+def test_what_a_certificate_has_to_be_is_read_as_ssh_reads_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "CASignatureAlgorithms ssh-ed25519\nRequiredRSASize 3072\n")
+    for host in by_both(path, "x"):
+        assert host.algorithms == {"casignaturealgorithms": ("ssh-ed25519",)}
+        assert host.required_rsa_size == 3072
+
+
+def test_a_file_of_the_user_s_that_others_may_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_ssh: None
+) -> None:
+    path = write(tmp_path, "User me\n")
+    monkeypatch.setattr(ssh_config, "OWN", path)
+    monkeypatch.setattr(ssh_config, "FILES", (path,))
+    Path(path).chmod(0o644)
+    assert resolve("x").user == "me"
+    for mode in (0o664, 0o646):
+        Path(path).chmod(mode)
+        with pytest.raises(UserError, match=f"^{path}: others may write it"):
+            resolve("x")
+    # As with ssh -F.
+    assert resolve("x", config=path).user == "me"
+    Path(path).chmod(0o644)
+    monkeypatch.setattr(ssh_config.os, "getuid", lambda: 12345)
+    assert ssh_config._is_writable_by_others(Path(path).stat()) == (Path(path).stat().st_uid != 0)
+
+
+def test_a_strictness_that_is_not_known_asks() -> None:
+    assert config._strictness("perhaps") == "ask"
+    assert config._strictness("off") == "accept-new"
 
 
 def test_user_and_port_may_be_in_the_name(tmp_path: Path, no_ssh: None) -> None:
