@@ -271,7 +271,12 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         methods=_methods(one, yes),
         number_of_password_prompts=number("numberofpasswordprompts", 3),
         batch_mode=yes("batchmode"),
-        proxy_jump=tuple(part.strip() for part in jump.split(",") if part.strip()),
+        # `ssh -G` writes only the last of them without its ssh://.
+        proxy_jump=tuple(
+            re.sub("^ssh://(.*?)/?$", r"\1", part.strip())
+            for part in jump.split(",")
+            if part.strip()
+        ),
         proxy_command="" if jump else tokens.expand(one("proxycommand"), stand_for),
         user_known_hosts_files=files("userknownhostsfile", USER_KNOWN_HOSTS),
         global_known_hosts_files=files("globalknownhostsfile", GLOBAL_KNOWN_HOSTS),
