@@ -87,11 +87,13 @@ def processes_of(folder: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            line, variables = (process / name for name in ("cmdline", "environ"))
+            words, known = line.read_bytes(), variables.read_bytes()
         except OSError:
+            # It has just ended.
             continue
-        if str(folder).encode() in words and process.name != str(os.getpid()):
-            found.append((process / "cmdline").read_text())
+        if str(folder).encode() in words + known and process.name != str(os.getpid()):
+            found.append(words.decode(errors="replace"))
     return found
 
 
@@ -364,6 +366,14 @@ def other(short_folder: Path) -> Iterator[Cluster]:
     assert done.returncode == 0, done.stderr
 
 
+def words_of(process: Path) -> bytes:
+    """Return the command line of a process of /proc; nothing if it has just ended."""
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def test_without_names_slurm_works_and_a_crash_leaves_what_down_removes(other: Cluster) -> None:
     before, files = interfaces(), {path.name for path in other.folder.parent.iterdir()}
     started = time.monotonic()
@@ -385,9 +395,8 @@ def test_without_names_slurm_works_and_a_crash_leaves_what_down_removes(other: C
     pid = next(
         int(path.name)
         for path in Path("/proc").glob("[0-9]*")
-        if (path / "cmdline").exists()
-        and (path / "cmdline").read_bytes().startswith(b"bash\0" + str(LOCAL).encode())
-        and b"login.sh\0" + str(other.folder).encode() in (path / "cmdline").read_bytes()
+        if (words := words_of(path)).startswith(b"bash\0" + str(LOCAL).encode())
+        and b"login.sh\0" + str(other.folder).encode() in words
     )
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: processes_of(other.folder) == [], 20, "the end of all processes")
