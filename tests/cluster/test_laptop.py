@@ -303,6 +303,14 @@ def exchanged(port: int, data: bytes, laptop: Laptop) -> bytes:
         return b"".join(iter(lambda: stream.recv(65536), b""))
 
 
+def test_the_cluster_and_a_job_are_checked_from_afar(either: Laptop) -> None:
+    assert re.search(r"(?m)^gpu\* +UP ", either.output("check"))
+    assert "tinyllama: fits now" in either.output("check", "JOB=tinyllama", "NODES=2")
+    never = either.make("check", "JOB=tinyllama", "NODES=9")
+    assert never.returncode == 2
+    assert "fits:  NODES=2" in never.stdout
+
+
 def test_what_a_tunnel_cannot_lead_to_is_said(laptop: Laptop) -> None:
     laptop.use()
     port = free_port()
