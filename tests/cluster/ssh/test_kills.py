@@ -36,7 +36,7 @@ def run_one(server: Server, kind: str, seed: int) -> None:
         # Every third while it still connects or has just begun.
         serving = None
         # A peer that falls silent during the sign-in is waited for: somebody may be typing a code.
-        if early := kind != "cut" and dice.random() < 0.33:
+        if early := kind not in ("cut", "reset", "server") and dice.random() < 0.33:
             time.sleep(dice.uniform(0.1, 0.8))
         else:
             serving = int(screen.expect(r"on (\d+)\r")[1])
