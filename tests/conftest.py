@@ -67,6 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, normal)
+    # `make test ARGS=...` hands its own words down to every make that these tests start.
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS"):
+        os.environ.pop(name, None)
     # A worker inherits it.
     if SHARED not in os.environ:
         os.environ[SHARED] = tempfile.mkdtemp(prefix="sluice-tests-")

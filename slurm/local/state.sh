@@ -68,6 +68,10 @@ wait_until() { # wait_until SECONDS COMMAND...
 
 is_gone() { ! start_of "$1" >/dev/null; }
 
+end_process() { # end_process PID: kill it, unless it ends by itself meanwhile
+  kill -KILL "$1" 2>/dev/null || is_gone "$1" || kill -KILL "$1"
+}
+
 # ---- the cluster's parts --------------------------------------------------------------------
 
 login_pid() { # login_pid STATE: pid 1 of the login node
@@ -114,16 +118,16 @@ end_cluster() { # end_cluster STATE: end every process of it, then remove its fo
   # process that sees them.
   if leader=$(recorded "$1/login.pid"); then
     if login=$(children_of "$leader"); then
-      kill -KILL "$login"
+      end_process "$login"
     else
-      kill -KILL "$leader"
+      end_process "$leader"
     fi
     wait_until 20 is_gone "$leader" ||
       fail "$1: process $leader does not end; see what it waits for, then make cluster-down"
   fi
   if door=$(recorded "$1/door.pid"); then
     # It leaves by itself when the login node is gone, after the last connection.
-    if ! wait_until 3 is_gone "$door"; then kill -KILL "$door"; fi
+    if ! wait_until 3 is_gone "$door"; then end_process "$door"; fi
   fi
   if ! rm -rf --one-file-system -- "$1" 2>/dev/null; then
     # A job may have left a folder that not even its owner may write to.

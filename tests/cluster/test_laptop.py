@@ -120,7 +120,7 @@ class Laptop:
 
 
 @pytest.fixture(scope="module")
-def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
+def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     """A laptop with a clone of its own; the environment on the cluster is there already."""
     folder = tmp_path_factory.mktemp("laptop")
     lay_out(folder / "clone")
@@ -136,7 +136,12 @@ def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Laptop
     (environments / name).symlink_to(sys.prefix)
     kept = {k: v for k, v in cluster.environment.items() if k != "SLUICE_CLUSTER"}
     environment = kept | {"VENV": sys.prefix, "HF_TOKEN": SECRET, "GIT_CONFIG_GLOBAL": "/dev/null"}
-    return Laptop(cluster, folder / "clone", there, environment)
+    # A home of its own on the login node: what this machine's user has in .bashrc is not ours.
+    settings = cluster.folder / "ssh/sshd_config"
+    before = settings.read_text()
+    settings.write_text(before.replace("SetEnv ", f"SetEnv HOME={folder} ", 1))
+    yield Laptop(cluster, folder / "clone", there, environment)
+    settings.write_text(before)
 
 
 @pytest.fixture(params=["paramiko", "openssh"])

@@ -144,6 +144,9 @@ def start(
         "PrintLastLog no",
         "AcceptEnv LANG LC_* SLUICE_*",
         "MaxStartups 100",
+        # Not the user's own: a session that is killed amid a .bashrc may leave a lock behind, on
+        # which all later ones wait.
+        f"SetEnv HOME={folder}",
         "LogLevel DEBUG1",
     ]
     (folder / "sshd_config").write_text("\n".join(config) + "\n")
