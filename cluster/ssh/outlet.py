@@ -32,6 +32,7 @@ class Outlet:
         self._lock = threading.Lock()
         self._kept: deque[bytes] = deque()
         self._is_stopped = False
+        self._is_held = False
         self._own_fd: int | None = None
         self._socket: socket.socket | None = None
         self.fd = fd
@@ -69,7 +70,7 @@ class Outlet:
         with self._lock:
             if self._is_stopped:
                 return len(data)
-            if self._kept:
+            if self._kept or self._is_held:
                 self._kept.append(data)
                 return 0
             written = self._write_all(data)
@@ -97,6 +98,15 @@ class Outlet:
                     self._kept.appendleft(data[written:])
                     break
         return total
+
+    def hold(self) -> None:
+        """Keep all that `put` is given, until `release`."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """Let what was kept be written, by `flush`, and then what comes."""
+        with self._lock:
+            self._is_held = False
 
     def stop(self) -> None:
         """Drop what is kept, and all that `put` is given from now on."""

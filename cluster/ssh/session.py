@@ -102,8 +102,11 @@ class Session:
 
     def run(self, command: str | None, *, tty: bool, forward_agent: bool) -> int:
         """Run it; see `run` above."""
-        # From the start: what is shown before it is raw may already turn something on.
         terminal = self._terminal = Terminal(0) if tty else None
+        if terminal is not None:
+            # A terminal that is not raw yet would show the first lines in its own way.
+            self._out.hold()
+            self._err.hold()
         self._start(command, terminal, forward_agent=forward_agent)
         assert self._remote is not None
         if not self._reads_input:
@@ -113,6 +116,8 @@ class Session:
                 self._loop(ended_by)
             else:
                 with terminal:
+                    self._out.release()
+                    self._err.release()
                     # It may have changed since the request.
                     self._resize()
                     try:

@@ -105,9 +105,11 @@ class Screen:
             data = data[os.write(self._master, data) :]
 
     def read(self) -> None:
-        """Take in what it has written by now."""
+        """Take in what it has written by now, or some of it where it goes on without an end."""
         try:
-            while data := os.read(self._master, 1 << 16):
+            for _ in range(100):
+                if not (data := os.read(self._master, 1 << 16)):
+                    return
                 self.shown += data
         except OSError:
             return
@@ -117,13 +119,16 @@ class Screen:
         expression = re.compile(pattern.encode() if isinstance(pattern, str) else pattern)
         deadline = time.monotonic() + timeout
         while True:
-            self.read()
+            if has_ended := self.process.poll() is not None:
+                self._read_last()
+            else:
+                self.read()
             if found := expression.search(self.shown, self._looked):
                 self._looked = found.end()
                 return found
             left = deadline - time.monotonic()
             assert left > 0, f"{pattern!r} is not in {self.shown[self._looked :][-2000:]!r}"
-            assert self.process.poll() is None or self._wait(left=0), (
+            assert not has_ended, (
                 f"it ended with {self.process.returncode}, without {pattern!r}: {self.shown!r}"
             )
             self._wait(left=min(left, 0.2))
@@ -139,7 +144,7 @@ class Screen:
             assert time.monotonic() < deadline, f"it goes on; it shows {self.shown[-2000:]!r}"
             self._wait(left=0.02)
             self.read()
-        self.read()
+        self._read_last()
         return self.process.returncode
 
     def left_on(self) -> bytes:
@@ -149,6 +154,18 @@ class Screen:
         modes.rows = os.get_terminal_size(self._slave).lines
         modes.feed(self.shown)
         return modes.undo()
+
+    def _read_last(self) -> None:
+        """Take in all that was written: the kernel hands it over a moment later, but in order."""
+        mark = b"\0the last\0"
+        self.read()
+        os.write(self._slave, mark)
+        deadline = time.monotonic() + TIMEOUT_S
+        while mark not in self.shown:
+            assert time.monotonic() < deadline, "the terminal stands still"
+            self._wait(left=0.1)
+            self.read()
+        self.shown = self.shown.replace(mark, b"")
 
     def _wait(self, *, left: float = 1.0, writing: bool = False) -> bool:
         ready = select.select([self._master], [self._master] if writing else [], [], left)

@@ -45,7 +45,7 @@ def test_control_characters_are_for_the_far_side(server: Server) -> None:
     with session(server) as screen:
         screen.type("sleep 1000; echo ended=$?\r")
         screen.expect("sleep")
-        time.sleep(0.2)
+        time.sleep(0.5)
         screen.type(CTRL_C)
         screen.expect(r"\^C")
         screen.expect("there> ")
@@ -53,14 +53,15 @@ def test_control_characters_are_for_the_far_side(server: Server) -> None:
         screen.expect(r"\ncode=130")
         screen.type("sleep 1001\r")
         screen.expect("1001\r\n")
-        time.sleep(0.2)
+        time.sleep(0.5)
         screen.type(CTRL_Z)
         screen.expect("Stopped")
         screen.type("fg\r")
         screen.expect("sleep 1001\r\n")
-        time.sleep(0.2)
+        time.sleep(0.5)
         screen.type(CTRL_BACKSLASH)
         screen.expect("Quit")
+        screen.expect("there> ")
         screen.type(CTRL_D)
         assert screen.wait() == 131
         screen.expect("Connection to server closed.\r\n")
@@ -176,6 +177,14 @@ def test_tilde_period_ends_a_session_with_a_dead_peer(server: Server) -> None:
         screen.type(b"#" * 500_000 + b"\r~.")
         assert screen.wait() == 255
         given_back(screen)
+
+
+def test_the_first_line_too_meets_a_raw_terminal(server: Server) -> None:
+    for _ in range(5):
+        with session(server, "--command", r"printf 'a\nb\n'") as screen:
+            assert screen.wait() == 0
+            # One that is not raw yet would add a second \r.
+            assert screen.shown.startswith(b"a\r\nb\r\n"), screen.shown
 
 
 def test_another_escape_character(new_server: NewServer) -> None:

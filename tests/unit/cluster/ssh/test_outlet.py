@@ -65,6 +65,21 @@ def test_what_finds_no_room_is_kept_and_comes_later(
     os.close(writer)
 
 
+def test_what_is_held_comes_when_it_is_released_and_before_what_comes_then() -> None:
+    reader, writer = a_terminal()
+    seen: list[bytes] = []
+    outlet = Outlet(writer, seen.append)
+    outlet.hold()
+    assert outlet.put(b"first ") == 0
+    assert not select.select([reader], [], [], 0)[0] and seen == []
+    outlet.release()
+    assert outlet.is_waiting
+    assert outlet.put(b"second") == 0
+    assert outlet.flush() == len(b"first second")
+    assert os.read(reader, 100) == b"first second" == b"".join(seen)
+    assert outlet.put(b"!") == 1 and not outlet.is_waiting
+
+
 def refuse(*_: object) -> int:
     raise PermissionError
 
