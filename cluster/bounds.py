@@ -9,7 +9,7 @@ https://slurm.schedmd.com/resource_limits.html (Hierarchy), and src/slurmctld/ac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.associations import Association, Bound, Holder, Qos
 from cluster.demand import Demand
@@ -249,7 +249,7 @@ def _jobs(bound: Bound, verb: str) -> Iterator[Finding]:
 def _finding(verdict: Verdict, bound: Bound, message: str, fits_with: str) -> Finding:
     if verdict is Verdict.NEVER:
         found = never(message, _name(bound), bound.whose)
-        return Finding(**{**found.__dict__, "fits_with": fits_with})
+        return replace(found, fits_with=fits_with)
     return Finding(
         verdict=verdict,
         limit=_name(bound),

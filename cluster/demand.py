@@ -186,14 +186,10 @@ def _candidates(
 def _default_memory(partition: Partition, config: Mapping[str, str], cpus: int) -> int | None:
     """Return what of a node a job gets that asks for no memory; None: all, or unknown."""
 
-    def number(key: str) -> int | None:
-        value = config.get(key, "")
-        return int(value) if value.isdecimal() and len(value) < 16 else None
-
     if partition.memory_per_cpu_mb is not None:
         return partition.memory_per_cpu_mb * cpus
     if partition.memory_per_node_mb is not None:
         return partition.memory_per_node_mb
-    if (each := number("DefMemPerCPU")) is not None:
+    if (each := slurm.number(config, "DefMemPerCPU")) is not None:
         return each * cpus
-    return number("DefMemPerNode")
+    return slurm.number(config, "DefMemPerNode")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.slurm import Slurm, fields_of
+from cluster.slurm import Slurm, fields_of, number
 
 # What every release tells, as it does: a limit that cannot be read is not the same as none.
 READABLE = {
@@ -76,18 +76,14 @@ def _partition(name: str, shows: Mapping[str, str]) -> Partition:
         value = shows.get(key, "ALL")
         return None if value in ("ALL", "N/A", "(null)", "") else value.split(",")
 
-    def number(key: str) -> int | None:
-        value = shows.get(key, "")
-        return int(value) if value.isdecimal() and len(value) < 16 else None
-
     untold = _untold(shows)
     return Partition(
         name=name,
         state="unknown" if "State" in untold else shows["State"],
         is_default=shows.get("Default") == "YES",
-        total_nodes=number("TotalNodes") or 0,
-        min_nodes=number("MinNodes") or 0,
-        max_nodes=number("MaxNodes"),
+        total_nodes=number(shows, "TotalNodes") or 0,
+        min_nodes=number(shows, "MinNodes") or 0,
+        max_nodes=number(shows, "MaxNodes"),
         max_time="unknown" if "MaxTime" in untold else shows["MaxTime"],
         allowed_accounts=names("AllowAccounts"),
         denied_accounts=names("DenyAccounts") or [],
@@ -95,10 +91,10 @@ def _partition(name: str, shows: Mapping[str, str]) -> Partition:
         denied_qos=names("DenyQos") or [],
         allowed_groups=names("AllowGroups"),
         qos=next(iter(names("QoS") or []), ""),
-        max_cpus_per_node=number("MaxCPUsPerNode"),
-        max_memory_per_node_mb=number("MaxMemPerNode"),
-        memory_per_cpu_mb=number("DefMemPerCPU"),
-        memory_per_node_mb=number("DefMemPerNode"),
+        max_cpus_per_node=number(shows, "MaxCPUsPerNode"),
+        max_memory_per_node_mb=number(shows, "MaxMemPerNode"),
+        memory_per_cpu_mb=number(shows, "DefMemPerCPU"),
+        memory_per_node_mb=number(shows, "DefMemPerNode"),
         # The second since 26.05.
         gives_whole_nodes=shows.get("OverSubscribe", "").startswith("EXCLUSIVE")
         or shows.get("Exclusive") in ("YES", "NODE"),

@@ -9,6 +9,8 @@ import re
 import time
 from fnmatch import fnmatchcase
 
+from cluster.errors import printable
+
 # What squeue says of a job that is not over, and what that means. REQUEUED and the like appear for
 # moments only.
 ACTIVE = {
@@ -126,7 +128,7 @@ REASONS = (
 
 def why(code: str, job_id: int) -> str:
     """Return in plain words why a job waits; a code that we do not know stays as it is."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in " ".join(code.split()))
+    shown = printable(code)
     for pattern, words in REASONS:
         if fnmatchcase(code, pattern):
             return words.format(job=job_id, code=shown.replace("_", " "))

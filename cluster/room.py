@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster import hosts, slurm
 from cluster.choice import Choice
@@ -153,7 +153,7 @@ def _opened(node: Node) -> Node:
         return node
     used = node.cpus_used
     state = "idle" if not used else "mixed" if used < node.cpus else "allocated"
-    return Node(**{**node.__dict__, "state": state})
+    return replace(node, state=state)
 
 
 def _is_whole(kept: Reservation, known: Mapping[str, Node]) -> bool:

@@ -213,6 +213,12 @@ def fields_of(line: str) -> dict[str, str]:
     return found
 
 
+def number(fields: Mapping[str, str], key: str) -> int | None:
+    """Return the whole number that a field holds; None for UNLIMITED, and for what is none."""
+    value = fields.get(key, "")
+    return int(value) if value.isdecimal() and len(value) < 16 else None
+
+
 def seconds(time: str) -> int | None:
     """Return a time limit in seconds, None for UNLIMITED.
 

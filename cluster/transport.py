@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # As ssh has it; a command's own 255 cannot be told from it.
 LOST = 255
 # Printed before a script's own words: what a .bashrc says without being asked comes before.
-BEGINNING = b"\n-- sluice --\n"
+MARK = "-- sluice --"
+BEGINNING = f"\n{MARK}\n".encode()
 
 
 class Running(Protocol):
@@ -132,7 +133,7 @@ def command(script: str) -> str:
 
 def marked(script: str) -> str:
     """Return a script that prints where its own words begin."""
-    return f"printf '\\n-- sluice --\\n'; {script}"
+    return f"printf '\\n{MARK}\\n'; {script}"
 
 
 def answer(host: str, exit_code: int, output: bytes, errors: bytes) -> bytes:

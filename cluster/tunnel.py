@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from cluster import remote
 from cluster import site as sites
+from cluster.board import LISTENS
 from cluster.errors import Parser, UserError, printable, run_to_exit
 from cluster.transport import Running, Stream, Transport, connect
 
@@ -82,7 +83,7 @@ def _to_tensorboard(door: socket.socket, login: Transport, site: sites.Site, run
     )
     try:
         while line := printable(board.read_line()):
-            if found := re.fullmatch(r"tensorboard listens at ([A-Za-z0-9._:-]+) (\d+)", line):
+            if found := re.fullmatch(rf"{LISTENS} ([A-Za-z0-9._:-]+) (\d+)", line):
                 address, port = found[1], int(found[2])
                 _lead(door, login, address, port, f"TensorBoard of {run}: ", board)
             if line.startswith("error: "):

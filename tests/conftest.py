@@ -3,8 +3,9 @@
 A test that needs more than Python says so: `@pytest.mark.needs("unshare")`. Where that is missing
 the test is skipped and listed with the reason; with STRICT=1 it fails.
 
-`make test` runs two workers (pytest-xdist). What takes minutes to make, and the ordinary user, are
-made once for both and removed by the process that started them.
+`make test` runs three workers (pytest-xdist), also on two cores: much of the time is waiting. What
+takes minutes to make, and the ordinary user, are made once for all and removed by the process that
+started them.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import paramiko
 from cluster.errors import UserError
 from cluster.site import Ssh
 from cluster.ssh import config, connection, session
+from cluster.ssh.link import BROKEN
 from cluster.transport import Running, Stream, answer, command, marked
 
 BLOCK_BYTES = 1 << 16
@@ -63,7 +64,7 @@ class Channels:
             for thread in threads:
                 thread.join()
             code = channel.recv_exit_status()
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             raise self._lost(str(error)) from None
         finally:
             _close(channel)
@@ -84,7 +85,7 @@ class Channels:
         channel = self._connection.open_session()
         try:
             channel.exec_command(command(script))
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             raise self._lost(str(error)) from None
         return _Channel(channel)
 
@@ -102,7 +103,7 @@ class Channels:
             else:
                 why = f"nothing takes connections at port {port} of {host}, as {self._host} sees it"
             raise UserError(f"{host}:{port}: {why}") from None
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             raise self._lost(str(error)) from None
 
     def _lost(self, why: str) -> UserError:

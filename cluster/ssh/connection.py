@@ -17,7 +17,7 @@ import paramiko
 from cluster.errors import UserError, printable
 from cluster.ssh import agent, config, host_key, reach
 from cluster.ssh.config import Host
-from cluster.ssh.link import Link
+from cluster.ssh.link import BROKEN, Link
 from cluster.ssh.prompts import Prompts, Refusal, Terminal
 from cluster.ssh.sign_in import sign_in
 from cluster.ssh.watchdog import Watchdog
@@ -87,7 +87,7 @@ class Connection:
                 f"{self.host.alias}: no session was granted ({printable(error.text)}); too many "
                 "may be open (MaxSessions), or the account may not have any"
             ) from None
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             why = self.lost or printable(str(error)) or "the connection ended"
             raise UserError(f"{self.host.alias}: no session: {why}; try again") from None
 
@@ -207,7 +207,7 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
     link.banner_timeout = link.handshake_timeout = reach.deadline(host, FIRST_WORDS_S)
     try:
         link.start_client()
-    except (paramiko.SSHException, EOFError, OSError) as error:
+    except BROKEN as error:
         why = (proxy.ended() if proxy is not None else "") or _words(link, error)
         raise UserError(f"{host.alias}: no SSH connection: {why}; {_step(why)}") from None
     assert link.host_key_blob is not None

@@ -15,6 +15,8 @@ from typing import Any
 import paramiko
 from paramiko.packet import Packetizer
 
+# What Paramiko raises, in any thread, when the connection or the other side gives up.
+BROKEN = (paramiko.SSHException, EOFError, OSError)
 CERTIFICATE = "-cert-v01@openssh.com"
 # The strong ones that Paramiko knows, the quickest in Python first: authenticated encryption needs
 # no second pass. Without Ciphers, MACs, ... of the user's own these are all that is offered.

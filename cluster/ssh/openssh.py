@@ -16,7 +16,7 @@ from types import TracebackType
 
 from cluster.errors import UserError
 from cluster.site import Ssh
-from cluster.transport import LOST, Running, Stream, answer, command, marked
+from cluster.transport import LOST, MARK, Running, Stream, answer, command, marked
 
 # What a script there gets to end once its input has.
 END_S = 60
@@ -84,7 +84,7 @@ class OpenSsh:
             raise UserError('ssh.backend = "openssh": ssh is not on the PATH') from None
         self._words += ["-o", f"ControlPath={self._folder}/socket"]
         # Ends with this process, however that ends: cat then finds no more input.
-        stay = "exec sh -c 'echo; echo -- sluice --; exec cat >/dev/null'"
+        stay = f"exec sh -c 'echo; echo {MARK}; exec cat >/dev/null'"
         words = [*self._words, "-T", "-o", "ControlMaster=yes", "-o", "ControlPersist=no"]
         words += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
         self._master = subprocess.Popen(
@@ -92,7 +92,7 @@ class OpenSsh:
         )
         assert self._master.stdout is not None
         for line in self._master.stdout:
-            if line.strip() == b"-- sluice --":
+            if line.strip() == MARK.encode():
                 break
         else:
             self._master.wait()

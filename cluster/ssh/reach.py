@@ -15,6 +15,7 @@ import paramiko
 
 from cluster.errors import UserError, printable
 from cluster.ssh.config import Host
+from cluster.ssh.link import BROKEN
 
 FAMILIES = {
     "any": socket.AF_UNSPEC,
@@ -143,7 +144,7 @@ class Tunnel:
 
     def close(self) -> None:
         """End the stream; says so to the hop before if that still listens."""
-        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        with contextlib.suppress(*BROKEN):
             self._channel.close()
 
     @property
@@ -174,7 +175,7 @@ def through(transport: paramiko.Transport, before: Host, host: Host) -> Tunnel:
             f"{host.alias}: the jump host {before.alias} {why} "
             f"({host.hostname} port {host.port}: {printable(error.text)}); {step}"
         ) from None
-    except (paramiko.SSHException, EOFError, OSError) as error:
+    except BROKEN as error:
         raise UserError(
             f"{host.alias}: no way through the jump host {before.alias}: {printable(str(error))}"
         ) from None

@@ -20,6 +20,7 @@ import paramiko
 from paramiko import common
 
 from cluster.errors import UserError
+from cluster.ssh.link import BROKEN
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.terminal import Size
 
@@ -114,7 +115,7 @@ class Remote:
         try:
             self._transport._send_user_message(message)
             self._channel._wait_for_event()
-        except (paramiko.SSHException, EOFError, OSError):
+        except BROKEN:
             raise UserError(
                 "the server gives no terminal (PermitTTY in its sshd_config, or no-pty with your "
                 'key); a command needs none: make ssh CMD="..." </dev/null'
@@ -131,7 +132,7 @@ class Remote:
                 self._channel.invoke_shell()
             else:
                 self._channel.exec_command(os.fsencode(command))
-        except (paramiko.SSHException, EOFError, OSError):
+        except BROKEN:
             what = "a shell" if command is None else "a command"
             raise UserError(f"the server does not run {what} for you; ask the site") from None
 
@@ -194,9 +195,9 @@ class Remote:
                 job()
                 with self._work:
                     self._is_sending = False
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             self._lose(error)
-        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+        with contextlib.suppress(*BROKEN):
             self._channel.close()
         self._wake()
 

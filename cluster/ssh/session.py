@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 
-import paramiko
-
 from cluster.errors import UserError, printable
 from cluster.ssh import remote, tty_modes
 from cluster.ssh.alarm import ENDING, Alarm
 from cluster.ssh.connection import Connection
 from cluster.ssh.escapes import HELP, Action, Escapes
+from cluster.ssh.link import BROKEN
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.remote import Remote
 from cluster.ssh.terminal import Size, Terminal
@@ -151,7 +150,7 @@ class Session:
         except UserError as error:
             why = self._connection.lost or str(error)
             raise UserError(f"{self._name}: {why}") from None
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except BROKEN as error:
             why = self._connection.lost or printable(str(error)) or "the connection ended"
             raise UserError(f"{self._name}: no session: {why}; try again") from None
 

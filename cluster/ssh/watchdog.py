@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-import paramiko
 from paramiko.common import cMSG_GLOBAL_REQUEST
 from paramiko.message import Message
 
-from cluster.ssh.link import Link
+from cluster.ssh.link import BROKEN, Link
 
 
 class Watchdog:
@@ -66,7 +65,7 @@ class Watchdog:
         message.add_boolean(True)
         try:
             self._link._send_user_message(message)
-        except (paramiko.SSHException, EOFError, OSError):
+        except BROKEN:
             # The thread that reads finds out, too, and says why.
             return
         finally:

@@ -135,7 +135,7 @@ def test_the_tests_get_their_tools_and_their_arguments(checkout: Checkout) -> No
         "-m",
         "pytest",
         "--numprocesses",
-        "2",
+        "3",
         "--no-loadscope-reorder",
         "-k",
         "checkpoint",

@@ -29,10 +29,12 @@ LARGE = 200 * MEGABYTE
 GROWTH_KB = 16_000
 
 
-def client(server: Server, command: str, *, given: bytes = b"", **variables: str) -> Result:
-    """Run a command there, with `given` as its input."""
+def client(
+    server: Server, command: str, *options: str, given: bytes = b"", **variables: str
+) -> Result:
+    """Run a command there, with `given` as its input; without one a shell, which reads it."""
     return subprocess.run(
-        [*CLIENT, "--command", command],
+        [*CLIENT, *options, *(["--command", command] if command else [])],
         input=given,
         cwd=CHECKOUT,
         env=environment(server, **variables),
@@ -83,15 +85,7 @@ def test_output_goes_on_after_the_input_has_ended(server: Server) -> None:
 
 
 def test_without_a_command_the_input_is_the_shells(server: Server) -> None:
-    done = subprocess.run(
-        CLIENT,
-        input=b"tty; echo $((6 * 7)); exit 9\n",
-        cwd=CHECKOUT,
-        env=environment(server),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    done = client(server, "", given=b"tty; echo $((6 * 7)); exit 9\n")
     assert done.returncode == 9
     assert done.stdout.endswith(b"not a tty\n42\n")
 
@@ -330,28 +324,12 @@ def test_the_agent_is_lent_only_if_asked(new_server: NewServer, tmp_path: Path, 
     )
     command = "ssh-add -l 2>&1"
     assert b"lent" not in client(server, command).stdout
-    done = subprocess.run(
-        [*CLIENT, "--forward-agent", "--command", command],
-        stdin=subprocess.DEVNULL,
-        cwd=CHECKOUT,
-        env=environment(server),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    done = client(server, command, "--forward-agent")
     assert done.stdout.rstrip().endswith(b"lent (ED25519)"), done
 
 
 def test_no_agent_to_lend_is_said(server: Server) -> None:
-    done = subprocess.run(
-        [*CLIENT, "--forward-agent", "--command", "true"],
-        stdin=subprocess.DEVNULL,
-        cwd=CHECKOUT,
-        env=environment(server),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
+    done = client(server, "true", "--forward-agent")
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: ") and b"agent" in done.stderr
     assert done.stderr.count(b"\n") == 1
