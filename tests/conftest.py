@@ -88,6 +88,27 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(shared)
 
 
+# What takes longest, in this order; a worker that begins it last keeps the others waiting.
+LONGEST_FIRST = (
+    "tests/cluster/test_plan.py",
+    "tests/cluster/test_submit.py",
+    "tests/image/",
+    "tests/distributed/test_faults.py",
+    "tests/cluster/test_",
+    "tests/distributed/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        for place, beginning in enumerate(LONGEST_FIRST):
+            if item.nodeid.startswith(beginning):
+                return place
+        return len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
 class PlaceScheduling(LoadScopeScheduling):
     """Gives the tests that share a cluster, an account that builds, or a file, to one worker.
 

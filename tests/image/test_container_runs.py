@@ -204,7 +204,8 @@ def test_root_trains_with_every_strategy_and_without_a_network(
     assert_trained(root, image, done)
 
 
-@pytest.mark.parametrize("accel", STRATEGIES)
+# What is hostile is met before a strategy is; DeepSpeed's is the one that would compile something.
+@pytest.mark.parametrize("accel", ["ddp", "zero3"])
 def test_an_ordinary_user_trains_where_everything_is_hostile(
     hostile: User, image: Path, accel: str
 ) -> None:
