@@ -100,13 +100,11 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        for place, beginning in enumerate(LONGEST_FIRST):
-            if item.nodeid.startswith(beginning):
-                return place
-        return len(LONGEST_FIRST)
+    def turn(item: pytest.Item) -> int:
+        starts = [item.nodeid.startswith(beginning) for beginning in LONGEST_FIRST]
+        return [*starts, True].index(True)
 
-    items.sort(key=place)
+    items.sort(key=turn)
 
 
 class PlaceScheduling(LoadScopeScheduling):

@@ -6,6 +6,7 @@ already is used as it is.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import socket
 import subprocess
@@ -84,7 +85,7 @@ class OpenSsh:
             raise UserError('ssh.backend = "openssh": ssh is not on the PATH') from None
         self._words += ["-o", f"ControlPath={self._folder}/socket"]
         # Ends with this process, however that ends: cat then finds no more input.
-        stay = f"exec sh -c 'echo; echo {MARK}; exec cat >/dev/null'"
+        stay = f"exec sh -c {shlex.quote(marked('exec cat >/dev/null'))}"
         words = [*self._words, "-T", "-o", "ControlMaster=yes", "-o", "ControlPersist=no"]
         words += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
         self._master = subprocess.Popen(

@@ -101,7 +101,8 @@ class Outlet:
 
     def hold(self) -> None:
         """Keep all that `put` is given, until `release`."""
-        self._is_held = True
+        with self._lock:
+            self._is_held = True
 
     def release(self) -> None:
         """Let what was kept be written, by `flush`, and then what comes."""

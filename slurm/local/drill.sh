@@ -69,7 +69,7 @@ is_joined() { inside ip -oneline link show "$node" | grep -q 'state UP'; }
 
 case $drill in
 power-off)
-  kill -KILL "$pid"
+  end_process "$pid"
   wait_until 60 is_gone "$pid" || never
   said='is off'
   ;;

@@ -32,7 +32,7 @@ GROWTH_KB = 16_000
 def client(
     server: Server, command: str, *options: str, given: bytes = b"", **variables: str
 ) -> Result:
-    """Run a command there, with `given` as its input; without one a shell, which reads it."""
+    """Run a command there, or a shell if it is empty, with `given` as its input."""
     return subprocess.run(
         [*CLIENT, *options, *(["--command", command] if command else [])],
         input=given,
