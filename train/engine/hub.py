@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from train.engine.data import as_text, no_column
 from train.engine.errors import UserError
 from train.engine.once import CutOff
+from train.engine.rows import Row, check_columns
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
@@ -91,9 +91,11 @@ def download_model(name: str, revision: str | None, folder: Path, patterns: list
 
 
 def dataset_rows(
-    name: str, config: str | None, revision: str | None, split: str, text_column: str
-) -> Iterator[str]:
-    """Yield the text of a dataset's rows, a thousand of them in memory at a time.
+    name: str, config: str | None, revision: str | None, split: str, columns: Mapping[str, str]
+) -> Iterator[Row]:
+    """Yield the rows of a dataset as `rows.read_rows` does, a thousand in memory at a time.
+
+    A class is given by its name, not by its number.
 
     Raises:
         UserError: as `resolve`, or the dataset has no such configuration, split or column.
@@ -120,11 +122,18 @@ def dataset_rows(
             f"{what} could not be loaded at revision {commit[:12]}, only an earlier one from the "
             "cache; run it again, or give data.revision"
         )
-    if text_column not in rows.column_names:
-        raise no_column(what, text_column, rows.column_names)
+    check_columns(what, columns, rows.column_names)
+    names = list(columns.values())
+    classes = {name: getattr(rows.features[name], "names", None) for name in names}
+
+    def named(column: str, value: Any) -> Any:
+        known = classes[column]
+        # -1 stands for no class, as in the test splits of competitions.
+        return known[value] if known and isinstance(value, int) and value >= 0 else value
+
     for batch in rows.iter(batch_size=1000):
-        for value in batch[text_column]:
-            yield as_text(value, what, text_column)
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield what, tuple(named(*pair) for pair in zip(names, values, strict=True))
 
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

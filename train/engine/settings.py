@@ -22,6 +22,9 @@ def _check(holds: bool, message: str) -> None:
 class ModelSettings:
     """What is trained."""
 
+    PATHS = ("name", "tokenizer")
+    """The settings that may name a file or a folder, for `make run` to say in full."""
+
     name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     """A hub id (owner/name), or a folder that holds a Hugging Face model."""
     revision: str | None = "fe8a4ea1ffedaf415f4da2f062534de366a451e6"
@@ -44,8 +47,27 @@ class ModelSettings:
 
 
 @dataclass(kw_only=True)
+class EncoderSettings:
+    """A pretrained encoder, which turns a text into one vector."""
+
+    PATHS = ("name",)
+
+    name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """A hub id (owner/name), or a folder that holds a Hugging Face encoder."""
+    revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+    """The commit of the hub id; not used for a folder."""
+    preset: Literal["tiny"] | None = None
+    """Start from small random weights instead of `name`, with a tokenizer trained on the text."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "model.name: is empty; give a hub id or a folder")
+
+
+@dataclass(kw_only=True)
 class DataSettings:
     """What it is trained on."""
+
+    PATHS = ("train", "validation")
 
     name: str | None = "Salesforce/wikitext"
     """A dataset's hub id (owner/name); `make fetch` stages it."""

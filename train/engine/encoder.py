@@ -1,0 +1,112 @@
+"""An encoder: texts in, one vector for each out, by the mean over its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from train.engine import tokenizer as tokenizers
+from train.engine.errors import UserError
+
+
+def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
+    """Return the encoder of a model folder, or a small one of random weights; fp32, on the CPU.
+
+    Raises:
+        UserError: the folder holds no encoder, or one that knows fewer tokens than the tokenizer.
+    """
+    torch.manual_seed(seed)
+    vocab_size = tokenizers.load(tokenizer_folder).vocab_size
+    if folder is None:
+        shape = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=256,
+        )
+        return BertModel(shape, add_pooling_layer=False)
+    disable_progress_bar()
+    # Without dtype the weights would come in the precision they were stored in.
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name: {folder} cannot be loaded as an encoder: {reason}") from None
+    if vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"model.name: the tokenizer of {folder} has {vocab_size} tokens, but its weights know "
+            f"only {model.config.vocab_size}; download the model again"
+        )
+    # The head on [CLS], which mean pooling leaves out: without a gradient DDP would wait for it.
+    if getattr(model, "pooler", None) is not None:
+        setattr(model, "pooler", None)  # noqa: B010 (mypy takes it for a module always)
+    return model
+
+
+def max_length(model: PreTrainedModel, wanted: int) -> int:
+    """Return the tokens that are read of a text: `wanted`, or fewer where positions end."""
+    positions = int(getattr(model.config, "max_position_embeddings", wanted))
+    # RoBERTa and its kin count positions from the padding's id on.
+    if "roberta" in model.config.model_type:
+        positions -= model.config.pad_token_id + 1
+    return min(wanted, positions)
+
+
+def tokenize(tokenizer_folder: Path, texts: Sequence[str], length: int) -> list[list[int]]:
+    """Return the token ids of each text, with the encoder's special tokens, cut to `length`."""
+    tokenizer = tokenizers.load(tokenizer_folder).tokenizer
+    # Encoders come with both set, to other lengths than theirs.
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def pad(rows: Iterable[Sequence[int]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and attention mask of (B, T), T the longest row's length."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in tensors])
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+    return ids, mask
+
+
+def mean_pool(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each text's token vectors, (B, D), padding left out.
+
+    As sentence-transformers does for the all-* encoders (Reimers & Gurevych 2019,
+    arXiv:1908.10084).
+    """
+    weights = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
+    return (hidden_BTD * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def embed(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the pooled vectors, (B, D), of token ids and mask of (B, T)."""
+    return mean_pool(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+
+@torch.no_grad()
+def embed_all(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], *, batch_size: int, device: torch.device
+) -> torch.Tensor:
+    """Return the vectors, (N, D) on the CPU, of tokenized texts in their order; dropout off.
+
+    Texts of like length share a batch, which spares padding.
+    """
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    vectors = torch.empty(len(rows), model.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = (part.to(device) for part in pad(rows[i] for i in chosen))
+        vectors[chosen] = embed(model, ids, mask).float().cpu()
+    model.train(was_training)
+    return vectors

@@ -1,0 +1,280 @@
+"""Labelled texts: read from files or the hub, staged once, split by class; without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.engine import hub, staging, tokenizer
+from train.engine.data import Piece, text_files
+from train.engine.errors import UserError, did_you_mean
+from train.engine.once import make_once
+from train.engine.rows import Row, as_text, read_rows
+from train.engine.settings import EncoderSettings
+
+FORMAT = 1
+SPLITS = ("train", "test")
+# Of the tokenizer that goes with random weights.
+TINY_VOCABULARY = 1024
+
+
+@dataclass(kw_only=True)
+class LabelledDataSettings:
+    """Texts with their classes."""
+
+    PATHS = SPLITS
+
+    name: str | None = None
+    """A dataset's hub id (owner/name); `make fetch` stages its splits train and test."""
+    config: str | None = None
+    """The dataset's configuration."""
+    revision: str | None = None
+    """The commit of the dataset."""
+    train: str | None = None
+    """Local rows instead of `name`: a jsonl, csv or parquet file, or a folder of them."""
+    test: str | None = None
+    """Local rows to test on, once, at the end; needed with `train`."""
+    text_column: str = "text"
+    """The column that holds the text."""
+    label_column: str = "label"
+    """The column that holds the class: a name or a whole number."""
+    validation_fraction: float = 0.1
+    """The part of the training rows, of each class, that is kept for validation."""
+    max_length: int = 256
+    """Tokens of a text that are read; the rest is cut off."""
+
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.test is None):
+            given, missing = ("train", "test") if self.train else ("test", "train")
+            raise UserError(
+                f"data.{given}: is given without data.{missing}; give both, so that local rows are "
+                "not mixed with a dataset of the hub"
+            )
+        if self.text_column == self.label_column:
+            raise UserError(
+                f"data.label_column: '{self.label_column}' is the column of the text as well"
+            )
+        if not (
+            math.isfinite(self.validation_fraction) and 0.01 <= self.validation_fraction <= 0.5
+        ):
+            raise UserError(
+                f"data.validation_fraction: {self.validation_fraction} is not between 0.01 and 0.5"
+            )
+        if not 4 <= self.max_length <= 8192:
+            raise UserError(f"data.max_length: {self.max_length} is not between 4 and 8192")
+
+
+@dataclass(kw_only=True)
+class StagedLabelled:
+    """Where the parts of a classification lab are, below $SLUICE_DATASETS."""
+
+    model: str | None = None
+    tokenizer: str = ""
+    train: str = ""
+    test: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """The rows of a split."""
+
+    texts: list[str]
+    labels: list[int]
+    """For each text the number of its class."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: list[int]) -> Labelled:
+        """Return the rows of `indices`, in that order."""
+        return Labelled(
+            texts=[self.texts[i] for i in indices], labels=[self.labels[i] for i in indices]
+        )
+
+
+def stage(
+    model: EncoderSettings,
+    data: LabelledDataSettings,
+    *,
+    staged: StagedLabelled | None,
+    sample: Path | None,
+    online: bool,
+) -> StagedLabelled:
+    """Put encoder, tokenizer and rows in place, where they are not yet; say where.
+
+    `sample` is the folder of the embedded rows of a dry run (train.jsonl, test.jsonl), which stand
+    for a dataset of the hub. What `staged` names is taken as it is while it is there.
+
+    Raises:
+        UserError: something does not exist or is wrong, a row with its line; or it would have to
+            be downloaded and `online` is False.
+    """
+    if staged is None or not all(_is_there(name) for name in vars(staged).values() if name):
+        staged = _stage(model, data, sample, online)
+    read(staged)  # Says what is wrong between the splits.
+    return staged
+
+
+def _is_there(name: str) -> bool:
+    return staging.staged_path(name).exists()
+
+
+def _stage(
+    model: EncoderSettings, data: LabelledDataSettings, sample: Path | None, online: bool
+) -> StagedLabelled:
+    rows = {split: _stage_rows(data, split, sample, online) for split in SPLITS}
+    place = staging.relative_to_datasets
+    if model.preset is None:
+        folder = staging.stage_model(model.name, model.revision, online=online)
+        tokenizer_folder = staging.place_tokenizer(folder, model.name)
+    else:
+        folder = None
+        tokenizer_folder = train_tokenizer(rows["train"], "text", "the training rows")
+    return StagedLabelled(
+        model=place(folder) if folder else None,
+        tokenizer=place(tokenizer_folder),
+        train=place(rows["train"]),
+        test=place(rows["test"]),
+    )
+
+
+def train_tokenizer(rows: Path, column: str, name: str) -> Path:
+    """Return a tokenizer trained on a column of the staged `rows`, for an encoder from scratch."""
+
+    def pieces() -> Iterator[Piece]:
+        for _, (text,) in read_rows(rows / "rows.jsonl", {column: column}):
+            yield Piece(text, starts=True, ends=True)
+
+    return make_once(
+        staging.named_by_content(
+            staging.datasets_folder() / "tokenizers", "trained", TINY_VOCABULARY, rows.name
+        ),
+        lambda out: tokenizer.train(pieces(), TINY_VOCABULARY, out, name),
+        f"a tokenizer trained on {name}",
+    )
+
+
+def _stage_rows(data: LabelledDataSettings, split: str, sample: Path | None, online: bool) -> Path:
+    columns = {"text_column": data.text_column, "label_column": data.label_column}
+    given: str | None = getattr(data, split)
+    rows: Iterator[Row]
+    if given is None and sample is None:
+        if not data.name:
+            raise UserError(
+                "data.name: is empty; give a dataset's hub id, or data.train and data.test"
+            )
+        name = f"data.name: {data.name} ({split})"
+        made_of: list[Any] = [data.name, data.config, data.revision, split]
+        rows = hub.dataset_rows(data.name, data.config, data.revision, split, columns)
+    else:
+        if given is None:
+            assert sample is not None
+            name, columns = f"the embedded sample ({split})", {"text": "text", "label": "label"}
+            files = [sample / f"{split}.jsonl"]
+        else:
+            name = f"data.{split}: {given}"
+            files = text_files(Path(given), f"data.{split}")
+            if texts := [file for file in files if file.suffix == ".txt"]:
+                raise UserError(
+                    f"data.{split}: {texts[0]} has no columns; give jsonl, csv or parquet"
+                )
+        made_of = staging.fingerprint(files)
+        rows = (row for file in files for row in read_rows(file, columns))
+
+    def write(folder: Path) -> None:
+        count = 0
+        with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
+            for where, (text, label) in rows:
+                text = as_text(text, where, columns[next(iter(columns))])
+                if not text.strip():
+                    raise UserError(f"{where}: the text is empty; leave the row out")
+                row = {"where": where, "text": text, "label": _class_name(label, where, data)}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        if count == 0:
+            raise UserError(f"{name}: holds no rows")
+
+    folder = staging.named_by_content(
+        staging.datasets_folder() / "rows", FORMAT, made_of, list(columns.values())
+    )
+    is_local = given is not None or sample is not None
+    return make_once(folder, write, name, online=online or is_local)
+
+
+def _class_name(label: object, where: str, data: LabelledDataSettings) -> str:
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        kind = "missing" if label is None else f"not a name or a number but {label!r}"
+        raise UserError(f"{where}: '{data.label_column}' is {kind}")
+    name = str(label).strip()
+    if not name:
+        raise UserError(f"{where}: '{data.label_column}' is empty")
+    if name == "-1":
+        raise UserError(f"{where}: '{data.label_column}' is -1, which stands for no class")
+    return name
+
+
+def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
+    """Return the classes, in order, and the rows of train and test.
+
+    Raises:
+        UserError: the training rows have fewer than two classes, a class has too few rows to keep
+            one for validation, or a row of the test is outside the classes.
+    """
+    split_rows = {}
+    for split in SPLITS:
+        file = staging.staged_path(getattr(staged, split)) / "rows.jsonl"
+        columns = {name: name for name in ("where", "text", "label")}
+        split_rows[split] = [values for _, values in read_rows(file, columns)]
+    counts = Counter(label for _, _, label in split_rows["train"])
+    classes = sorted(counts, key=lambda name: (not name.isdecimal(), name.zfill(12)))
+    if len(classes) < 2:
+        raise UserError(
+            f"data.train: all rows are of one class, '{classes[0]}'; there is nothing to tell apart"
+        )
+    rarest, rows = min(counts.items(), key=lambda pair: pair[1])
+    if rows < 2:
+        raise UserError(
+            f"data.train: class '{rarest}' has a single row, which cannot be trained on and kept "
+            "for validation; give it more rows or leave it out"
+        )
+    if len(classes) > 1000:
+        raise UserError(
+            f"data.label_column: has {len(classes)} different values; it does not hold classes"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    for where, _, label in split_rows["test"]:
+        if label not in numbers:
+            raise UserError(
+                f"{where}: label '{label}' is in no row of data.train"
+                + did_you_mean(label, classes)
+            )
+    train, test = (
+        Labelled(
+            texts=[text for _, text, _ in split_rows[split]],
+            labels=[numbers[label] for _, _, label in split_rows[split]],
+        )
+        for split in SPLITS
+    )
+    return classes, train, test
+
+
+def split_validation(rows: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
+    """Return the rows to train on and those kept for validation, each class in proportion.
+
+    A class keeps at least one row on either side. The same seed gives the same rows.
+    """
+    # Not scikit-learn's, which refuses a small split in which a class would have no row.
+    import random
+
+    kept: set[int] = set()
+    for number in sorted(set(rows.labels)):
+        members = [i for i, label in enumerate(rows.labels) if label == number]
+        size = min(max(1, round(fraction * len(members))), len(members) - 1)
+        kept |= set(random.Random(f"{seed}/{number}").sample(members, size))
+    everything = range(len(rows))
+    return rows.take([i for i in everything if i not in kept]), rows.take(sorted(kept))
