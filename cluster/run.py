@@ -220,12 +220,16 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"  checkpoint   {resolve.short(folder / 'checkpoints' / outcome['checkpoint'])}")
         if (folder / "export").is_dir():
             print(f"  model        {resolve.short(folder / 'export')}  (Hugging Face format)")
-        print(f'next: make generate RUN={name} PROMPT="The cluster"')
+        # What to do with what was made only its script knows.
+        heading = "next: "
+        if "next" in outcome:
+            print(heading + outcome["next"].replace("RUN=", f"RUN={name}"))
+            heading = " " * len(heading)
         tensorboard = Path(sys.executable).with_name("tensorboard")
         # With an image the environment need not have what trains.
         first = "" if tensorboard.exists() else "containers/venv.sh && "
         logs = resolve.short(folder / "tensorboard")
-        print(f"      {first}{resolve.short(tensorboard)} --logdir {logs}")
+        print(f"{heading}{first}{resolve.short(tensorboard)} --logdir {logs}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import arguments, signals, staging
+from train.engine import signals, staging
 from train.engine.batches import Blocks, block_at, micro_batch_positions
-from train.engine.errors import EXIT_REQUEUE, UserError, run_to_exit
-from train.engine.runfolder import lock, say, write_outcome
+from train.engine.errors import UserError, run_to_exit
+from train.engine.runfolder import say, write_outcome
 from train.engine.schedule import lr_at
+from train.engine.script import Script
 from train.engine.settings import TrainingConfig
 
 if TYPE_CHECKING:
@@ -52,36 +53,6 @@ def stage(config: Config, *, online: bool) -> Config:
     # Said here rather than after the wait in a queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     return replace(config, staged=staging.stage(config, online=online))
-
-
-def main(argv: list[str]) -> int:
-    """Run the script; return its exit code."""
-    signals.install_first()
-    signals.die_with_launcher()
-    config = arguments.parse(Config, argv, prog="train/tinyllama.py", dry_run=DRY_RUN)
-    run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
-    if run_folder == Path():
-        raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
-    if config.staged is None:
-        config = stage(config, online=False)
-    if os.environ.get("RANK", "0") == "0":
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock(run_folder)  # held until this process ends, however it ends
-
-    # Only now, so that a mistake above is answered at once.
-    from train.engine import guard
-    from train.engine.distributed import init_distributed, is_main_process
-
-    signals.install()
-    device = init_distributed(config.timeout_s)
-    with guard.lost_peers():
-        outcome = train(config, run_folder, device, rehearse_stop=config.dry_run)
-        if outcome == "rehearsed":
-            if is_main_process():
-                say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
-            signals.reset()
-            outcome = train(config, run_folder, device, rehearse_stop=False)
-    return 0 if outcome == "finished" else EXIT_REQUEUE
 
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
@@ -269,6 +240,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
                 export(newest, tokenizer_folder, run_folder / "export")
             outcome = {"outcome": "finished", **timer.summary(), "metrics": line}
+            outcome["next"] = 'make generate RUN= PROMPT="The cluster"'
         if not rehearsing or not stopping:
             write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
     if stopping:
@@ -276,5 +248,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     return "finished"
 
 
+SCRIPT = Script(
+    prog="train/tinyllama.py", config_class=Config, dry_run=DRY_RUN, stage=stage, train=train
+)
+
 if __name__ == "__main__":
-    run_to_exit(main)
+    run_to_exit(SCRIPT.main)

@@ -1,0 +1,62 @@
+"""What every training script does around its `train`: settings, the run folder, the processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from train.engine import arguments, signals
+from train.engine.errors import EXIT_REQUEUE, UserError
+from train.engine.runfolder import lock, say
+
+if TYPE_CHECKING:
+    import torch
+
+# With run_folder, staged, dry_run and timeout_s (settings.LoopSettings has most of them).
+Config = TypeVar("Config", bound=Any)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script(Generic[Config]):
+    """A training script: its settings, and the two functions that are its own."""
+
+    prog: str
+    config_class: type[Config]
+    dry_run: dict[str, Any]
+    """What --dry_run changes; the command line still wins over it."""
+    stage: Callable[..., Config]
+    """(config, *, online) -> config with `staged` filled in."""
+    train: Callable[..., str]
+    """(config, run_folder, device, *, rehearse_stop) -> finished, stopped or rehearsed."""
+
+    def main(self, argv: list[str]) -> int:
+        """Run the script; return its exit code."""
+        signals.install_first()
+        signals.die_with_launcher()
+        config = arguments.parse(self.config_class, argv, prog=self.prog, dry_run=self.dry_run)
+        run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
+        if run_folder == Path():
+            raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
+        if config.staged is None:
+            config = self.stage(config, online=False)
+        if os.environ.get("RANK", "0") == "0":
+            run_folder.mkdir(parents=True, exist_ok=True)
+            lock(run_folder)  # held until this process ends, however it ends
+
+        # Only now, so that a mistake above is answered at once.
+        from train.engine import guard
+        from train.engine.distributed import init_distributed, is_main_process
+
+        signals.install()
+        device: torch.device = init_distributed(config.timeout_s)
+        with guard.lost_peers():
+            outcome = self.train(config, run_folder, device, rehearse_stop=config.dry_run)
+            if outcome == "rehearsed":
+                if is_main_process():
+                    say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
+                signals.reset()
+                outcome = self.train(config, run_folder, device, rehearse_stop=False)
+        return 0 if outcome == "finished" else EXIT_REQUEUE
