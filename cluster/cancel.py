@@ -163,7 +163,8 @@ class Cancellation:
         made = [a for a in history.attempts(self._folder) if a.is_of(job_id)]
         outcome = (made[-1].outcome if made else None) or {}
         if outcome.get("outcome") == "finished":
-            print(f"job {job_id} had finished before; next: make generate RUN={name}")
+            command = history.command_of(outcome, name)
+            print(f"job {job_id} had finished before; next: {command}")
             return
         saved = progress.saved_step(self._folder)
         late = "" if saved_in_time else "; its save was not finished in time"

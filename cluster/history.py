@@ -65,6 +65,8 @@ class Ending:
     """One of `OUTCOMES`; "?" when its record is damaged."""
     step: int | None
     why: str
+    outcome: dict[str, Any] | None = None
+    """What the last attempt recorded, if it did."""
 
 
 def name_of(folder: Path) -> str:
@@ -162,7 +164,8 @@ def ending(last: Submission, made: list[Attempt], job: QueuedJob | None) -> Endi
             if state == "CANCELLED":
                 return Ending(word="cancelled", step=step, why="while it waited to go on")
             why = f"{why + '; ' if why else ''}it was to be queued again, and is not in the queue"
-        return Ending(word=word if word in OUTCOMES else "?", step=step, why=why)
+        word = word if word in OUTCOMES else "?"
+        return Ending(word=word, step=step, why=why, outcome=outcome)
     if outcome is not None:
         return Ending(word="?", step=None, why=f"{own[-1].folder / 'outcome.json'} is damaged")
     if state == "CANCELLED":
@@ -173,6 +176,12 @@ def ending(last: Submission, made: list[Attempt], job: QueuedJob | None) -> Endi
     if own:
         return Ending(word="lost", step=None, why="it ended without a word, and Slurm forgot it")
     return Ending(word="lost", step=None, why="Slurm no longer knows it, and it never started")
+
+
+def command_of(outcome: dict[str, Any] | None, name: str) -> str:
+    """Return what the script of a finished run says to do with it; `name` is the run's."""
+    said = text((outcome or {}).get("command")) or 'make generate RUN= PROMPT="The cluster"'
+    return re.sub(r"\bRUN=(?= |$)", lambda _: f"RUN={name}", said)
 
 
 def reason_of(outcome: dict[str, Any]) -> str:

@@ -280,8 +280,7 @@ def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
     start = "from the start" if saved is None else f"from step {saved}"
     again = f"make submit RUN={name} goes on {start}"
     if end.word == "finished":
-        prompt = 'PROMPT="The cluster"'
-        return f"finished{at}; next: make generate RUN={name} {prompt}, or make export RUN={name}"
+        return f"finished{at}; next: {history.command_of(end.outcome, name)}"
     if end.word == "stopped":
         return f"stopped{at}{reason}; {again}"
     if end.word == "cancelled":

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from cluster import container, machine, resolve, runs
+from cluster import container, history, machine, resolve, runs
 from cluster import job as jobs
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.output import run_logged
@@ -220,16 +220,12 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"  checkpoint   {resolve.short(folder / 'checkpoints' / outcome['checkpoint'])}")
         if (folder / "export").is_dir():
             print(f"  model        {resolve.short(folder / 'export')}  (Hugging Face format)")
-        # What to do with what was made only its script knows.
-        heading = "next: "
-        if "next" in outcome:
-            print(heading + outcome["next"].replace("RUN=", f"RUN={name}"))
-            heading = " " * len(heading)
+        print(f"next: {history.command_of(outcome, str(name))}")
         tensorboard = Path(sys.executable).with_name("tensorboard")
         # With an image the environment need not have what trains.
         first = "" if tensorboard.exists() else "containers/venv.sh && "
         logs = resolve.short(folder / "tensorboard")
-        print(f"{heading}{first}{resolve.short(tensorboard)} --logdir {logs}")
+        print(f"      {first}{resolve.short(tensorboard)} --logdir {logs}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")

@@ -134,7 +134,7 @@ def _over(
     again = f"make submit RUN={history.name_of(folder)}"
     next_step = f"make logs RUN={history.name_of(folder)}"
     if end.word == "finished":
-        next_step = f"make generate RUN={history.name_of(folder)}"
+        next_step = history.command_of(end.outcome, history.name_of(folder))
     elif end.word in ("stopped", "cancelled", "lost"):
         next_step = again
     return {

@@ -240,7 +240,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
                 export(newest, tokenizer_folder, run_folder / "export")
             outcome = {"outcome": "finished", **timer.summary(), "metrics": line}
-            outcome["next"] = 'make generate RUN= PROMPT="The cluster"'
+            outcome["command"] = 'make generate RUN= PROMPT="The cluster"'
         if not rehearsing or not stopping:
             write_outcome(run_folder, **outcome, step=step, checkpoint=newest.name)
     if stopping:

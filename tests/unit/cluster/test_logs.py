@@ -78,9 +78,10 @@ def test_a_run_that_is_over_is_shown_whole_and_no_slurm_is_needed(
         b"step 350 \xff\x1b[1m",
         b"no end",
         b"finished at step 1000",
-        b"---- finished at step 1000; next: make generate RUN=" + NAME.encode()
-        + b' PROMPT="The cluster", or make export RUN=' + NAME.encode(),
-    ]  # fmt: skip
+        b"---- finished at step 1000; next: make generate RUN="
+        + NAME.encode()
+        + b' PROMPT="The cluster"',
+    ]
     assert not slurm.asked("squeue")
 
 
