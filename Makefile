@@ -21,6 +21,7 @@
 #: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
 #: KEY     to sign an image with (private), or to verify it with (public)
 #: PROMPT  what a generated text goes on from
+#: Q       a question to the passages of a run of the lab rag
 #: IMAGE   the image, a .sif file (images/sluice-cpu.sif; with GPUs images/sluice-cuda.sif)
 #: ARGS    the rest, passed on as it is: ARGS="--max_steps 500 --optimizer.lr 1e-4"
 JOB ?= tinyllama
@@ -30,9 +31,10 @@ VENV ?= .venv
 export VENV
 
 # In the environment these mean something else: WSL sets NAME to the name of the machine, the
-# program `time` reads its format from TIME, and others may read theirs from FORMAT, NODE or PORT.
+# program `time` reads its format from TIME, the kernel's makefiles are quiet by Q, and others may
+# read theirs from FORMAT, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
-$(foreach name,NAME TIME FORMAT NODE PORT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
+$(foreach name,NAME TIME FORMAT NODE PORT Q,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
@@ -55,7 +57,7 @@ each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 .SILENT:
 .DEFAULT_GOAL := help
 .PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
-.PHONY: help build-image verify-image sign-image dry-run run fetch export generate test lint format bench bench-gpu bench-ssh clean
+.PHONY: help build-image verify-image sign-image dry-run run fetch export generate ask test lint format bench bench-gpu bench-ssh clean
 .PHONY: setup setup-train setup-dev setup-encoder
 
 help: ## this list
@@ -81,6 +83,9 @@ export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
 
 generate: | setup ## text from RUN that goes on from PROMPT="..."
 	$(call with_run,train.generate) $(call flag,PROMPT,prompt) $(ARGS)
+
+ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q one question a line
+	$(call with_run,train.ask) $(call flag,Q,question) $(ARGS)
 
 # ---- on a cluster ---------------------------------------------------------------------------
 

@@ -233,7 +233,7 @@ def named_paths(arguments: Iterable[str]) -> list[Path]:
     """Return the paths that exist among the words of a command and in its files of settings."""
     found = []
     for word in arguments:
-        if word.startswith("--prompt="):
+        if word.startswith(("--prompt=", "--question=")):
             continue  # text, whatever it looks like
         value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
         if path := _existing(value):

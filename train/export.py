@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from train.engine.errors import RunFailed, UserError, check_writable_folder, run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def export(
@@ -26,14 +28,45 @@ def export(
 ) -> None:
     """Write weights (fp32 unless `dtype` says otherwise), config and tokenizer to `output`.
 
-    The folder appears at once, whole; one of an earlier export is replaced.
+    A checkpoint of adapters (LoRA) is merged with the model that it adapts; the adapters are
+    written too, in peft's format and in fp32, to a folder beside it: `output` with -adapter at its
+    end. Each folder appears at once, whole; one of an earlier export is replaced.
     """
+    import torch
+
+    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils.logging import disable_progress_bar
+
+    from train.engine import lora
+    from train.engine.checkpoint import read_state
+
+    disable_progress_bar()
+    dtype = dtype or torch.float32
+    if read_state(checkpoint).get("method") == "lora":
+        adapted = lora.from_checkpoint(checkpoint, tokenizer_folder)
+        _publish(
+            output.with_name(f"{output.name}-adapter"),
+            lambda folder: lora.save_adapters(adapted, folder),
+        )
+        # Added in fp32, then rounded once.
+        model = adapted.merge_and_unload().to(dtype)
+    else:
+        model = _full_model(checkpoint, dtype)
+    _publish(output, lambda folder: _save_model(folder, model, tokenizer_folder, dtype))
+
+
+def _publish(output: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write into a folder beside `output`, and rename it when all is there."""
     unfinished = output.with_name(f".{output.name}.unfinished")
     replaced = output.with_name(f".{output.name}.replaced")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _fill(unfinished, checkpoint, tokenizer_folder, dtype)
+        fill(unfinished)
+        # safetensors makes files that only their owner reads; the folder has the umask's mode.
+        for file in unfinished.iterdir():
+            file.chmod(unfinished.stat().st_mode & 0o666)
         shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
             output.rename(replaced)
@@ -44,33 +77,26 @@ def export(
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fill(
-    folder: Path, checkpoint: Path, tokenizer_folder: Path, dtype: torch.dtype | None
-) -> None:
-    import torch
-
-    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers.utils.logging import disable_progress_bar
-
+def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     from train.engine.checkpoint import reader
     from train.engine.model import empty
 
-    disable_progress_bar()
     read, names = reader(checkpoint)
     model = empty(checkpoint)
-    dtype = dtype or torch.float32
     weights = {name: read(name, "weight").to(dtype) for name in names}
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     assert not unexpected, unexpected
     assert not any(p.is_meta for p in model.parameters()), missing
+    return model
+
+
+def _save_model(
+    folder: Path, model: PreTrainedModel, tokenizer_folder: Path, dtype: torch.dtype
+) -> None:
     model.config.dtype = dtype
     model.config.use_cache = True
     model.save_pretrained(folder, max_shard_size="5GB")
-    # safetensors makes files that only their owner reads; the folder has the umask's mode.
-    for file in folder.iterdir():
-        file.chmod(folder.stat().st_mode & 0o666)
     for name in tokenizer.FILES:
         if (tokenizer_folder / name).exists():
             shutil.copyfile(tokenizer_folder / name, folder / name)
@@ -103,8 +129,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     run_folder = Path(options.run_folder)
     output = Path(options.output) if options.output else run_folder / "export"
-    if options.output and output.exists():
-        raise UserError(f"--output: {output} exists; give a new folder")
+    for folder in (output, output.with_name(f"{output.name}-adapter")):
+        if options.output and folder.exists():
+            raise UserError(f"--output: {folder} exists; give a new folder")
     check_writable_folder(output.parent, "--output")
     try:
         config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.engine import signals, staging
-from train.engine.batches import Blocks, block_at, micro_batch_positions
-from train.engine.errors import UserError, run_to_exit
+from train.engine.batches import Blocks
+from train.engine.errors import run_to_exit
 from train.engine.runfolder import say, write_outcome
-from train.engine.schedule import lr_at
 from train.engine.script import Script
 from train.engine.settings import TrainingConfig
 
@@ -59,10 +57,12 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
     import torch
 
-    from train.engine import checkpoint, guard, metrics, strategy
+    from train.engine import checkpoint, metrics, strategy
     from train.engine import model as models
-    from train.engine.distributed import agree, is_main_process, rank, world_size
-    from train.engine.loss import TokenLoss, evaluate, global_target_tokens
+    from train.engine.distributed import is_main_process, world_size
+    from train.engine.loss import TokenLoss, evaluate
+    from train.engine.resume import restore
+    from train.engine.step import take_step
 
     # ---- data ----
     assert config.staged is not None
@@ -76,33 +76,18 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- model, optimizer, resume ----
     accel = strategy.name_from_environment()
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and strategy.bf16_from_environment()
-    )
+    bf16 = strategy.uses_bf16(config.precision, device)
     model = models.build(config, tokenizer_folder, config.seed)
     num_parameters = sum(p.numel() for p in model.parameters())
     flops_per_token = models.flops_per_token(model, sequence_length)
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
-    last = checkpoints.newest()
-    step, position, resume = 0, 0, None
-    line: dict[str, Any] = {"step": 0}
     must_match = {
         "data": config.staged.train,
         "sequence_length": sequence_length,
         "seed": config.seed,
     }
-    if last is not None:
-        state = checkpoint.read_state(last)
-        models.check_same_shape(model, last)
-        for key, value in must_match.items():
-            if state[key] != value:
-                raise UserError(
-                    f"{last}: was made with {key} {state[key]}, not {value}; continue the run with "
-                    "its own settings, or start a new one"
-                )
-        checkpoint.load_weights(model, last)
-        step, position, line = state["step"], state["position"], state["line"]
-        resume = (step, checkpoint.reader(last)[0])
+    start = restore(checkpoints, model, must_match)
+    step, position, line = start.step, start.position, start.line
     loss_module = TokenLoss(model, device, bf16)
     if config.compile:
         loss_module.compile_parts()
@@ -113,7 +98,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         device=device,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        resume=resume,
+        resume=start.optimizer,
     )
     record = None
     if is_main_process():
@@ -125,7 +110,11 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             f"{training.num_full:,} blocks of {sequence_length} tokens, batch "
             f"{world_size()} x {micro_batch_size} x {gradient_accumulation_steps} sequences"
         )
-        say(f"resuming from {last.name}, step {step}" if last else "starting at step 0")
+        say(
+            f"resuming from {start.folder.name}, step {step}"
+            if start.folder
+            else "starting at step 0"
+        )
     peak = metrics.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     timer = metrics.StepTimer()
 
@@ -135,7 +124,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         checkpoints.save(step, wrapped, state)
 
     # ---- train ----
-    saved_step = step if last else -1
+    saved_step = step if start.folder else -1
     stopping = rehearsing = False
     while True:
         if step % config.evaluation.every_steps == 0 or step >= config.max_steps:
@@ -149,58 +138,25 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             if found is None:
                 stopping = True
                 break
-            line |= {
-                "validation_loss": found.loss,
-                "validation_perplexity": found.perplexity,
-                "bits_per_byte": found.bits_per_byte,
-            }
+            line |= found.metrics()
         if record and (step % config.log_every_steps == 0 or "validation_loss" in line):
             record.write(line)
         if step >= config.max_steps:
             break
 
-        started = time.perf_counter()
-        # Dropout, if a model has any, follows from seed, step and rank: nothing to save, and no two
-        # of them share a value (a step below a million, a rank below 65,537).
-        torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
-        positions = micro_batch_positions(
-            position,
-            rank=rank(),
-            world_size=world_size(),
-            micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+        done = take_step(
+            wrapped,
+            training,
+            config,
+            step=step,
+            position=position,
+            writing=checkpoints.writing,
         )
-        batch = []
-        for micro in positions:
-            blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in micro]
-            batch.append([torch.from_numpy(part).to(device) for part in training.rows(blocks)])
-        data_seconds = time.perf_counter() - started
-        tokens = global_target_tokens((labels for _, labels in batch), device)
-        # Gradients are averaged over ranks; this makes the average a sum over all tokens.
-        scale = (world_size() / tokens).float()
-        local_loss = torch.zeros((), dtype=torch.float64, device=device)
-        for number, (inputs, labels) in enumerate(batch, start=1):
-            last_micro = number == gradient_accumulation_steps
-            local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last_micro)
-        # Without the scale's world size, the ranks' parts add up to the mean over all tokens.
-        mine = float(local_loss) / world_size()
-        loss, stops, writing = agree(
-            mine, signals.received() is not None, checkpoints.writing, device=device
-        )
-        guard.check_loss(mine, loss, step=step, positions=positions)
-        lr = lr_at(
-            step, peak_lr=config.optimizer.lr, max_steps=config.max_steps, schedule=config.schedule
-        )
-        wrapped.set_lr(lr)
-        grad_norm = wrapped.step()
-        guard.check_gradient(grad_norm, step=step, positions=positions)
         step += 1
         position += global_batch_size
-        timer.add(
-            tokens=float(tokens), seconds=time.perf_counter() - started, data_seconds=data_seconds
-        )
+        timer.add(tokens=done.tokens, seconds=done.seconds, data_seconds=done.data_seconds)
 
-        line = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        line = {"step": step, "loss": done.loss, "lr": done.lr, "grad_norm": done.grad_norm}
         line |= {"tokens": position * sequence_length, **metrics.memory(device)}
         if step % config.log_every_steps == 0 or step >= config.max_steps:
             line |= timer.take()
@@ -211,8 +167,8 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         if rehearse_stop and step == max(1, config.max_steps // 2):
             rehearsing = True
             os.kill(os.getpid(), signal.SIGUSR1)
-        stopping = stops > 0
-        if checkpoints.pending and writing == 0:
+        stopping = done.stop_asked
+        if checkpoints.pending and not done.any_writing:
             checkpoints.finish()
         if stopping or step % config.checkpoint.every_steps == 0 or step >= config.max_steps:
             save()

@@ -76,7 +76,7 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     targets = [target for target in phony.split() if not target.startswith("setup")]
     variables = (
         "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
-        "PLAN FORMAT NODE DRILL CMD PORT"
+        "PLAN FORMAT NODE DRILL CMD PORT Q"
     )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"

@@ -136,7 +136,9 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def _options_of(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Python 3.11 makes the older kind of union of `Literal["a"] | None`.
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _hints(config_class: Any, prefix: str = "") -> dict[str, Any]:
@@ -235,7 +237,7 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def _describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words[type(None)] = "null"
+    words |= {type(None): "null", tuple[str, ...]: "a list of texts"}
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     options = [words.get(option, "settings") for option in _options_of(hint)]

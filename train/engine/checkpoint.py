@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not there: written aside, hashed, then published by rank 0.
 
-A checkpoint is the same whatever the strategy and the number of processes: for each parameter its
-fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank. So a run goes
-on under another strategy or world size, and `export` needs neither.
+A checkpoint is the same whatever the strategy and the number of processes: for each parameter that
+trains its fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank. So a
+run goes on under another strategy or world size, and `export` needs neither.
 """
 
 from __future__ import annotations
@@ -254,9 +254,9 @@ def reader(folder: Path) -> tuple[Callable[[str, str], torch.Tensor], list[str]]
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
+    """Copy a checkpoint's weights into what trains of a model of the same shape."""
     read, names = reader(folder)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(names) == set(parameters), set(names) ^ set(parameters)
     with torch.no_grad():
         for name in names:

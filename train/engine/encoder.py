@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
@@ -23,20 +26,51 @@ def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedMo
     torch.manual_seed(seed)
     vocab_size = tokenizers.load(tokenizer_folder).vocab_size
     if folder is None:
-        shape = BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            max_position_embeddings=256,
-        )
-        return BertModel(shape, add_pooling_layer=False)
+        return BertModel(tiny_shape(vocab_size), add_pooling_layer=False)
+    model = from_folder(AutoModel, folder, vocab_size)
+    # The head on [CLS], which mean pooling leaves out: without a gradient DDP would wait for it.
+    if getattr(model, "pooler", None) is not None:
+        setattr(model, "pooler", None)  # noqa: B010 (mypy takes it for a module always)
+    return model
+
+
+def quiet() -> None:
+    """Keep transformers from progress bars, and from warnings about a head that is new or left."""
+    # It asks for DeepSpeed when it saves; that must not look for a GPU, or warn that it has none.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
+    set_verbosity_error()
+
+
+def tiny_shape(vocab_size: int) -> BertConfig:
+    """Return the shape of the small encoder of a dry run.
+
+    It has no dropout, so that a run is the same on one process and on two.
+    """
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def from_folder(kind: Any, folder: Path, vocab_size: int, **config: Any) -> PreTrainedModel:
+    """Return the model of a folder as an auto class reads it (AutoModel), in fp32, on the CPU.
+
+    Raises:
+        UserError: the folder holds none, or one that knows fewer tokens than `vocab_size`.
+    """
+    quiet()
     # Without dtype the weights would come in the precision they were stored in.
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    except (ValueError, OSError, RuntimeError) as error:
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, **config)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.name: {folder} cannot be loaded as an encoder: {reason}") from None
     if vocab_size > model.config.vocab_size:
@@ -44,9 +78,6 @@ def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedMo
             f"model.name: the tokenizer of {folder} has {vocab_size} tokens, but its weights know "
             f"only {model.config.vocab_size}; download the model again"
         )
-    # The head on [CLS], which mean pooling leaves out: without a gradient DDP would wait for it.
-    if getattr(model, "pooler", None) is not None:
-        setattr(model, "pooler", None)  # noqa: B010 (mypy takes it for a module always)
     return model
 
 

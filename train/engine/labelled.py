@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ class LabelledDataSettings:
     """The column that holds the text."""
     label_column: str = "label"
     """The column that holds the class: a name or a whole number."""
+    title_column: str | None = None
+    """A column whose text is put before the text, where the rows have one."""
+    class_names: tuple[str, ...] | None = None
+    """Names for classes that are whole numbers, in the order of the numbers."""
     validation_fraction: float = 0.1
     """The part of the training rows, of each class, that is kept for validation."""
     max_length: int = 256
@@ -55,10 +60,20 @@ class LabelledDataSettings:
                 f"data.{given}: is given without data.{missing}; give both, so that local rows are "
                 "not mixed with a dataset of the hub"
             )
-        if self.text_column == self.label_column:
-            raise UserError(
-                f"data.label_column: '{self.label_column}' is the column of the text as well"
-            )
+        columns = {"text_column": self.text_column, "label_column": self.label_column}
+        if self.title_column is not None:
+            columns["title_column"] = self.title_column
+        for (first, name), (setting, other) in combinations(columns.items(), 2):
+            if name == other:
+                raise UserError(f"data.{setting}: '{other}' is data.{first} as well")
+        if self.class_names is not None:
+            if len(self.class_names) < 2:
+                raise UserError(
+                    f"data.class_names: {len(self.class_names)} name is not two or more"
+                )
+            for name in self.class_names:
+                if not name.strip() or self.class_names.count(name) > 1:
+                    raise UserError(f"data.class_names: '{name}' is empty or there twice")
         if not (
             math.isfinite(self.validation_fraction) and 0.01 <= self.validation_fraction <= 0.5
         ):
@@ -161,6 +176,8 @@ def train_tokenizer(rows: Path, column: str, name: str) -> Path:
 
 def _stage_rows(data: LabelledDataSettings, split: str, sample: Path | None, online: bool) -> Path:
     columns = {"text_column": data.text_column, "label_column": data.label_column}
+    if data.title_column is not None:
+        columns["title_column"] = data.title_column
     given: str | None = getattr(data, split)
     rows: Iterator[Row]
     if given is None and sample is None:
@@ -186,35 +203,43 @@ def _stage_rows(data: LabelledDataSettings, split: str, sample: Path | None, onl
         made_of = staging.fingerprint(files)
         rows = (row for file in files for row in read_rows(file, columns))
 
-    def write(folder: Path) -> None:
-        count = 0
-        with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
-            for where, (text, label) in rows:
-                text = as_text(text, where, columns[next(iter(columns))])
-                if not text.strip():
-                    raise UserError(f"{where}: the text is empty; leave the row out")
-                row = {"where": where, "text": text, "label": _class_name(label, where, data)}
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        if count == 0:
-            raise UserError(f"{name}: holds no rows")
-
     folder = staging.named_by_content(
         staging.datasets_folder() / "rows", FORMAT, made_of, list(columns.values())
     )
     is_local = given is not None or sample is not None
-    return make_once(folder, write, name, online=online or is_local)
+    return make_once(
+        folder, lambda out: _write_rows(out, rows, columns, name), name, online=online or is_local
+    )
 
 
-def _class_name(label: object, where: str, data: LabelledDataSettings) -> str:
+def _write_rows(folder: Path, rows: Iterator[Row], columns: dict[str, str], name: str) -> None:
+    text_column, label_column, *title_columns = columns.values()
+    count = 0
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
+        for where, (text, label, *titles) in rows:
+            parts = [
+                as_text(part, where, column).strip()
+                for part, column in zip([*titles, text], [*title_columns, text_column], strict=True)
+            ]
+            if not parts[-1]:
+                raise UserError(f"{where}: the text is empty; leave the row out")
+            row = {"where": where, "text": " ".join(part for part in parts if part)}
+            row["label"] = _class_name(label, where, label_column)
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    if count == 0:
+        raise UserError(f"{name}: holds no rows; give one or more of each class")
+
+
+def _class_name(label: object, where: str, column: str) -> str:
     if isinstance(label, bool) or not isinstance(label, str | int):
         kind = "missing" if label is None else f"not a name or a number but {label!r}"
-        raise UserError(f"{where}: '{data.label_column}' is {kind}")
+        raise UserError(f"{where}: '{column}' is {kind}")
     name = str(label).strip()
     if not name:
-        raise UserError(f"{where}: '{data.label_column}' is empty")
+        raise UserError(f"{where}: '{column}' is empty")
     if name == "-1":
-        raise UserError(f"{where}: '{data.label_column}' is -1, which stands for no class")
+        raise UserError(f"{where}: '{column}' is -1, which stands for no class")
     return name
 
 
@@ -261,6 +286,29 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
         for split in SPLITS
     )
     return classes, train, test
+
+
+def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
+    """Return `classes` under the names of `data.class_names`, if they are whole numbers.
+
+    Raises:
+        UserError: there are more or fewer classes than names, or names of other classes.
+    """
+    if names is None or set(names) == set(classes):
+        return classes
+    if len(names) != len(classes):
+        raise UserError(
+            f"data.class_names: are {len(names)} for {len(classes)} classes ({_some(classes)})"
+        )
+    if not all(name.isdecimal() for name in classes):
+        raise UserError(
+            f"data.class_names: are for classes that are whole numbers; these are {_some(classes)}"
+        )
+    return list(names)
+
+
+def _some(classes: list[str]) -> str:
+    return ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
 
 
 def split_validation(rows: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:

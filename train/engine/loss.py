@@ -46,14 +46,17 @@ class TokenLoss(nn.Module):
             layer.compile(dynamic=False)
         self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss in nats, summed over targets, fp32, for inputs and labels of (B, T).
+
+        Without labels, the logits of (B, T, V): what samples text must come in by the same door,
+        where a sharded model gathers its weights.
 
         No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
         """
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
             logits = self.model(input_ids=inputs, use_cache=False).logits
-        return self._cross_entropy(logits, labels)
+        return logits if labels is None else self._cross_entropy(logits, labels)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -82,6 +85,14 @@ class Validation:
     bits_per_byte: float
     """Comparable between tokenizers: the whole text's loss in bits over its bytes in UTF-8."""
     num_tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return what of it goes into a line of metrics.jsonl."""
+        return {
+            "validation_loss": self.loss,
+            "validation_perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
 
 
 @torch.no_grad()

@@ -150,6 +150,7 @@ _SHOWN = (
     "loss",
     "validation_perplexity",
     "bits_per_byte",
+    "validation_accuracy",
     "lr",
     "grad_norm",
     "tokens_per_second",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -29,26 +30,37 @@ SHAPE = (
 
 
 def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
-    """Return the model that training starts from, in fp32 on the CPU.
-
-    Random weights are drawn on the CPU whatever the device, so that a seed gives the same model
-    everywhere.
-    """
-    torch.manual_seed(seed)
+    """Return the model that training starts from, in fp32 on the CPU."""
     if config.model.preset is None:
         assert config.staged is not None and config.staged.model is not None
-        folder = staged_path(config.staged.model)
-        disable_progress_bar()
-        # Without dtype the weights would come in the precision they were stored in.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = from_folder(staged_path(config.staged.model))
     else:
-        model = AutoModelForCausalLM.from_config(
-            _preset_config(config.model.preset, tokenizer_folder), dtype=torch.float32
-        )
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+        model = from_preset(config.model.preset, tokenizer_folder, seed)
     model.config.use_cache = False
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    return model
+
+
+def from_folder(folder: Path) -> PreTrainedModel:
+    """Return the model of a Hugging Face folder, in fp32 on the CPU."""
+    disable_progress_bar()
+    # Without dtype the weights would come in the precision they were stored in.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return model
+
+
+def from_preset(preset: str, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
+    """Return a preset's model with random weights, in fp32 on the CPU.
+
+    They are drawn on the CPU whatever the device, so that a seed gives the same model everywhere.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        _preset_config(preset, tokenizer_folder), dtype=torch.float32
+    )
+    assert all(p.dtype == torch.float32 for p in model.parameters())
     return model
 
 
@@ -86,11 +98,13 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
 
     6 N + 12 L d T: N the parameters that multiply (embedding look-ups do not), L layers, d the
     hidden size, T the sequence length; attention counted as if not causal. Chowdhery et al. 2022
-    (PaLM), arXiv:2204.02311, appendix B.
+    (PaLM), arXiv:2204.02311, appendix B. Of the 6 a parameter that is frozen takes 4: nobody needs
+    its own gradient.
     """
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters())
     if not config.tie_word_embeddings:
-        parameters -= config.vocab_size * config.hidden_size
+        lookup: Any = model.get_input_embeddings().weight
+        parameters -= (6 if lookup.requires_grad else 4) * lookup.numel()
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return float(6 * parameters + attention)
+    return float(parameters + attention)

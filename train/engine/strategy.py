@@ -54,6 +54,17 @@ def bf16_from_environment() -> bool:
     return precision == "bf16"
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether the setting `precision` (auto, bf16, fp32) means bf16 autocast here.
+
+    Raises:
+        UserError: as `bf16_from_environment`.
+    """
+    if precision == "auto":
+        return device.type == "cuda" and bf16_from_environment()
+    return precision == "bf16"
+
+
 def prepare(
     loss: TokenLoss,
     settings: OptimizerSettings,
@@ -178,8 +189,10 @@ class Strategy:
             group["lr"] = lr
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name (as in the exported model) and the parameter, tied ones once."""
+        """Yield the name (as in the model) and the parameter of what trains, tied ones once."""
         for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             yield name.rpartition("module.")[2].removeprefix("model."), parameter
 
     def full(self, parameter: Any, state: str) -> torch.Tensor:
@@ -208,13 +221,14 @@ class Strategy:
         return torch.tensor(float(steps), device=parameter.device if fused else "cpu")
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
-        parameters = list(module.parameters())
+        parameters = [p for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim >= 2]},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            groups,
+            # DeepSpeed cannot flatten a group of nothing; adapters are matrices only.
+            [group for group in groups if group["params"]],
             lr=self.settings.lr,
             betas=(self.settings.beta1, self.settings.beta2),
             eps=self.settings.eps,

@@ -43,6 +43,7 @@ class Config(Parent):
     """Train."""
 
     kind: Literal["a", "b"] = "a"
+    maybe: Literal["a"] | None = None
     inner: Inner = field(default_factory=Inner)
     staged: StagedPaths | None = None
     dry_run: bool = False
@@ -250,6 +251,14 @@ def test_any_words_are_settings_or_one_mistake(found: list[str]) -> None:
     else:
         assert isinstance(config.steps, int)
         assert isinstance(config.inner.lr, float)
+
+
+def test_a_file_may_say_of_a_choice_that_there_is_none(tmp_path: Path) -> None:
+    # As the resolved settings of a run do.
+    path = tmp_path / "config.yaml"
+    path.write_text(arguments.to_yaml(Config()))
+    assert "maybe: null" in path.read_text()
+    assert parse(f"--config {path}") == Config()
 
 
 # ---- help ----

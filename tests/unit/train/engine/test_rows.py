@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from train.engine.errors import UserError
+from train.engine.rows import as_text, read_rows
+
+COLUMNS = {"label_column": "label", "text_column": "text"}
+ROWS = [("b", 'two\nlines, a comma and "quotes"'), ("a", "z\u00fcrich \U0001f600")]
+
+
+def write_jsonl(file: Path) -> None:
+    file.write_text(
+        '{"text": "two\\nlines, a comma and \\"quotes\\"", "label": "b", "more": [1]}\n'
+        "\n"
+        '{"label": "a", "text": "z\u00fcrich \\ud83d\\ude00"}',
+        encoding="utf-8-sig",
+    )
+
+
+def write_csv(file: Path) -> None:
+    file.write_text(
+        'label,text,more\r\nb,"two\nlines, a comma and ""quotes""",1\r\n'
+        "a,z\u00fcrich \U0001f600,\r\n",
+        encoding="utf-8-sig",
+        newline="",
+    )
+
+
+def write_parquet(file: Path) -> None:
+    labels, texts = zip(*ROWS, strict=True)
+    table = pyarrow.table({"text": texts, "more": [1, 2], "label": labels})
+    pyarrow.parquet.write_table(table, file)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "places"),
+    [
+        ("jsonl", write_jsonl, [":1", ":3"]),
+        ("csv", write_csv, [":3", ":4"]),
+        ("parquet", write_parquet, ["", ""]),
+    ],
+)
+def test_a_row_has_its_place_and_the_columns_in_the_order_asked_for(
+    tmp_path: Path, suffix: str, write: Callable[[Path], None], places: list[str]
+) -> None:
+    file = tmp_path / f"rows.{suffix}"
+    write(file)
+    found = list(read_rows(file, COLUMNS))
+    assert [values for _, values in found] == ROWS
+    assert [where for where, _ in found] == [f"{file}{place}" for place in places]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", b'{"text": "x", "label": "a"}\n{"text": "x"}', r"r.jsonl:2: has no column 'la"),
+        ("r.jsonl", b'{"text": "x",}', r"r.jsonl:1: is not JSON: .* \(column 14\)"),
+        ("r.jsonl", b"[1, 2]", r'r.jsonl:1: is not an object such as {"label": "...", "text"'),
+        ("r.jsonl", b'\n{"text": "\xff"}', r"r.jsonl:2: is not UTF-8 .* convert it"),
+        ("r.jsonl", b"[" * 100_000, r"r.jsonl:1: is not JSON that can be read"),
+        ("r.csv", b"", r"r.csv: is empty; its first line names the columns"),
+        ("r.csv", b"text\nx\n", r"r.csv: has no column 'label'; choose from text with --data.lab"),
+        ("r.csv", b"text,label\nx,a\ny\n", r"r.csv:3: has fewer columns than the first line"),
+        ("r.csv", b"text,label\n\xff,a\n", r"r.csv: is not UTF-8"),
+        ("r.parquet", b"PAR1 and no more", r"r.parquet: is damaged, or not a parquet file"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(tmp_path / name, COLUMNS))
+
+
+def test_a_text_is_text_and_a_null_is_none() -> None:
+    assert as_text("x", "f:1", "text") == "x"
+    assert as_text(None, "f:1", "text") == ""
+    with pytest.raises(UserError, match="f:1: 'text' is not text but float"):
+        as_text(1.5, "f:1", "text")
+    with pytest.raises(UserError, match="f:1: 'text' holds half a character"):
+        as_text("\ud83d", "f:1", "text")

@@ -1,0 +1,295 @@
+"""Ask the passages of a run of the lab rag.
+
+make ask RUN=rag Q="Who designed the bridge?"
+make ask RUN=rag                                    # a question a line, until Ctrl+D
+python -m train.ask runs/rag/20261122-153402-ab12cd --question "Who designed the bridge?"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.engine import arguments, corpus, index, passages, prompt, staging
+from train.engine.chunks import readable
+from train.engine.errors import UserError, run_to_exit
+from train.engine.index import Hit
+from train.engine.passages import Passage
+from train.engine.prompt import printable
+from train.labs import rag
+
+# Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is
+# that of all-MiniLM-L6-v2; every encoder has a scale of its own.
+THRESHOLD = 0.35
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Ask the passages of a run of the lab rag."""
+
+    question: str | None = None
+    """The question; without one they are read from the terminal until Ctrl+D."""
+    k: int = 3
+    """Passages to find, and at most to put into the prompt."""
+    threshold: float = THRESHOLD
+    """The cosine below which a passage does not count as found; -1 lets every passage count."""
+    max_prompt_tokens: int = 1024
+    """Tokens of the prompt, passages included; of the generator's, else of the encoder's."""
+    max_new_tokens: int = 128
+    """Tokens of the answer."""
+    show_prompt: bool = False
+    """Show the prompt as well."""
+    generator: rag.GeneratorSettings = field(default_factory=rag.GeneratorSettings)
+
+    def __post_init__(self) -> None:
+        if self.question is not None:
+            check_question(self.question, 'Q: is empty; give a question, such as Q="Who was it?"')
+        if self.k < 1:
+            raise UserError(f"k: {self.k} is not positive")
+        if not (math.isfinite(self.threshold) and -1 <= self.threshold <= 1):
+            raise UserError(f"threshold: {self.threshold} is not a cosine, between -1 and 1")
+        for name in ("max_prompt_tokens", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code."""
+    if not argv or argv[0].startswith("-"):
+        if "--help" not in argv and "-h" not in argv:
+            raise UserError("usage: python -m train.ask RUN_FOLDER [--question TEXT] [OPTION ...]")
+        argv = ["", *argv]
+    run_folder = Path(argv[0])
+    options = arguments.parse(Options, argv[1:], prog="train/ask.py", dry_run={})
+    if options.question is None and not sys.stdin.isatty():
+        raise UserError('Q: is empty, and there is no terminal to ask at; give Q="Who was it?"')
+    try:
+        library = Library(run_folder, options)
+        if options.question is not None:
+            answer(library, options.question, options)
+        else:
+            converse(library, options)
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def check_question(text: str, otherwise: str) -> None:
+    """Raise `UserError` unless `text` is a question that can be read."""
+    if not text.strip():
+        raise UserError(otherwise)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError("Q: is not UTF-8 text; look at the terminal's encoding") from None
+
+
+def converse(library: Library, options: Options) -> None:
+    """Answer questions from the terminal until Ctrl+D."""
+    with contextlib.suppress(ImportError):  # a Python can be built without it
+        import readline  # noqa: F401  gives input() its editing and its history
+
+    print(f"{len(library.texts):,} passages; Ctrl+D ends")
+    while True:
+        try:
+            text = input("question> ")
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError:
+            print("that is not UTF-8 text; look at the terminal's encoding")
+            continue
+        if not text.strip():
+            continue
+        try:
+            check_question(text, "")
+            answer(library, text, options)
+        except UserError as error:
+            print(f"error: {printable(str(error))}")
+
+
+def answer(library: Library, question: str, options: Options) -> None:
+    """Find passages, show them and, where there is a generator, an answer made from them."""
+    hits, encode_s, search_s = library.find(question, options.k)
+    best = hits[0].score
+    kept = [hit for hit in hits if hit.score >= options.threshold]
+    took = f"encoder {1000 * encode_s:.0f} ms, index {1000 * search_s:.1f} ms"
+    if not kept:
+        print(
+            f"nothing found: the best of {len(library.texts):,} passages has score {best:.3f}, "
+            f"below {options.threshold:g} (--threshold); {took}"
+        )
+        return
+    built = None
+    if options.show_prompt or library.generate is not None:
+        sources = [library.source(hit) for hit in kept]
+        built = prompt.build(question, sources, count=library.count, budget=library.prompt_tokens)
+    print(f"found {len(kept)} of {len(library.texts):,} passages; {took}")
+    for number, hit in enumerate(kept, start=1):
+        passage = library.texts[hit.passage]
+        title = printable(readable(passage.title)) or "(no title)"
+        print(f"\n[{number}] {title}  score {hit.score:.3f}  id {printable(passage.id)}")
+        print(printable(library.source(hit).text))
+    if built is not None and options.show_prompt:
+        print(f"\nthe prompt, {built.tokens} tokens, {built.num_sources} passages:\n")
+        print(printable(built.text))
+    if built is not None and library.generate is not None:
+        began = time.perf_counter()
+        text = library.generate(built.text)
+        print(f"\nanswer ({time.perf_counter() - began:.1f} s, passages 1 to {built.num_sources}):")
+        print(printable(text) or "(the model said nothing)")
+
+
+class Library:
+    """The passages of a run with their index and encoder, and a generator if there is one."""
+
+    texts: list[Passage]
+    count: Callable[[str], int]
+    """Returns the tokens that a prompt takes."""
+    generate: Callable[[str], str] | None = None
+    """Returns the answer to a prompt."""
+
+    def __init__(self, run_folder: Path, options: Options) -> None:
+        """Load them.
+
+        Raises:
+            UserError: it is no run of the lab, has no index, or the index is of something else.
+        """
+        config = read_config(run_folder)
+        assert config.staged is not None
+        if index.read_manifest(run_folder / "index") is None:
+            raise UserError(
+                f"{run_folder}: has no index; let the run come to its end, with `make run RUN=`"
+            )
+        self.texts = passages.read_passages(staging.staged_path(config.staged.passages))
+        if options.k > len(self.texts):
+            raise UserError(
+                f"--k: {options.k} is more than the {len(self.texts)} passages there are"
+            )
+        self.chunks = corpus.read_chunks(staging.staged_path(config.staged.chunks))
+        self._owners = [chunk.passage for chunk in self.chunks]
+        generator = None
+        if options.generator.name:
+            given = options.generator
+            assert given.name is not None
+            generator = corpus.stage_generator(given.name, given.revision, online=False)
+        elif config.staged.generator:
+            generator = staging.staged_path(config.staged.generator)
+
+        # Only now, so that a mistake above is answered at once.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._embedder = rag.load_embedder(config, device)
+        made_of = rag.identity(config, self._embedder)
+        self._index = index.load(run_folder / "index", made_of)
+        self._embedder(["the first text of all is slow"])
+        self.prompt_tokens = options.max_prompt_tokens
+        if generator is None:
+            self.count = self._embedder.count
+        else:
+            self._load_generator(generator, options, device)
+
+    def find(self, question: str, k: int) -> tuple[list[Hit], float, float]:
+        """Return the best `k` passages, and the seconds in the encoder and in the index."""
+        began = time.perf_counter()
+        vectors = self._embedder([question])
+        embedded = time.perf_counter()
+        hits = index.search(self._index, vectors, self._owners, k)[0]
+        return hits, embedded - began, time.perf_counter() - embedded
+
+    def source(self, hit: Hit) -> prompt.Source:
+        """Return the stretch of a passage that was found, to be shown and cited."""
+        passage, chunk = self.texts[hit.passage], self.chunks[hit.chunk]
+        return prompt.Source(
+            title=readable(passage.title), text=passage.text[chunk.start : chunk.end]
+        )
+
+    def _load_generator(self, folder: Path, options: Options, device: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"generator.name: {folder} cannot be loaded: {reason}") from None
+        model.to(device).eval()
+        context = int(getattr(model.config, "max_position_embeddings", 2048))
+        self.prompt_tokens = min(options.max_prompt_tokens, context - options.max_new_tokens)
+        if self.prompt_tokens < 1:
+            raise UserError(
+                f"--max_new_tokens: {options.max_new_tokens} leaves no room for a prompt in the "
+                f"{context} tokens that the generator knows"
+            )
+
+        def encode(text: str) -> Sequence[int]:
+            if tokenizer.chat_template:
+                # What a chat model was trained to see around a message; it has the special tokens.
+                messages = [{"role": "user", "content": text}]
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            ids: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)[
+                "input_ids"
+            ]
+            return ids
+
+        def generate(text: str) -> str:
+            ids = torch.tensor([encode(text)], device=device)
+            tokens = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=options.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            written: str = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+            # A model that was not taught to end goes on with the next question.
+            return written.split("\nQuestion:")[0].strip()
+
+        self.count = lambda text: len(encode(text))
+        self.generate = generate
+
+
+def read_config(run_folder: Path) -> rag.Config:
+    """Return the settings of a run of the lab.
+
+    Raises:
+        UserError: it is no such run, or what it read is gone.
+    """
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_folder}: has no config.yaml; give a run that `make run` made")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if "\nchunks:" not in f"\n{text}":
+        raise UserError(f"{run_folder}: is no run of the lab rag; give one, as RUN=rag does")
+    config = arguments.parse(rag.Config, ["--config", str(path)], prog="ask", dry_run=rag.DRY_RUN)
+    if config.staged is None:
+        raise UserError(f"{path}: does not say what the run read; give a run that `make run` made")
+    for name in vars(config.staged).values():
+        if name and not staging.staged_path(name).exists():
+            raise UserError(
+                f"{staging.staged_path(name)}: is gone; SLUICE_DATASETS names "
+                "the folder of datasets, and `make run RUN=` makes it again"
+            )
+    return config
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

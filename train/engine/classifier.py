@@ -1,0 +1,126 @@
+"""An encoder with a head that tells classes apart: loaded, asked, and written for transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
+
+from train.engine import encoder, signals
+from train.engine import tokenizer as tokenizers
+from train.engine.distributed import agree, world_size
+from train.engine.errors import RunFailed, UserError
+from train.engine.shares import gather_in_order, share
+
+# Batches of an evaluation between two looks at whether the cluster asks to stop.
+LOOK_EVERY = 8
+
+
+def load(
+    folder: Path | None, tokenizer_folder: Path, classes: Sequence[str], seed: int
+) -> PreTrainedModel:
+    """Return the encoder of a folder, or a small random one, with a new head; fp32, on the CPU.
+
+    The head's weights follow from `seed`. The names of the classes become part of its config.
+
+    Raises:
+        UserError: the folder holds no encoder, or one that knows fewer tokens than the tokenizer.
+    """
+    names = {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+    }
+    vocab_size = tokenizers.load(tokenizer_folder).vocab_size
+    encoder.quiet()
+    torch.manual_seed(seed)
+    if folder is None:
+        shape = encoder.tiny_shape(vocab_size)
+        shape.update(names)
+        return BertForSequenceClassification(shape)
+    model = encoder.from_folder(AutoModelForSequenceClassification, folder, vocab_size, **names)
+    if model.config.pad_token_id is None:
+        raise UserError(
+            f"model.name: {folder} has no padding token, so that texts of different lengths make "
+            "no batch; choose an encoder, such as sentence-transformers/all-MiniLM-L6-v2"
+        )
+    return model
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> np.ndarray | None:
+    """Return the probabilities, (N, C), of tokenized texts in order, on every rank; collective.
+
+    Each rank reads its share of the rows; dropout is off. None when a rank was asked to stop.
+    """
+    was_training = model.training
+    model.eval()
+    mine = share(len(rows))
+    order = sorted(range(len(mine)), key=lambda place: (-len(rows[mine[place]]), place))
+    found = np.empty((len(mine), int(model.config.num_labels or 0)), dtype=np.float32)
+    # As many rounds on every rank, as they agree within; the share of rank 0 is the longest.
+    longest_share = -(-len(rows) // world_size())
+    for number, start in enumerate(range(0, longest_share, batch_size)):
+        if number % LOOK_EVERY == 0:
+            (stops,) = agree(signals.received() is not None, device=device)
+            if stops:
+                model.train(was_training)
+                return None
+        places = order[start : start + batch_size]
+        if not places:
+            continue
+        ids, mask = encoder.pad(
+            [rows[mine[place]] for place in places], model.config.pad_token_id or 0
+        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        found[places] = logits.float().softmax(-1).cpu().numpy()
+    model.train(was_training)
+    return gather_in_order(found, total=len(rows))
+
+
+def export(model: PreTrainedModel, tokenizer_folder: Path, max_length: int, output: Path) -> None:
+    """Write a folder that `transformers.pipeline("text-classification", output)` reads.
+
+    It cuts texts to `max_length` tokens, as in training, when asked to (`truncation=True`). The
+    folder appears whole; one of an earlier export is replaced.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(unfinished)
+        for name in tokenizers.FILES:
+            if (tokenizer_folder / name).exists():
+                shutil.copyfile(tokenizer_folder / name, unfinished / name)
+        settings = unfinished / "tokenizer_config.json"
+        told = json.loads(settings.read_text(encoding="utf-8"))
+        told |= {"model_max_length": max_length}
+        settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner reads; the folder has the umask's mode.
+        for file in unfinished.iterdir():
+            file.chmod(unfinished.stat().st_mode & 0o666)
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(f"{output}: could not be written ({error})") from None

@@ -1,0 +1,152 @@
+"""The vectors of texts by an encoder that does not change: computed once, by all ranks together.
+
+A frozen encoder gives the same vector for a text in every epoch, if dropout is off. So each text
+goes through it once; what is trained on the vectors then costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from train.engine import encoder as encoders
+from train.engine import signals
+from train.engine.distributed import agree, from_main_process, is_main_process, world_size
+from train.engine.durable import describe, sha256, write_atomically
+from train.engine.runfolder import say
+from train.engine.shares import gather_in_order, share
+
+# Rows of a file: what a run that is stopped loses at most.
+ROWS_PER_FILE = 1024
+# Texts of one forward pass; and passes of a rank between two looks at the signals.
+BATCH_SIZE = 32
+PASSES_BETWEEN_LOOKS = 4
+
+
+def embed_together(
+    encoder: PreTrainedModel,
+    token_rows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    bf16: bool = False,
+) -> torch.Tensor | None:
+    """Return the vectors (N, D), fp32 on the CPU, of all N rows on every rank; collective.
+
+    Each rank embeds its share, dropout off. None: a rank was asked to stop.
+    """
+    # By length before they are dealt, so that the ranks have like work and batches little padding.
+    order = sorted(range(len(token_rows)), key=lambda i: (-len(token_rows[i]), i))
+    own_rows = [token_rows[order[i]] for i in share(len(order))]
+    largest_share = -(-len(order) // world_size())
+    parts = []
+    for start in range(0, largest_share, BATCH_SIZE * PASSES_BETWEEN_LOOKS):
+        if agree(signals.received() is not None, device=device)[0] > 0:
+            return None
+        rows = own_rows[start : start + BATCH_SIZE * PASSES_BETWEEN_LOOKS]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            parts.append(encoders.embed_all(encoder, rows, batch_size=BATCH_SIZE, device=device))
+    gathered = gather_in_order(torch.cat(parts).numpy(), total=len(order))
+    vectors = torch.empty(gathered.shape)
+    vectors[order] = torch.from_numpy(gathered)
+    return vectors
+
+
+def fingerprint(encoder: nn.Module, token_rows: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Return what the vectors are made of: a hash of the weights and one of the rows' tokens."""
+    weights, rows = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tokens in token_rows:
+        rows.update(json.dumps(list(tokens)).encode())
+    return {"encoder": weights.hexdigest(), "rows": rows.hexdigest()}
+
+
+def cached_features(
+    folder: Path,
+    encoder: PreTrainedModel,
+    token_rows: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    bf16: bool = False,
+) -> torch.Tensor | None:
+    """Return the vectors (N, D) of `token_rows`, from `folder` where they are there; collective.
+
+    `folder` gets a file for every 1,024 rows as soon as they are computed, and manifest.json. What
+    was made of another encoder or other rows, or is damaged, is said and computed again. None: a
+    rank was asked to stop; the files so far are kept.
+    """
+    made_of = {**fingerprint(encoder, token_rows), "precision": "bf16" if bf16 else "fp32"}
+    manifest = _read_manifest(folder, made_of)
+    parts = []
+    for start in range(0, len(token_rows), ROWS_PER_FILE):
+        name = f"rows-{start:08d}.safetensors"
+        if name in manifest["files"]:
+            parts.append(load_file(folder / name)["vectors"])
+            continue
+        rows = token_rows[start : start + ROWS_PER_FILE]
+        vectors = embed_together(encoder, rows, device=device, bf16=bf16)
+        if vectors is None:
+            return None
+        if is_main_process():
+            _write(folder, name, vectors, manifest)
+            say(f"features of {start + len(rows):,} of {len(token_rows):,} {folder.name} rows")
+        parts.append(vectors)
+    return torch.cat(parts)
+
+
+def _read_manifest(folder: Path, made_of: dict[str, str]) -> dict[str, Any]:
+    """Return the manifest, with only the files that are whole; rank 0 looks, for all."""
+    manifest: dict[str, Any] = {"made_of": made_of, "files": {}}
+    if is_main_process() and (folder / "manifest.json").exists():
+        manifest = _checked(folder, manifest)
+    agreed: dict[str, Any] = json.loads(from_main_process(json.dumps(manifest)) or "")
+    return agreed
+
+
+def _checked(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found, files = manifest["made_of"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        say(f"{folder}: manifest.json cannot be read; computing the features again")
+        return expected
+    other = [key for key, value in expected["made_of"].items() if found.get(key) != value]
+    if other:
+        say(f"{folder}: was made with another {' and '.join(other)}; computing the features again")
+        return expected
+    whole = {name: entry for name, entry in files.items() if _is_whole(folder / name, entry)}
+    if damaged := sorted(set(files) - set(whole)):
+        say(f"{folder}: {', '.join(damaged)} is damaged; computing its features again")
+    return {**expected, "files": whole}
+
+
+def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    try:
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            return False
+        load_file(path)["vectors"]
+    except (OSError, KeyError, TypeError, SafetensorError):
+        return False
+    return True
+
+
+def _write(folder: Path, name: str, vectors: torch.Tensor, manifest: dict[str, Any]) -> None:
+    """Write a file of vectors aside, rename it, then name it in the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.tmp"
+    save_file({"vectors": vectors.contiguous()}, temporary)
+    # safetensors makes files that only their owner reads; the folder has the umask's mode.
+    temporary.chmod(folder.stat().st_mode & 0o666)
+    manifest["files"][name] = describe(temporary)
+    temporary.replace(folder / name)
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,114 @@
+"""Text that a model under training goes on with, from the same prompts each time it is asked.
+
+transformers' own `generate` calls the bare model, which under ZeRO-3 and FSDP2 is spread over the
+processes. Here the model is called as in training, by all of them together.
+
+Imports torch only to sample: settings are checked before that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from train.engine.errors import UserError
+from train.engine.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """What the model is asked to go on from, before the training and after it."""
+
+    prompts: tuple[str, ...] | str = ("The history of the", "It was built in")
+    """One beginning, or a list of them."""
+    max_new_tokens: int = 40
+    """Tokens to add to each."""
+    temperature: float = 0.0
+    """0: the likeliest token each time. Above: drawn, the bolder the higher; `seed` repeats it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            self.prompts = (self.prompts,)
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise UserError('sample.prompts: one is empty; give a beginning, such as "The history"')
+        if self.max_new_tokens < 1:
+            raise UserError(f"sample.max_new_tokens: {self.max_new_tokens} is not positive")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"sample.temperature: {self.temperature} is not 0 or a positive number")
+
+    def encode(self, tokenizer: LoadedTokenizer) -> list[list[int]]:
+        """Return the tokens of the prompts, each as the start of a document."""
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        encode = tokenizer.tokenizer.encode
+        return [start + encode(prompt, add_special_tokens=False).ids for prompt in self.prompts]
+
+
+def check_fits(settings: SampleSettings, tokenizer: LoadedTokenizer, num_positions: int) -> None:
+    """Raise `UserError` if a prompt and its continuation are longer than the model's context."""
+    for prompt, tokens in zip(settings.prompts, settings.encode(tokenizer), strict=True):
+        if len(tokens) + settings.max_new_tokens > num_positions:
+            raise UserError(
+                f"sample.max_new_tokens: {settings.max_new_tokens} and the {len(tokens)} tokens of "
+                f"'{prompt[:40]}' are more than the {num_positions} positions of the model"
+            )
+
+
+def continue_prompts(
+    module: Any,
+    settings: SampleSettings,
+    tokenizer: LoadedTokenizer,
+    *,
+    seed: int,
+    device: torch.device,
+) -> list[str] | None:
+    """Return what the model (a wrapped `TokenLoss`) makes of each prompt, or None if asked to stop.
+
+    Collective; every rank returns the same. Ends at the tokenizer's end of a document.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from train.engine import signals
+    from train.engine.distributed import agree
+
+    rows = settings.encode(tokenizer)
+    ends = [len(row) for row in rows]
+    # Of one shape from the first token to the last, so that compiled layers are compiled once.
+    # What stands behind a row's end cannot be seen from before it.
+    width = max(ends) + settings.max_new_tokens
+    tokens = torch.zeros((len(rows), width), dtype=torch.int64, device=device)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    unfinished = set(range(len(rows)))
+    generator = torch.Generator().manual_seed(seed)
+    module.eval()
+    with torch.no_grad():
+        for _ in range(settings.max_new_tokens):
+            if agree(signals.received() is not None, device=device)[0]:
+                module.train()
+                return None
+            logits = module(tokens)[range(len(rows)), [end - 1 for end in ends]].float().cpu()
+            if settings.temperature > 0:
+                weights = torch.softmax(logits / settings.temperature, dim=-1)
+                chosen = torch.multinomial(weights, 1, generator=generator)[:, 0]
+            else:
+                chosen = logits.argmax(dim=-1)
+            chosen = chosen.to(device)
+            # One rank chooses for all: a last bit that differs must not part their ways.
+            dist.broadcast(chosen, src=0)
+            for row in sorted(unfinished):
+                tokens[row, ends[row]] = chosen[row]
+                ends[row] += 1
+                if int(chosen[row]) == tokenizer.eos_id:
+                    unfinished.remove(row)
+            if not unfinished:
+                break
+    module.train()
+    return [
+        tokenizer.tokenizer.decode(tokens[row, :end].tolist(), skip_special_tokens=True)
+        for row, end in enumerate(ends)
+    ]

@@ -1,0 +1,141 @@
+"""A new head on a pretrained encoder: a classifier, its blocks, and the folder it becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from train.engine import encoder as encoders
+from train.engine import tokenizer
+from train.engine.checkpoint import reader
+from train.engine.durable import write_atomically
+from train.engine.errors import RunFailed
+
+# What does not train but is measured, and belongs into a checkpoint with what does.
+STATISTICS = ("head.mean", "head.deviation")
+
+
+class Head(nn.Module):
+    """Logits (B, C) of vectors (B, D): each dimension standardised, then one linear layer."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(width), requires_grad=False)
+        # Zeros are as good as any start: without a hidden layer the loss is convex.
+        self.weight = nn.Parameter(torch.zeros(num_classes, width))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        """Return the logits, (B, C)."""
+        # Under autocast a linear layer would be in bf16; this one is small.
+        with torch.autocast(vectors_BD.device.type, enabled=False):
+            standardised_BD = (vectors_BD.float() - self.mean) / self.deviation
+            return nn.functional.linear(standardised_BD, self.weight, self.bias)
+
+    @torch.no_grad()
+    def measure(self, vectors_ND: torch.Tensor) -> None:
+        """Take mean and standard deviation from the vectors of the training rows.
+
+        A dimension that is as good as constant, such as one that MiniLM never uses, is only
+        centred: divided by next to nothing, its rounding errors would swamp the others, and make
+        the gradient of the encoder thousands of times too large.
+        """
+        self.mean.copy_(vectors_ND.mean(0))
+        deviation_D = vectors_ND.std(0, correction=0)
+        is_constant = deviation_D < 1e-3 * deviation_D.mean()
+        self.deviation.copy_(deviation_D.masked_fill(is_constant, 1.0))
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, torch.Tensor]:
+        """Return weight (C, D) and bias (C,) of the same function of vectors as they come."""
+        weight = self.weight / self.deviation
+        return {"weight": weight, "bias": self.bias - weight @ self.mean}
+
+
+class Classifier(nn.Module):
+    """An encoder with a head."""
+
+    def __init__(self, encoder: PreTrainedModel, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = Head(encoder.config.hidden_size, num_classes)
+
+    def forward(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Return the logits, (B, C)."""
+        return self.head(encoders.embed(self.encoder, ids_BT, mask_BT))
+
+    @torch.no_grad()
+    def probabilities(self, vectors_ND: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities (N, C), on the CPU, of vectors of the encoder."""
+        return self.head(vectors_ND.to(self.head.weight.device)).softmax(-1).cpu()
+
+    def layers(self) -> nn.ModuleList:
+        """Return the encoder's layers, the lowest first."""
+        wanted = self.encoder.config.num_hidden_layers
+        lists = (m for m in self.encoder.modules() if isinstance(m, nn.ModuleList))
+        return next(candidate for candidate in lists if len(candidate) == wanted)
+
+    def blocks(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each block: the layers from the top, then all the rest."""
+        blocks = [list(layer.parameters()) for layer in reversed(self.layers())]
+        in_layers = {id(parameter) for block in blocks for parameter in block}
+        return [*blocks, [p for p in self.encoder.parameters() if id(p) not in in_layers]]
+
+
+def load_trained(model: Classifier, checkpoint: Path) -> None:
+    """Copy what had been trained until a checkpoint over the pretrained weights."""
+    read, names = reader(checkpoint)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameters[name].copy_(read(name, "weight"))
+
+
+def export(
+    model: Classifier, classes: list[str], max_length: int, tokenizer_folder: Path, output: Path
+) -> None:
+    """Write encoder, head.safetensors, classifier.json and tokenizer to `output`.
+
+    The head takes the mean of the token vectors as it comes; classifier.json names the classes in
+    the order of its logits, and the tokens that are read of a text. The folder of an earlier
+    export is replaced.
+
+    Raises:
+        RunFailed: it could not be written.
+    """
+    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    disable_progress_bar()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        model.encoder.save_pretrained(unfinished)
+        head = {name: tensor.cpu().contiguous() for name, tensor in model.head.folded().items()}
+        save_file(head, unfinished / "head.safetensors")
+        description = {"classes": classes, "max_length": max_length}
+        write_atomically(
+            unfinished / "classifier.json",
+            json.dumps(description, indent=2, ensure_ascii=False) + "\n",
+        )
+        for name in tokenizer.FILES:
+            if (tokenizer_folder / name).exists():
+                shutil.copyfile(tokenizer_folder / name, unfinished / name)
+        # safetensors makes files that only their owner reads; the folder has the umask's mode.
+        for file in unfinished.iterdir():
+            file.chmod(unfinished.stat().st_mode & 0o666)
+        shutil.rmtree(output, ignore_errors=True)
+        unfinished.rename(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(f"{output}: could not be written ({error})") from None

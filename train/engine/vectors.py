@@ -1,0 +1,99 @@
+"""Vectors of a run under way: kept in shards, each checkpoint naming those it stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from train.engine.checkpoint import Checkpoints, step_folders
+from train.engine.distributed import barrier, is_main_process, rank, world_size
+from train.engine.durable import describe, write_atomically
+from train.engine.errors import RunFailed
+from train.engine.settings import CheckpointSettings
+
+FORMAT = 1
+
+
+class VectorCheckpoints(Checkpoints):
+    """Checkpoints that grow: each adds a shard of vectors for each rank to those before.
+
+    The shards lie in `vectors` beside the checkpoints' folder, so that retention, which deletes old
+    checkpoints, deletes no vector. A checkpoint's manifest has size and hash of every shard so far:
+    one that is damaged spoils the checkpoints since, and the one before them serves.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        super().__init__(folder, settings)
+        self.shards = folder.parent / "vectors"
+        problem = None
+        if is_main_process():
+            try:
+                self.shards.mkdir(exist_ok=True)
+                for leftover in self.shards.glob(".*"):
+                    leftover.unlink()
+            except OSError as error:
+                problem = error.strerror
+        barrier()
+        if problem:
+            raise RunFailed(f"{self.shards}: cannot be written: {problem}")
+
+    def save_vectors(
+        self, step: int, vectors: dict[int, np.ndarray], state: dict[str, Any]
+    ) -> None:
+        """Write this rank's new vectors, by their chunk's number, and publish checkpoint `step`.
+
+        All ranks take part, also those that have none.
+
+        Raises:
+            RunFailed: it could not be written; the earlier checkpoints are as they were.
+        """
+        unpublished = self.folder / f".step-{step:08d}"
+        self._report = {}
+        try:
+            files: dict[str, Any] = {}
+            if vectors:
+                name = f"step-{step:08d}-{rank():05d}-of-{world_size():05d}.safetensors"
+                hidden = self.shards / f".{name}"
+                numbers = np.array(list(vectors), dtype=np.int64)
+                save_file({"numbers": numbers, "vectors": np.stack(list(vectors.values()))}, hidden)
+                # safetensors makes files that only their owner reads.
+                hidden.chmod(self.shards.stat().st_mode & 0o666)
+                entry = describe(hidden)
+                hidden.rename(self.shards / name)
+                files[f"../../vectors/{name}"] = entry
+            if is_main_process():
+                unpublished.mkdir(exist_ok=True)
+                state = {"format": FORMAT, "step": step, **state}
+                write_atomically(unpublished / "state.json", json.dumps(state, indent=2) + "\n")
+                files["state.json"] = describe(unpublished / "state.json")
+                for before in step_folders(self.folder)[:1]:
+                    files |= _shards_of(before)
+            self._report = {"files": files}
+        except Exception as error:
+            # Whatever it is, the other ranks must hear of it: they wait for this one's report.
+            self._report = {"error": f"rank {rank()}: {error or type(error).__name__}"}
+        self._pending = (step, unpublished)
+        self.finish()
+
+    def newest_folder(self) -> Path:
+        """Return the folder of the newest checkpoint, which is there and was looked at."""
+        return step_folders(self.folder)[0]
+
+
+def load(checkpoint: Path, count: int) -> np.ndarray:
+    """Return the vectors, (count, D), of a checkpoint that has all of them."""
+    shards = [load_file(checkpoint / name) for name in sorted(_shards_of(checkpoint))]
+    vectors = np.full((count, shards[0]["vectors"].shape[1]), np.nan, dtype=np.float32)
+    for shard in shards:
+        vectors[shard["numbers"]] = shard["vectors"]
+    assert np.isfinite(vectors).all(), f"{checkpoint}: lacks vectors"
+    return vectors
+
+
+def _shards_of(checkpoint: Path) -> dict[str, Any]:
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    return {name: entry for name, entry in manifest["files"].items() if "/vectors/" in name}

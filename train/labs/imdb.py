@@ -1,0 +1,233 @@
+"""Lab 3: transfer learning. A new head on a pretrained encoder, for film reviews (IMDB).
+
+    make dry-run JOB=imdb                          # two processes, embedded sample, no network
+    make fetch JOB=imdb && make run JOB=imdb ARGS="--freeze gradual"
+
+--freeze backbone: the encoder turns each text into a vector, once; a linear head trains on these.
+--freeze none: everything trains from the first step. --freeze gradual: first the head, then the
+top layers with it, then deeper. Each is a list of phases (train/engine/unfreezing.py), so that one
+loop serves all three. Reads top to bottom; what is not the idea of this lab is in train/engine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.engine import labelled, modelfolder, signals, staging, unfreezing
+from train.engine.data import SAMPLES
+from train.engine.errors import UserError, run_to_exit
+from train.engine.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.runfolder import say, write_outcome
+from train.engine.script import Script
+from train.engine.settings import (
+    BatchSettings,
+    CheckpointSettings,
+    EncoderSettings,
+    LoopSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+)
+from train.engine.unfreezing import Freeze, Phase, UnfreezingSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.labs.imdb_run import Inputs, Run
+
+# What --dry_run changes; the command line still wins over it.
+DRY_RUN: dict[str, Any] = {
+    "freeze": "gradual",
+    "model": {"preset": "tiny"},
+    "data": {"max_length": 64},
+    "batch": {"global_batch_size": 16, "micro_batch_size": 4},
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"warmup_steps": 4},
+    "unfreezing": {"phases": "0:40 1:30 3:30", "head_lr": 3e-3},
+    "evaluate_every_steps": 20,
+    "checkpoint": {"every_steps": 10},
+    "max_steps": 60,
+    "log_every_steps": 5,
+}
+LAYERS_OF_TINY = 2
+
+
+@dataclass(kw_only=True)
+class Config(LoopSettings):
+    """Put a new head on a pretrained encoder, and train the head, all of it, or step by step."""
+
+    run_folder: str = ""
+    """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
+    freeze: Freeze = "backbone"
+    """backbone: only the head trains. none: everything does. gradual: as `unfreezing.phases`."""
+    evaluate_every_steps: int = 100
+    """Score the validation rows every so many steps; also before the first and after a phase."""
+    model: EncoderSettings = field(default_factory=EncoderSettings)
+    data: LabelledDataSettings = field(default_factory=LabelledDataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    unfreezing: UnfreezingSettings = field(default_factory=UnfreezingSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    staged: StagedLabelled | None = None
+    """Written by the set-up; not for the command line."""
+    dry_run: bool = False
+    """A few steps of a small random encoder on the embedded sample: train, stop, resume, test."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate_every_steps < 1:
+            raise UserError(f"evaluate_every_steps: {self.evaluate_every_steps} is not positive")
+        if self.compile:
+            raise UserError("compile: this lab has no compiled form; leave it out")
+
+
+def stage(config: Config, *, online: bool) -> Config:
+    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    # Said here rather than after the wait in a queue, if the batch or the phases do not fit.
+    config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
+    staged = labelled.stage(
+        config.model,
+        config.data,
+        staged=config.staged,
+        sample=SAMPLES / "imdb" if config.dry_run else None,
+        online=online,
+    )
+    config = replace(config, staged=staged)
+    phases_of(config)
+    labelled.named(labelled.read(staged)[0], config.data.class_names)
+    return config
+
+
+def phases_of(config: Config) -> list[Phase]:
+    """Return the phases of the run; together they have `max_steps` steps."""
+    assert config.staged is not None
+    num_layers = LAYERS_OF_TINY
+    if config.staged.model:
+        shape = modelfolder.read_shape(staging.staged_path(config.staged.model))
+        num_layers = int(shape["num_hidden_layers"])
+    return unfreezing.plan(
+        config.freeze, config.unfreezing, max_steps=config.max_steps, num_blocks=num_layers + 1
+    )
+
+
+# ---- train ----------------------------------------------------------------------------------
+
+
+def train_phase(run: Run, phase: Phase) -> bool:
+    """Train to the end of a phase; return False if a rank was asked to stop before."""
+    from train.engine.phase_training import take_step
+    from train.labs.imdb_run import prepare_features, prepare_tokens, save, start_phase
+
+    config = run.config
+    training = start_phase(run, phase)
+    # Where no block trains, the vectors of the texts stay as they are from step to step.
+    inputs = prepare_tokens(run) if phase.blocks else prepare_features(run)
+    is_stopped = inputs is None
+    while inputs and not is_stopped:
+        # The last step of a phase is where the next begins; it is scored and logged once.
+        if run.step > phase.first_step or run.step == 0:
+            is_stopped = not log(run, inputs, is_end=run.step == phase.end)
+        if is_stopped or run.step == phase.end:
+            break
+        done = take_step(
+            training,
+            inputs.of_rows,
+            run.training.rows.labels,
+            config.batch,
+            config.schedule,
+            step=run.step,
+            seed=config.seed,
+            writing=run.checkpoints.writing,
+        )
+        run.step += 1
+        run.metrics_line = {"step": run.step, "loss": done.loss, "grad_norm": done.grad_norm}
+        run.metrics_line |= training.learning_rates()
+        run.metrics_line["rows"] = run.step * config.batch.global_batch_size
+        run.metrics_line["rows_per_second"] = config.batch.global_batch_size / done.seconds
+        if run.record:
+            run.record.progress(run.step)
+        if run.checkpoints.pending and not done.any_writing:
+            run.checkpoints.finish()
+        if run.rehearse_stop and run.step == max(1, config.max_steps // 2):
+            run.is_rehearsed = True
+            os.kill(os.getpid(), signal.SIGUSR1)
+        is_stopped = done.stop_asked or run.is_rehearsed
+        if run.step % config.checkpoint.every_steps == 0:
+            save(run, training)
+    save(run, training)
+    run.checkpoints.finish()
+    return not is_stopped
+
+
+def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
+    """Score the validation rows and write the step's metrics, where they are due.
+
+    Returns False if a rank was asked to stop meanwhile.
+    """
+    import torch
+
+    is_scored = is_end or run.step % run.config.evaluate_every_steps == 0
+    if is_scored:
+        vectors = inputs.validation_vectors()
+        if vectors is None:
+            return False
+        probabilities_NC = run.model.probabilities(vectors)
+        labels_N = torch.tensor(run.validation.rows.labels)
+        chosen_N = probabilities_NC.gather(1, labels_N[:, None])
+        run.metrics_line |= {
+            "validation_loss": float(-chosen_N.clamp(min=1e-30).log().mean()),
+            "validation_accuracy": float((probabilities_NC.argmax(1) == labels_N).double().mean()),
+        }
+    if run.record and (is_scored or run.step % run.config.log_every_steps == 0):
+        run.record.write(run.metrics_line)
+        if is_scored:
+            say(f"validation: accuracy {run.metrics_line['validation_accuracy']:.4f}")
+    return True
+
+
+# ---- the lab, from start to end -------------------------------------------------------------
+
+
+def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
+    """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
+    from train.engine.distributed import is_main_process
+    from train.engine.metrics import Metrics
+    from train.labs.imdb_run import evaluate, introduce, prepare, report, restore
+
+    run = prepare(config, phases_of(config), run_folder, device)
+    restore(run)
+    run.rehearse_stop = rehearse_stop
+    if is_main_process():
+        run.record = Metrics(run_folder, max_steps=config.max_steps, resume_step=run.step)
+        introduce(run)
+    unfinished = [phase for phase in run.phases if phase.end >= run.step]
+    # An attempt that is stopped leaves the phases after it alone.
+    is_trained = all(train_phase(run, phase) for phase in unfinished)
+    probabilities_NC = evaluate(run) if is_trained else None
+    if run.record:
+        if probabilities_NC is not None:
+            report(run, probabilities_NC)
+        run.record.close()
+    if probabilities_NC is not None:
+        return "finished"
+    if is_main_process():
+        reason = signals.received() or "another rank's signal"
+        newest = f"step-{run.step:08d}"
+        say(f"stopped by {reason} at step {run.step}; saved as {newest}")
+        if not run.is_rehearsed:
+            write_outcome(
+                run_folder, outcome="stopped", reason=reason, step=run.step, checkpoint=newest
+            )
+    return "rehearsed" if run.is_rehearsed else "stopped"
+
+
+SCRIPT = Script(
+    prog="train/labs/imdb.py", config_class=Config, dry_run=DRY_RUN, stage=stage, train=train
+)
+
+if __name__ == "__main__":
+    run_to_exit(SCRIPT.main)
