@@ -14,7 +14,12 @@ import pytest
 from tests.cluster.desk import Desk
 from tests.image.accounts import IS_ROOT
 
-pytestmark = [pytest.mark.needs("slurm"), pytest.mark.needs("apptainer")]
+pytestmark = [
+    pytest.mark.needs("slurm"),
+    pytest.mark.needs("apptainer"),
+    # The first may wait for the image, which another worker builds.
+    pytest.mark.timeout(900),
+]
 
 SITE = """
 [slurm]

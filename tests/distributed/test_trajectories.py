@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, Launch, launch_command, read_metrics
+from tests.distributed.worker_trajectories import DIVERGED
 
 # Ten launches in one fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -31,10 +32,10 @@ CONSTANT = [
 
 
 @pytest.fixture(scope="module")
-def trajectories(
+def runs(
     tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
-) -> dict[tuple[str, int, int, str], Trajectory]:
-    """Return the trajectory of each (strategy, processes, accumulation, straight or resumed)."""
+) -> dict[tuple[str, int], Path]:
+    """Return the folder of the runs of each (strategy, number of processes)."""
     found = {}
     for accel in STRATEGIES:
         for num_processes in (1, 2):
@@ -51,10 +52,21 @@ def trajectories(
                 timeout=LAUNCH_TIMEOUT_S,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-            for run in folder.iterdir():
-                accumulation, how = run.name.removeprefix("accumulation").split("-")
-                lines = [_arithmetic(line) for line in read_metrics(run)]
-                found[accel, num_processes, int(accumulation), how] = lines
+            found[accel, num_processes] = folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def trajectories(
+    runs: dict[tuple[str, int], Path],
+) -> dict[tuple[str, int, int, str], Trajectory]:
+    """Return the trajectory of each (strategy, processes, accumulation, straight or resumed)."""
+    found = {}
+    for (accel, num_processes), folder in runs.items():
+        for run in folder.glob("accumulation*"):
+            accumulation, how = run.name.removeprefix("accumulation").split("-")
+            lines = [_arithmetic(line) for line in read_metrics(run)]
+            found[accel, num_processes, int(accumulation), how] = lines
     return found
 
 
@@ -108,6 +120,20 @@ def test_the_loss_falls_and_clipping_took_part(trajectories: dict[Any, Trajector
     reference = trajectories["ddp", 1, 1, "straight"]
     assert reference[8]["loss"] < reference[1]["loss"] - 0.3
     assert all(line["grad_norm"] > 0.5 for line in reference[1:])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(
+    runs: dict[tuple[str, int], Path],
+) -> None:
+    for combination, folder in runs.items():
+        run = folder / DIVERGED
+        said = {file.read_text() for file in run.glob("error-*")}
+        # Every rank says it, and the same.
+        assert len(list(run.glob("error-*"))) == combination[1], combination
+        (error,) = said
+        assert "is not finite (rank 0, positions " in error, combination
+        # What diverged was not trained on: every line that was logged is finite.
+        assert all(line["loss"] < 1e30 for line in read_metrics(run)[1:]), combination
 
 
 Train = Callable[..., list[dict[str, Any]]]

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from tests.conftest import losses
 from train import tinyllama
 from train.engine import arguments, signals
-from train.engine.distributed import init_distributed, is_main_process, world_size
-from train.engine.errors import run_to_exit
+from train.engine.distributed import init_distributed, is_main_process, rank, world_size
+from train.engine.errors import RunFailed, run_to_exit
 
+# The folder of the run that diverges, beside those that are compared.
+DIVERGED = "diverged"
 SETTINGS = [
     *("--dry_run", "--max_steps", "8", "--log_every_steps", "1", "--export", "false"),
     *("--evaluation.every_steps", "4", "--evaluation.max_tokens", "512"),
@@ -38,7 +42,19 @@ def main(argv: list[str]) -> int:
             assert max(losses(resumed)) < 8, "it was not stopped"
         signals.reset()
         assert tinyllama.train(config, resumed, device, rehearse_stop=False) == "finished"
+    diverge(folder / DIVERGED, device)
     return 0
+
+
+def diverge(run_folder: Path, device: torch.device) -> None:
+    """Train until the loss is not finite; leave what is said of it in a file of each rank."""
+    words = [*SETTINGS, "--optimizer.lr", "1e25", "--schedule.warmup_steps", "0"]
+    config = arguments.parse(tinyllama.Config, words, prog="worker", dry_run=tinyllama.DRY_RUN)
+    config = tinyllama.stage(config, online=False)
+    try:
+        tinyllama.train(config, run_folder, device, rehearse_stop=False)
+    except RunFailed as error:
+        (run_folder / f"error-{rank()}").write_text(str(error))
 
 
 if __name__ == "__main__":

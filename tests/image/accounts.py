@@ -28,7 +28,7 @@ class Account:
         *command: str | Path,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        timeout: float = 120,
+        timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as this user, with little in its environment."""
         variables = {
