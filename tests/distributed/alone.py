@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S
 
 PRELOADED = ["train.tinyllama", "train.export", "train.engine.checkpoint", "train.engine.model"]
-PRELOADED += ["train.engine.metrics", "train.engine.strategy", "train.engine.guard"]
+PRELOADED += ["train.engine.metrics", "train.engine.strategy", "train.engine.step"]
 
 
 class Alone:
@@ -102,4 +102,4 @@ def _train(
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if errors else 1, 2)
     output.close()
     sys.argv[1:] = arguments
-    run_to_exit(tinyllama.main)
+    run_to_exit(tinyllama.SCRIPT.main)
