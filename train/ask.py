@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.engine import arguments, corpus, index, passages, prompt, staging
-from train.engine.chunks import readable
+from train.engine import arguments, staging
 from train.engine.errors import UserError, run_to_exit
-from train.engine.index import Hit
-from train.engine.passages import Passage
-from train.engine.prompt import printable
+from train.engine.retrieval import corpus, index, passages, prompt
+from train.engine.retrieval.chunks import readable
+from train.engine.retrieval.index import Hit
+from train.engine.retrieval.passages import Passage
+from train.engine.retrieval.prompt import printable
 from train.labs import rag
 
 # Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is

@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import labelled, scores, signals, staging
+from train.engine import signals, staging
+from train.engine.classification import labelled, scores
+from train.engine.classification.epochs import EpochSettings
+from train.engine.classification.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.classification.seeds import read_tests, sentence, summary, write_test
 from train.engine.data import SAMPLES
-from train.engine.epochs import EpochSettings
 from train.engine.errors import UserError, run_to_exit
-from train.engine.labelled import LabelledDataSettings, StagedLabelled
 from train.engine.runfolder import say, write_outcome
 from train.engine.schedule import lr_at
 from train.engine.script import Script
-from train.engine.seeds import read_tests, sentence, summary, write_test
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from train.engine.classification.splits import Split, Splits
+    from train.engine.classification.trainer import Start, TrainerCheckpoints
     from train.engine.metrics import Metrics
-    from train.engine.splits import Split, Splits
-    from train.engine.trainer import Start, TrainerCheckpoints
 
 # Rows in a forward pass of an evaluation, of each process.
 TEST_BATCH = 64
@@ -102,10 +103,11 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
     import torch
 
-    from train.engine import metrics, splits, strategy
+    from train.engine import metrics, strategy
     from train.engine.checkpoint import step_folders
+    from train.engine.classification import splits
+    from train.engine.classification.trainer import TrainerCheckpoints
     from train.engine.distributed import from_main_process, is_main_process, world_size
-    from train.engine.trainer import TrainerCheckpoints
 
     accel = strategy.name_from_environment()
     if accel != "ddp":
@@ -207,7 +209,7 @@ class Training:
 
 def new_model(config: Config, seed: int) -> PreTrainedModel:
     """Return the encoder with a new head, whose weights follow from the seed."""
-    from train.engine import classifier
+    from train.engine.classification import classifier
 
     assert config.staged is not None
     classes = labelled.named(labelled.read(config.staged)[0], config.data.class_names)
@@ -222,12 +224,12 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
     """
     from transformers import TrainingArguments
 
-    from train.engine import classifier
+    from train.engine.classification import classifier
+    from train.engine.classification.grouped import GroupedBatches
+    from train.engine.classification.trainer import LabTrainer, PaddedRows, RowLoss
+    from train.engine.classification.watch import Watch
     from train.engine.distributed import gather_strings, is_main_process, rank, world_size
-    from train.engine.grouped import GroupedBatches
     from train.engine.strategy import bf16_from_environment
-    from train.engine.trainer import LabTrainer, PaddedRows, RowLoss
-    from train.engine.watch import Watch
 
     config, device, rows, start = training.config, training.device, training.rows, training.start
     seed, num_steps = config.seed + training.number, training.num_steps

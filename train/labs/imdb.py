@@ -5,8 +5,8 @@
 
 --freeze backbone: the encoder turns each text into a vector, once; a linear head trains on these.
 --freeze none: everything trains from the first step. --freeze gradual: first the head, then the
-top layers with it, then deeper. Each is a list of phases (train/engine/unfreezing.py), so that one
-loop serves all three. Reads top to bottom; what is not the idea of this lab is in train/engine.
+top layers with it, then deeper. Each is a list of phases (unfreezing.py), so that one loop serves
+all three. Reads top to bottom; what is not the idea of this lab is in train/engine/classification.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import labelled, modelfolder, signals, staging, unfreezing
+from train.engine import modelfolder, signals, staging
+from train.engine.classification import labelled, unfreezing
+from train.engine.classification.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSettings
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
-from train.engine.labelled import LabelledDataSettings, StagedLabelled
 from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script
 from train.engine.settings import (
@@ -31,12 +33,11 @@ from train.engine.settings import (
     OptimizerSettings,
     ScheduleSettings,
 )
-from train.engine.unfreezing import Freeze, Phase, UnfreezingSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from train.labs.imdb_run import Inputs, Run
+    from train.engine.classification.transfer_run import Inputs, Run
 
 # What --dry_run changes; the command line still wins over it.
 DRY_RUN: dict[str, Any] = {
@@ -119,8 +120,13 @@ def phases_of(config: Config) -> list[Phase]:
 
 def train_phase(run: Run, phase: Phase) -> bool:
     """Train to the end of a phase; return False if a rank was asked to stop before."""
-    from train.engine.phase_training import take_step
-    from train.labs.imdb_run import prepare_features, prepare_tokens, save, start_phase
+    from train.engine.classification.phase_training import take_step
+    from train.engine.classification.transfer_run import (
+        prepare_features,
+        prepare_tokens,
+        save,
+        start_phase,
+    )
 
     config = run.config
     training = start_phase(run, phase)
@@ -194,9 +200,15 @@ def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
+    from train.engine.classification.transfer_run import (
+        evaluate,
+        introduce,
+        prepare,
+        report,
+        restore,
+    )
     from train.engine.distributed import is_main_process
     from train.engine.metrics import Metrics
-    from train.labs.imdb_run import evaluate, introduce, prepare, report, restore
 
     run = prepare(config, phases_of(config), run_folder, device)
     restore(run)

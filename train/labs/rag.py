@@ -16,15 +16,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import corpus, passages, signals, staging
-from train.engine import index as indexes
-from train.engine.chunks import ChunkSettings
-from train.engine.corpus import StagedPassages
+from train.engine import signals, staging
 from train.engine.data import SAMPLES
 from train.engine.durable import sha256
 from train.engine.errors import RunFailed, UserError, run_to_exit
-from train.engine.index import IndexSettings
-from train.engine.passages import PassageDataSettings
+from train.engine.retrieval import corpus, passages
+from train.engine.retrieval import index as indexes
+from train.engine.retrieval.chunks import ChunkSettings
+from train.engine.retrieval.corpus import StagedPassages
+from train.engine.retrieval.index import IndexSettings
+from train.engine.retrieval.passages import PassageDataSettings
 from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script
 from train.engine.settings import CheckpointSettings, EncoderSettings, LoopSettings
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from train.engine.chunks import Chunk
-    from train.engine.embedder import Embedder
+    from train.engine.retrieval.chunks import Chunk
+    from train.engine.retrieval.embedder import Embedder
 
 # What --dry_run changes; the command line still wins over it.
 DRY_RUN: dict[str, Any] = {
@@ -107,7 +108,7 @@ def stage(config: Config, *, online: bool) -> Config:
 def load_embedder(config: Config, device: torch.device) -> Embedder:
     """Return the encoder that `config` names, for passages and questions."""
     from train.engine import encoder
-    from train.engine.embedder import Embedder
+    from train.engine.retrieval.embedder import Embedder
 
     assert config.staged is not None
     folder = staging.staged_path(config.staged.model) if config.staged.model else None
@@ -138,8 +139,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     import numpy as np
     import torch
 
-    from train.engine import checkpoint, metrics, retrieval, strategy, vectors
+    from train.engine import checkpoint, metrics, strategy
     from train.engine.distributed import agree, is_main_process, rank, world_size
+    from train.engine.retrieval import search, vectors
 
     if (accel := strategy.name_from_environment()) != "ddp":
         raise UserError(
@@ -213,7 +215,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     # ---- index: one rank writes it, all load it ----
     index = None
     if not stopping:
-        retrieval.publish_index(config.index, run_folder, len(chunks), made_of)
+        search.publish_index(config.index, run_folder, len(chunks), made_of)
         index = indexes.load(run_folder / "index", made_of)
 
     # ---- measure: each rank takes its share of the questions ----
@@ -225,12 +227,12 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             exact = indexes.build(everything, IndexSettings())
         owners = [chunk.passage for chunk in chunks]
         to_search = (index, exact)
-        answers = retrieval.find_all(questions, embedder, to_search, owners, size, DEPTH, device)
+        answers = search.find_all(questions, embedder, to_search, owners, size, DEPTH, device)
         stopping = answers is None
         if answers is not None:
             scores = measure([question.passage for question in questions], answers[0]) | answers[1]
             if is_main_process():
-                retrieval.write_predictions(run_folder, questions, texts, answers[0])
+                search.write_predictions(run_folder, questions, texts, answers[0])
 
     # ---- finish ----
     if record:

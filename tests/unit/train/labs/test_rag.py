@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.conftest import CHECKOUT, read_metrics
-from train.engine import arguments, corpus, signals, staging
+from train.engine import arguments, signals, staging
 from train.engine.checkpoint import step_folders
 from train.engine.errors import UserError
+from train.engine.retrieval import corpus
 from train.labs import rag
 
 MakeConfig = Callable[..., rag.Config]

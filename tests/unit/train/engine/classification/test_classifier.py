@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from train.engine import encoder, signals, tokenizer
+from train.engine.classification import classifier
+from train.engine.data import Piece
+from train.engine.errors import UserError
+
+TEXTS = ["The rain came down.", "A", "She won the last race of the long, cold season.", "No rain."]
+CLASSES = ["dry", "wet", "other"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    pieces = (Piece(text, starts=True, ends=True) for text in TEXTS)
+    tokenizer.train(pieces, 300, folder, "the texts")
+    return folder
+
+
+@pytest.fixture
+def model(tokenizer_folder: Path) -> BertForSequenceClassification:
+    model = classifier.load(None, tokenizer_folder, CLASSES, seed=3)
+    assert isinstance(model, BertForSequenceClassification)
+    return model
+
+
+def test_probabilities_are_in_the_order_of_the_rows(
+    device: torch.device, model: BertForSequenceClassification, tokenizer_folder: Path
+) -> None:
+    rows = encoder.tokenize(tokenizer_folder, TEXTS, 64)
+    model.train()
+    found = classifier.predict(model, rows, batch_size=3, device=device)
+    assert found is not None
+    assert model.training
+    assert found.shape == (4, 3)
+    for row, probabilities_C in zip(rows, found, strict=True):
+        with torch.no_grad():
+            expected = model.eval()(input_ids=torch.tensor([row])).logits.softmax(-1)[0]
+        assert np.allclose(probabilities_C, expected.numpy(), atol=1e-5)
+
+
+def test_a_signal_ends_an_evaluation(
+    device: torch.device,
+    model: BertForSequenceClassification,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = encoder.tokenize(tokenizer_folder, TEXTS, 64) * 10
+    calls: list[int] = []
+    forward = model.forward
+
+    def counted(*words: object, **more: object) -> object:
+        calls.append(1)
+        return forward(*words, **more)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(signals, "received", lambda: "SIGTERM" if len(calls) > 2 else None)
+    assert classifier.predict(model, rows, batch_size=1, device=device) is None
+    assert len(calls) == classifier.LOOK_EVERY < len(rows)
+
+
+def test_an_export_says_the_names_of_the_classes_and_replaces_an_earlier_one(
+    model: BertForSequenceClassification, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "export"
+    output.mkdir()
+    (output / "stale").touch()
+    classifier.export(model, tokenizer_folder, 50, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert not (output / "stale").exists()
+    again = classifier.load(output, tokenizer_folder, CLASSES, seed=9)
+    assert again.config.id2label == dict(enumerate(CLASSES))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_a_model_without_a_padding_token_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    shape = GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, bos_token_id=0)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no padding token.*choose an encoder, such as"):
+        classifier.load(tmp_path, tokenizer_folder, CLASSES, seed=1)

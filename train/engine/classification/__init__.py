@@ -1,0 +1,1 @@
+"""Classes of texts: labelled rows, encoders with a head, how they train and are scored."""

@@ -1,0 +1,1 @@
+"""Retrieval: passages in pieces, their vectors, the index of these, and what is found."""
