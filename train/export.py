@@ -138,6 +138,11 @@ def main(argv: list[str]) -> int:
         tokenizer_folder = staging.staged_path(config["staged"]["tokenizer"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{run_folder}: is not a run folder: no config.yaml of a run") from None
+    if "validation" not in config["staged"]:
+        raise UserError(
+            f"{run_folder}: trained no language model; what its script made of it, and in which "
+            "folder, stands in its chapter in docs/"
+        )
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise UserError(
             f"SLUICE_DATASETS: {tokenizer_folder} holds no tokenizer; name the datasets folder "

@@ -6,6 +6,7 @@ python -m train.generate runs/tinyllama/20261122-153402-ab12cd --prompt "The clu
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{options.run_folder}: has no exported model; run `make export RUN=` first"
         )
+    kinds = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    if not any(kind.endswith("ForCausalLM") for kind in kinds.get("architectures") or ()):
+        raise UserError(f"{model_folder}: is no language model, and writes no text")
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -149,6 +150,25 @@ def test_a_dry_run_works_without_network_and_compiler_and_its_folder_is_whole(
 ) -> None:
     done = checkout.run("make", "dry-run", f"ACCEL={accel}", path=checkout.bare_path)
     assert_trained(checkout, done, accel=accel, num_processes=2)
+
+
+@pytest.mark.parametrize("job", ["ag_news", "causal_lm", "imdb", "rag"])
+def test_a_dry_run_of_a_lab_works_so_too(checkout: Checkout, job: str) -> None:
+    done = checkout.run("make", "dry-run", f"JOB={job}", path=checkout.bare_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    complaints = [line for line in done.stderr.splitlines() if "hostname of the client" not in line]
+    assert complaints == []
+    assert "dry run: stopped as a cluster would stop it; resuming" in done.stdout
+    assert "resuming from step-" in done.stdout
+    assert re.search(r"^finished at step \d+$", done.stdout, re.MULTILINE)
+    run = checkout.named(done.stdout, "run folder")
+    assert checkout.named(done.stdout, "checkpoint").is_dir()
+    [outcome] = [json.loads(path.read_text()) for path in run.glob("attempts/*/outcome.json")]
+    assert all(math.isfinite(value) for value in outcome["metrics"].values())
+    if job == "rag":
+        found = checkout.run("make", "ask", "RUN=rag", "Q=How do sailors know a lighthouse?")
+        assert found.returncode == 0, found.stderr
+        assert re.search(r"\blighthouse\b", found.stdout)
 
 
 def test_a_dry_run_of_one_process_and_the_commands_that_it_names_next_work(

@@ -20,6 +20,13 @@ RUN_ELSEWHERE = {
     "containers/install-apptainer.sh": "tests/conftest.py",
     "make build-image VARIANT=cpu BASE=debian": "tests/conftest.py",
     "make dry-run ACCEL=zero3": "tests/image/test_container_runs.py",
+    **{
+        f"make dry-run JOB={lab}": "tests/distributed/test_make.py"
+        for lab in ("ag_news", "causal_lm", "imdb", "rag")
+    },
+    'make ask RUN=rag Q="How do sailors know which lighthouse they see?"': (
+        "tests/distributed/test_make.py"
+    ),
     "make cluster-up": "tests/cluster/test_new_user.py",
     'make submit NODES=2 ARGS="--dry_run"': "tests/cluster/test_new_user.py",
     "make logs RUN=tinyllama": "tests/cluster/test_new_user.py",

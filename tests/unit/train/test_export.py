@@ -208,6 +208,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str | None)
         export.main([str(tmp_path)])
 
 
+def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("staged: {tokenizer: t, train: rows/1, test: rows/2}\n")
+    with pytest.raises(UserError, match=r"trained no language model"):
+        export.main([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_an_export_without_the_tokenizer_is_refused_not_made(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

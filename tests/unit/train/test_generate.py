@@ -116,3 +116,9 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+def test_a_model_that_writes_no_text_is_one_line(run: Path) -> None:
+    (run / "export/config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(UserError, match="is no language model, and writes no text"):
+        generate.main([str(run), "--prompt", "x"])
