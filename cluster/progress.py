@@ -17,15 +17,14 @@ class Progress:
     step: int | None
     max_steps: int | None
     tokens_per_second: float | None
-    tokens_per_step: float | None
+    seconds_per_step: float | None
 
     @property
     def needed_s(self) -> float | None:
         """Seconds that the remaining steps take at the last speed, without saves and evaluation."""
-        step, max_steps, rate = self.step, self.max_steps, self.tokens_per_second
-        if step is None or max_steps is None or rate is None or self.tokens_per_step is None:
+        if self.step is None or self.max_steps is None or self.seconds_per_step is None:
             return None
-        return max(0, max_steps - step) * self.tokens_per_step / rate
+        return max(0, self.max_steps - self.step) * self.seconds_per_step
 
 
 def saved_step(folder: Path) -> int | None:
@@ -47,18 +46,31 @@ def of(folder: Path, newest: Attempt | None) -> Progress:
     told += [line["step"] for line in lines[-1:]]
     steps = [step for step in told if step is not None]
     began = (folder / "metrics.jsonl").exists()
-    speeds = [_positive(line.get("tokens_per_second")) for line in reversed(lines)]
     return Progress(
         step=max(steps, default=None if began else 0),
         max_steps=_max_steps(folder),
-        tokens_per_second=next((speed for speed in speeds if speed), None),
-        tokens_per_step=_tokens_per_step(lines),
+        tokens_per_second=_speed(lines, "tokens"),
+        seconds_per_step=_seconds_per_step(lines),
     )
 
 
-def _tokens_per_step(lines: list[dict[str, Any]]) -> float | None:
+def _speed(lines: list[dict[str, Any]], unit: str) -> float | None:
+    speeds = (_positive(line.get(f"{unit}_per_second")) for line in reversed(lines))
+    return next((speed for speed in speeds if speed), None)
+
+
+def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:
+    """Return what a step takes: a batch, in the unit that the script counts, over the speed."""
+    for unit in ("tokens", "rows"):
+        batch, speed = _batch(lines, unit), _speed(lines, unit)
+        if batch and speed:
+            return batch / speed
+    return None
+
+
+def _batch(lines: list[dict[str, Any]], unit: str) -> float | None:
     """Return the size of a batch: of the last two lines, as it may differ between attempts."""
-    known = [(line["step"], _positive(line.get("tokens"))) for line in lines]
+    known = [(line["step"], _positive(line.get(unit))) for line in lines]
     counted = [(step, tokens) for step, tokens in known if tokens is not None]
     (step, tokens), (before, tokens_before) = (*reversed(counted), (0, 0.0), (0, 0.0))[:2]
     return _positive((tokens - tokens_before) / (step - before)) if step > before else None

@@ -32,7 +32,9 @@ NUM_TOWNS = 1500
 def continued(desk: Desk) -> dict[str, Run]:
     """A run of each lab that was cancelled in its midst and queued again, all of them at once."""
     many = desk.checkout / "many.jsonl"
-    rows = ({"title": f"Town {i}", "context": f"Town {i} has {i} houses."} for i in range(NUM_TOWNS))
+    rows = (
+        {"title": f"Town {i}", "context": f"Town {i} has {i} houses."} for i in range(NUM_TOWNS)
+    )
     many.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = {
         job: desk.submit(f"JOB={job}", "NODES=2", "GPUS=0", f"ARGS={arguments}")

@@ -151,6 +151,7 @@ _SHOWN = (
     "validation_perplexity",
     "bits_per_byte",
     "validation_accuracy",
+    "validation_macro_f1",
     "lr",
     "grad_norm",
     "tokens_per_second",

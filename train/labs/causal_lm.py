@@ -64,6 +64,10 @@ class Config(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method == "full" and self.lora != LoraSettings():
+            raise UserError(
+                "lora: is read with method lora only; add --method lora, or leave it out"
+            )
         if self.method == "lora" and self.model.preset and not self.dry_run:
             raise UserError(
                 f"model.preset: {self.model.preset} has random weights, which adapters cannot mend;"

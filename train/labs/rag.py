@@ -67,7 +67,7 @@ class Config(LoopSettings):
     run_folder: str = ""
     """Where checkpoints, metrics and the index go; $SLUICE_RUN_FOLDER when empty."""
     max_steps: int = 1
-    """Batches of chunks to embed. It follows from the data; what is given is not used."""
+    """Batches of chunks to embed. It follows from the data; give `batch_size` instead."""
     batch_size: int = 32
     """Chunks in one forward pass of one process. A step is one such batch."""
     model: EncoderSettings = field(default_factory=EncoderSettings)
@@ -102,7 +102,14 @@ def stage(config: Config, *, online: bool) -> Config:
         )
         staged = replace(staged, generator=staging.relative_to_datasets(folder))
     count = corpus.count_chunks(staging.staged_path(staged.chunks))
-    return replace(config, staged=staged, max_steps=-(-count // config.batch_size))
+    max_steps = -(-count // config.batch_size)
+    # A run that is continued brings those that it began with.
+    if config.staged is None and config.max_steps not in (1, max_steps):
+        raise UserError(
+            f"max_steps: {config.max_steps} is not what {count:,} chunks in batches of "
+            f"{config.batch_size} take ({max_steps:,}); leave it out, or give batch_size"
+        )
+    return replace(config, staged=staged, max_steps=max_steps)
 
 
 def load_embedder(config: Config, device: torch.device) -> Embedder:

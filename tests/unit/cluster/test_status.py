@@ -76,6 +76,20 @@ def test_a_requeued_run_is_queued_again(
     assert "two minutes" in str(row["note"])
 
 
+def test_a_run_that_counts_rows_says_what_it_needs_too(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = slurm.run(NAME, 12)
+    attempt(folder, 1, 12)
+    with (folder / "metrics.jsonl").open("w") as stream:
+        for step in (330, 340):
+            line = {"step": step, "rows": 16 * step, "rows_per_second": 8.0}
+            stream.write(json.dumps(line) + "\n")
+    slurm.set_queue("12 RUNNING None node[1-2] 2031-01-01T10:05:00 0:40:00")
+    # 660 steps of 16 rows.
+    assert only(capsys)["needed_s"] == pytest.approx(1320)
+
+
 def test_a_running_run_says_whether_its_time_is_enough(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,6 @@ from train.engine.classification import scores
 from train.engine.classification.trainer import PaddedRows, RowLoss
 from train.engine.distributed import agree, rank
 from train.engine.metrics import Metrics, StepTimer, memory
-from train.engine.runfolder import say
 
 
 class Watch(TrainerCallback):
@@ -171,13 +170,5 @@ class Watch(TrainerCallback):
         }
 
     def _write(self) -> None:
-        if self.record is None:
-            return
-        self.record.write(self.line)
-        if "validation_loss" in self.line:
-            say(
-                f"step {self.line['step']:>6}  validation: "
-                f"loss {self.line['validation_loss']:.4f}  "
-                f"accuracy {self.line['validation_accuracy']:.4f}  "
-                f"macro F1 {self.line['validation_macro_f1']:.4f}"
-            )
+        if self.record:
+            self.record.write(self.line)

@@ -68,6 +68,7 @@ def adapted(make: Make, device: torch.device, tmp_path_factory: pytest.TempPathF
 # ---- what is refused ----
 
 WRONG = [
+    ("--method full --lora.rank 4", "lora: is read with method lora only; add --method lora"),
     ("--method qlora", "--method: 'qlora' is not one of full, lora"),
     ("--method lora --lora.rank 0", "--lora.rank: 0 is not positive"),
     ("--method lora --lora.rank 17", "lora.rank: 17 is more than 16, the smaller side of k_proj"),

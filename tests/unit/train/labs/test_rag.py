@@ -219,6 +219,7 @@ def test_recall_and_mrr_count_the_place_of_the_passage() -> None:
     ("words", "line"),
     [
         (["--batch_size", "0"], "--batch_size: 0 is not between 1 and 65536"),
+        (["--max_steps", "7"], r"max_steps: 7 is not what \d+ chunks in batches of \d+ take"),
         (["--chunks.overlap", "64"], "--chunks.overlap: 64 is more than half of the 64 tokens"),
         (["--chunks.length", "300"], "chunks.length: 300 is more than the 256 tokens that the"),
         (["--chunks.lenght", "30"], "--chunks.lenght is not a setting; .*'chunks.length'"),
