@@ -146,6 +146,7 @@ def _plan(
         **resolve.environment(),
         "SLUICE_WORLD_SIZE": str(wanted.world_size),
         "SLUICE_DEVICE": wanted.device,
+        "SLUICE_ACCEL": accel,
         "HF_HUB_OFFLINE": "1",
     }
     config = resolve.settings(runtime, record["module"], script_arguments, environment, code_folder)

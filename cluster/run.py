@@ -134,7 +134,7 @@ def run(
     )
     environment = resolve.environment()
     environment |= {"SLUICE_WORLD_SIZE": str(num_processes), "HF_HUB_OFFLINE": "1"}
-    environment["SLUICE_DEVICE"] = "cuda" if devices else "cpu"
+    environment |= {"SLUICE_DEVICE": "cuda" if devices else "cpu", "SLUICE_ACCEL": accel}
     if not devices:
         # Or torch would use the GPUs that there are.
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -11,7 +11,7 @@ import json
 import shutil
 import threading
 from collections import ChainMap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,15 +226,24 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, must_match: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the state.json of a checkpoint.
 
+    `must_match` is what it would mean nothing without; what a checkpoint does not know of, because
+    its script learned of it since, is no mismatch.
+
     Raises:
-        UserError: it was written by a newer Sluice.
+        UserError: it was written by a newer Sluice, or with something else than `must_match` says.
     """
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
         raise UserError(f"{folder}: has format {state['format']}; this Sluice reads up to {FORMAT}")
+    for key, value in (must_match or {}).items():
+        if key in state and state[key] != value:
+            raise UserError(
+                f"{folder}: was made with {key} {state[key]}, not {value}; continue the run with "
+                "its own settings, or start a new one"
+            )
     return state
 
 

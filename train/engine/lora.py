@@ -170,8 +170,20 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
         name=base["name"],
         revision=base["revision"],
     )
+    if base_sha256(adapted) != state["weights under the adapters"]:
+        raise UserError(
+            f"{checkpoint}: holds adapters of another model than {base['name']} is now; put back "
+            "the one that the run was made with"
+        )
     load_weights(adapted, checkpoint)
     return adapted
+
+
+def base_sha256(adapted: Any) -> str:
+    """Return the hash of the weights that adapters leave as they are."""
+    from train.engine.model import weights_sha256
+
+    return weights_sha256(adapted, frozen_only=True)
 
 
 def save_adapters(adapted: Any, folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -108,3 +110,17 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
         parameters -= (6 if lookup.requires_grad else 4) * lookup.numel()
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
     return float(parameters + attention)
+
+
+def weights_sha256(model: nn.Module, *, frozen_only: bool = False) -> str:
+    """Return the hash of a model's weights, whatever files they came from.
+
+    `frozen_only` leaves out the parameters that train.
+    """
+    digest = hashlib.sha256()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and frozen_only}
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in trained:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -9,7 +9,6 @@ from typing import Any
 
 from train.engine import checkpoint
 from train.engine import model as models
-from train.engine.errors import UserError
 from train.engine.strategy import ReadState
 
 
@@ -45,15 +44,8 @@ def restore(
     newest = checkpoints.newest()
     if newest is None:
         return Start()
-    state = checkpoint.read_state(newest)
     models.check_same_shape(model, newest)
-    for key, value in must_match.items():
-        # A script that learned of another setting since has checkpoints without it.
-        if key in state and state[key] != value:
-            raise UserError(
-                f"{newest}: was made with {key} {state[key]}, not {value}; continue the run with "
-                "its own settings, or start a new one"
-            )
+    state = checkpoint.read_state(newest, must_match)
     checkpoint.load_weights(model, newest)
     return Start(
         folder=newest,

@@ -60,3 +60,14 @@ class Script(Generic[Config]):
                 signals.reset()
                 outcome = self.train(config, run_folder, device, rehearse_stop=False)
         return 0 if outcome == "finished" else EXIT_REQUEUE
+
+
+def only_under_ddp(job: str) -> None:
+    """Refuse another strategy while a run is resolved, before it waits for anything.
+
+    Raises:
+        UserError: the strategy that was asked for (SLUICE_ACCEL) is not ddp.
+    """
+    accel = os.environ.get("SLUICE_ACCEL", "ddp")
+    if accel != "ddp":
+        raise UserError(f"ACCEL={accel}: the lab {job} runs under ddp only; leave ACCEL out")

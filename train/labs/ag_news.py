@@ -24,7 +24,7 @@ from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
 from train.engine.runfolder import say, write_outcome
 from train.engine.schedule import lr_at
-from train.engine.script import Script
+from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 # Rows in a forward pass of an evaluation, of each process.
 TEST_BATCH = 64
-# What a user may want to do next.
-NEXT_AFTER_DRY_RUN = "make fetch JOB=ag_news"
-NEXT = 'make run JOB=ag_news ARGS="--num_seeds 3"'
 # What --dry_run changes; the command line still wins over it.
 DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
@@ -86,6 +83,7 @@ class Config(EpochSettings):
 
 def stage(config: Config, *, online: bool) -> Config:
     """Return `config` with what it reads put in place, and its steps counted."""
+    only_under_ddp("ag_news")
     # Said here rather than after the wait in a queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     sample = SAMPLES / "ag_news" if config.dry_run else None
@@ -178,7 +176,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         if outcome == "finished":
             say(sentence(tests))
             reached["metrics"] = summary(tests)
-            reached["command"] = NEXT_AFTER_DRY_RUN if config.dry_run else NEXT
+            # What there is to do next: the real data, then the next chapter.
+            real, chapter = "make fetch JOB=ag_news", "make dry-run JOB=causal_lm"
+            reached["command"] = real if config.dry_run else chapter
             write_outcome(run_folder, outcome="finished", **reached)
         elif outcome == "stopped":
             name = signals.received() or "another rank's signal"

@@ -126,7 +126,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     sizes = _sizes(model)
     flops = flops_per_token(model, sequence_length)
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
-    must_match = _must_match(config, sequence_length)
+    must_match = _must_match(config, sequence_length, model)
     start = restore(checkpoints, model, must_match)
     step, position, metrics_line = start.step, start.position, start.line
     before: View | None = start.state.get("before")
@@ -280,18 +280,25 @@ def _wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Stra
     )
 
 
-def _must_match(config: Config, sequence_length: int) -> dict[str, Any]:
+def _must_match(config: Config, sequence_length: int, model: Any) -> dict[str, Any]:
     """Return what a continued run must have as it was: its data, and what its weights belong to."""
     assert config.staged is not None
     found = {
         "method": config.method,
         "data": config.staged.train,
+        # The text and the prompts of "before" are those of "after".
+        "validation": config.staged.validation,
+        "prompts": list(config.sample.prompts),
         "sequence_length": sequence_length,
         "seed": config.seed,
     }
     if config.method == "lora":
-        source = {key: getattr(config.model, key) for key in ("name", "revision", "preset")}
-        found |= lora.describe(config.lora) | {"base": source | {"staged": config.staged.model}}
+        is_folder = Path(config.model.name).is_dir()
+        base = {"name": config.model.name, "preset": config.model.preset}
+        base["revision"] = None if is_folder else config.model.revision
+        base["staged"] = config.staged.model
+        found |= lora.describe(config.lora)
+        found |= {"base": base, "weights under the adapters": lora.base_sha256(model)}
     return found
 
 

@@ -24,7 +24,7 @@ from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSett
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
 from train.engine.runfolder import say, write_outcome
-from train.engine.script import Script
+from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
@@ -45,13 +45,13 @@ DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "data": {"max_length": 64},
     "batch": {"global_batch_size": 16, "micro_batch_size": 4},
-    "optimizer": {"lr": 1e-3},
+    "optimizer": {"lr": 2e-3},
     "schedule": {"warmup_steps": 4},
-    "unfreezing": {"phases": "0:40 1:30 3:30", "head_lr": 3e-3},
-    "evaluate_every_steps": 20,
+    "unfreezing": {"phases": "0:40 1:30 3:30", "head_lr": 1e-3},
+    "evaluate_every_steps": 30,
     "checkpoint": {"every_steps": 10},
-    "max_steps": 60,
-    "log_every_steps": 5,
+    "max_steps": 120,
+    "log_every_steps": 10,
 }
 LAYERS_OF_TINY = 2
 
@@ -88,6 +88,7 @@ class Config(LoopSettings):
 
 def stage(config: Config, *, online: bool) -> Config:
     """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    only_under_ddp("imdb")
     # Said here rather than after the wait in a queue, if the batch or the phases do not fit.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     staged = labelled.stage(
@@ -110,9 +111,16 @@ def phases_of(config: Config) -> list[Phase]:
     if config.staged.model:
         shape = modelfolder.read_shape(staging.staged_path(config.staged.model))
         num_layers = int(shape["num_hidden_layers"])
-    return unfreezing.plan(
+    phases = unfreezing.plan(
         config.freeze, config.unfreezing, max_steps=config.max_steps, num_blocks=num_layers + 1
     )
+    shortest, warmup_steps = min(phase.steps for phase in phases), config.schedule.warmup_steps
+    if warmup_steps >= shortest:
+        raise UserError(
+            f"schedule.warmup_steps: {warmup_steps} steps are all of a phase of {shortest}; give "
+            "fewer, or a larger --max_steps"
+        )
+    return phases
 
 
 # ---- train ----------------------------------------------------------------------------------
@@ -161,7 +169,7 @@ def train_phase(run: Run, phase: Phase) -> bool:
         if run.rehearse_stop and run.step == max(1, config.max_steps // 2):
             run.is_rehearsed = True
             os.kill(os.getpid(), signal.SIGUSR1)
-        is_stopped = done.stop_asked or run.is_rehearsed
+        is_stopped = done.stop_asked
         if run.step % config.checkpoint.every_steps == 0:
             save(run, training)
     save(run, training)
@@ -174,7 +182,7 @@ def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
 
     Returns False if a rank was asked to stop meanwhile.
     """
-    import torch
+    from train.engine.classification.scores import mean_loss
 
     is_scored = is_end or run.step % run.config.evaluate_every_steps == 0
     if is_scored:
@@ -182,16 +190,16 @@ def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
         if vectors is None:
             return False
         probabilities_NC = run.model.probabilities(vectors)
-        labels_N = torch.tensor(run.validation.rows.labels)
-        chosen_N = probabilities_NC.gather(1, labels_N[:, None])
+        labels = run.validation.rows.labels
+        right = sum(
+            int(p.argmax()) == label for p, label in zip(probabilities_NC, labels, strict=True)
+        )
         run.metrics_line |= {
-            "validation_loss": float(-chosen_N.clamp(min=1e-30).log().mean()),
-            "validation_accuracy": float((probabilities_NC.argmax(1) == labels_N).double().mean()),
+            "validation_loss": mean_loss(labels, probabilities_NC.numpy()),
+            "validation_accuracy": right / len(labels),
         }
     if run.record and (is_scored or run.step % run.config.log_every_steps == 0):
         run.record.write(run.metrics_line)
-        if is_scored:
-            say(f"validation: accuracy {run.metrics_line['validation_accuracy']:.4f}")
     return True
 
 

@@ -27,7 +27,7 @@ from train.engine.retrieval.corpus import StagedPassages
 from train.engine.retrieval.index import IndexSettings
 from train.engine.retrieval.passages import PassageDataSettings
 from train.engine.runfolder import say, write_outcome
-from train.engine.script import Script
+from train.engine.script import Script, only_under_ddp
 from train.engine.settings import CheckpointSettings, EncoderSettings, LoopSettings
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Config(LoopSettings):
 
 def stage(config: Config, *, online: bool) -> Config:
     """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    only_under_ddp("rag")
     sample = SAMPLES / "rag" if config.dry_run else None
     staged = corpus.stage(
         config.model, config.data, config.chunks, staged=config.staged, sample=sample, online=online
@@ -126,13 +127,15 @@ def load_embedder(config: Config, device: torch.device) -> Embedder:
 
 def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
     """Return what vectors are made of; those of another identity are not compared with ours."""
+    from train.engine.model import weights_sha256
+
     assert config.staged is not None
     model = config.model
     is_of_the_hub = model.preset is None and not Path(model.name).is_dir()
     return {
         "encoder": f"{model.preset}, random weights" if model.preset else model.name,
         "revision": model.revision if is_of_the_hub else None,
-        "weights_sha256": indexes.weights_sha256(embedder.model),
+        "weights_sha256": weights_sha256(embedder.model),
         "dimension": embedder.dimension,
         "chunk_length": config.chunks.length,
         "chunk_overlap": config.chunks.overlap,
@@ -152,7 +155,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     if (accel := strategy.name_from_environment()) != "ddp":
         raise UserError(
-            f"ACCEL={accel}: splits a model that is trained; this lab teaches ddp: leave ACCEL out"
+            f"ACCEL={accel}: splits a model that is trained, and this lab trains none; leave it out"
         )
 
     # ---- data ----

@@ -22,6 +22,8 @@ from train.engine import encoder as encoders
 from train.engine import signals
 from train.engine.distributed import agree, from_main_process, is_main_process, world_size
 from train.engine.durable import describe, sha256, write_atomically
+from train.engine.errors import RunFailed
+from train.engine.model import weights_sha256
 from train.engine.runfolder import say
 from train.engine.shares import gather_in_order, share
 
@@ -62,13 +64,10 @@ def embed_together(
 
 def fingerprint(encoder: nn.Module, token_rows: Sequence[Sequence[int]]) -> dict[str, str]:
     """Return what the vectors are made of: a hash of the weights and one of the rows' tokens."""
-    weights, rows = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    rows = hashlib.sha256()
     for tokens in token_rows:
         rows.update(json.dumps(list(tokens)).encode())
-    return {"encoder": weights.hexdigest(), "rows": rows.hexdigest()}
+    return {"encoder": weights_sha256(encoder), "rows": rows.hexdigest()}
 
 
 def cached_features(
@@ -97,9 +96,17 @@ def cached_features(
         vectors = embed_together(encoder, rows, device=device, bf16=bf16)
         if vectors is None:
             return None
+        problem = None
         if is_main_process():
-            _write(folder, name, vectors, manifest)
-            say(f"features of {start + len(rows):,} of {len(token_rows):,} {folder.name} rows")
+            try:
+                _write(folder, name, vectors, manifest)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+            else:
+                say(f"features of {start + len(rows):,} of {len(token_rows):,} {folder.name} rows")
+        # The others must hear of it: they would wait for rank 0 in the next collective.
+        if problem := from_main_process(problem):
+            raise RunFailed(f"{folder}: {name} could not be written ({problem})")
         parts.append(vectors)
     return torch.cat(parts)
 

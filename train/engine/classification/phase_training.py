@@ -99,8 +99,12 @@ class PhaseTraining(Strategy):
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of this step: `lr` of the head, `encoder_lr` of the top block."""
-        rates = list(dict.fromkeys(group["lr"] for group in self.optimizer.param_groups))
-        return dict(zip(("lr", "encoder_lr"), rates, strict=False))
+        groups = self.optimizer.param_groups
+        rates = {"lr": groups[0]["lr"]}
+        if self.phase.blocks:
+            # The head makes two groups, its matrix and its bias.
+            rates["encoder_lr"] = groups[2]["lr"]
+        return rates
 
     def backward(
         self, inputs: tuple[torch.Tensor, ...], labels_B: torch.Tensor, *, scale: float, last: bool

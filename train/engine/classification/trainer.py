@@ -24,7 +24,6 @@ from train.engine.checkpoint import FORMAT, Checkpoints, read_state
 from train.engine.classification.grouped import GroupedBatches
 from train.engine.distributed import is_main_process, rank, world_size
 from train.engine.durable import describe, write_atomically
-from train.engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +87,7 @@ class TrainerCheckpoints(Checkpoints):
         newest = self.newest()
         if newest is None:
             return Start()
-        state = read_state(newest)
-        for key, value in must_match.items():
-            if state.get(key) != value:
-                raise UserError(
-                    f"{newest}: was made with {key} {state.get(key)}, not {value}; continue the "
-                    "run with its own settings, or start a new one"
-                )
+        state = read_state(newest, must_match)
         return Start(folder=newest, number=state["number"], step=state["step"], line=state["line"])
 
 

@@ -26,6 +26,7 @@ from train.engine.classification.unfreezing import Phase
 from train.engine.distributed import is_main_process, world_size
 from train.engine.errors import UserError
 from train.engine.metrics import Metrics
+from train.engine.model import weights_sha256
 from train.engine.runfolder import say, write_outcome
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Run:
     validation: Texts
     test: Texts
     model: Classifier
+    encoder_sha256: str
+    """Of the pretrained weights."""
     checkpoints: Checkpoints
     record: Metrics | None = None
     """On rank 0."""
@@ -112,6 +115,7 @@ def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch
         device=device,
         bf16=strategy.uses_bf16(config.precision, device),
         classes=labelled.named(classes, config.data.class_names),
+        encoder_sha256=weights_sha256(pretrained),
         model=Classifier(pretrained, len(classes)).to(device),
         checkpoints=Checkpoints(run_folder / "checkpoints", config.checkpoint),
         training=texts(training),
@@ -143,6 +147,9 @@ def prepare_features(run: Run) -> Inputs | None:
         say(f"features of {sum(map(len, vectors.values())):,} rows are there after {seconds:.1f} s")
     if run.step == 0:
         run.model.head.measure(vectors["training"])
+        # Processors of two kinds may sum in another order; the head must be the same on all ranks.
+        for statistic in (run.model.head.mean, run.model.head.deviation):
+            torch.distributed.broadcast(statistic, src=0)
     return Inputs(
         of_rows=lambda rows: (vectors["training"][rows],),
         validation_vectors=lambda: vectors["validation"],
@@ -173,11 +180,11 @@ def must_match(run: Run) -> dict[str, Any]:
     config, phases = run.config, run.phases
     assert config.staged is not None
     return {
-        "model": config.staged.model or "random weights",
         "data": config.staged.train,
         "data.max_length": config.data.max_length,
         "data.validation_fraction": config.data.validation_fraction,
         "seed": config.seed,
+        "encoder weights": run.encoder_sha256,
         "batch.global_batch_size": config.batch.global_batch_size,
         "freeze": config.freeze,
         # The last phase may become longer or shorter.
@@ -197,13 +204,7 @@ def restore(run: Run) -> None:
     newest = run.checkpoints.newest()
     if newest is None:
         return
-    state = checkpoint.read_state(newest)
-    for name, value in must_match(run).items():
-        if state[name] != value:
-            raise UserError(
-                f"{newest}: was made with {name} {state[name]}, not {value}; continue the run with "
-                "its own settings, or start a new one"
-            )
+    state = checkpoint.read_state(newest, must_match(run))
     load_trained(run.model, newest)
     run.resumed_from = newest
     run.step = run.saved_step = state["step"]
@@ -267,7 +268,6 @@ def report(run: Run, probabilities_NC: np.ndarray) -> None:
             run.test.tokenizer_folder,
             run.folder / "export",
         )
-    next_freeze = "gradual" if config.freeze == "backbone" else "backbone"
     write_outcome(
         run.folder,
         outcome="finished",
@@ -276,7 +276,7 @@ def report(run: Run, probabilities_NC: np.ndarray) -> None:
         metrics=run.metrics_line
         | comparison.flat(ours, "test")
         | comparison.flat(base, "baseline"),
-        command=f'make run JOB=imdb ARGS="--freeze {next_freeze}"',
+        command="make fetch JOB=imdb" if config.dry_run else "make dry-run JOB=rag",
     )
 
 

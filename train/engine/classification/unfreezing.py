@@ -70,7 +70,7 @@ class UnfreezingSettings:
         if blocks[0] != 0:
             raise UserError(
                 f"unfreezing.phases: begins with {blocks[0]} blocks; begin with 0, the head alone, "
-                "so that its random start does not spoil the encoder"
+                "so that a head that knows nothing does not spoil the encoder"
             )
         if list(blocks) != sorted(set(blocks)):
             raise UserError(

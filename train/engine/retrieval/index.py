@@ -6,7 +6,6 @@ functions that need them, because a script's settings name `IndexSettings`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from train.engine.durable import describe, fsync, sha256, write_atomically
 from train.engine.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 FORMAT = 1
 # Scores are compared after so many decimals: a matrix product's last bits depend on the number of
@@ -59,17 +58,6 @@ class Hit:
 
 
 # ---- what an index is made of ---------------------------------------------------------------
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Return the hash of a model's weights, whatever files they came from."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_identity(made_of: dict[str, Any], now: dict[str, Any], where: Path) -> None:

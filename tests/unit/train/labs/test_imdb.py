@@ -108,8 +108,8 @@ def test_a_run_stopped_in_each_phase_and_between_two_ends_bit_for_bit_as_one_tha
     assert predictions[0] == predictions[1]
     # The first attempt made the features; the second and third found them.
     said = capsys.readouterr().out
-    assert said.count("features of 144 of 144 training rows") == 1
-    assert said.count("features of 160 rows are there") == 3
+    assert said.count("features of 180 of 180 training rows") == 1
+    assert said.count("features of 200 rows are there") == 3
 
 
 def test_a_run_stopped_in_its_features_saves_and_goes_on(

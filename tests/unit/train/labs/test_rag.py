@@ -197,7 +197,7 @@ def test_another_strategy_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match=r"ACCEL=fsdp2: .* teaches ddp: leave ACCEL out"):
+    with pytest.raises(UserError, match=r"ACCEL=fsdp2: .* this lab trains none; leave it out"):
         rag.train(configured(), tmp_path, device, rehearse_stop=False)
     assert list(tmp_path.iterdir()) == []
 
