@@ -116,7 +116,9 @@ class Desk:
         state = self.cluster.state_of(run.job_id)
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
-    def wait_until(self, happened: Callable[[], bool], run: Run, timeout: float = 60) -> None:
+    def wait_until(
+        self, happened: Callable[[], bool], run: Run, timeout: float = JOB_TIMEOUT_S
+    ) -> None:
         """Wait until `happened`; otherwise fail with what the run's jobs said."""
         deadline = time.monotonic() + timeout
         while not happened():

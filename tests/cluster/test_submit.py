@@ -35,9 +35,9 @@ def limited(desk: Desk) -> Run:
 
     First, because it takes longest; it goes on while other tests run.
     """
-    arguments = f"{LONG} --checkpoint.every_steps 50"
+    arguments = f"{LONG} --checkpoint.every_steps 10"
     run = desk.submit("NODES=2", "TIME=2", "NAME=limited", f"ARGS={arguments}")
-    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
+    desk.wait_until((run.folder / "checkpoints/step-00000010").exists, run)
     paused = [pid_of_rank(rank, run) for rank in (0, 1)]
     for pid in paused:
         os.kill(pid, signal.SIGSTOP)
