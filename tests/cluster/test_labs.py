@@ -25,7 +25,7 @@ LABS = {
 }
 # Then fewer, so that they end soon. The batches of rag follow from its passages.
 SHORTER = 20
-TOWNS = 1500
+TOWNS = 800
 
 
 @pytest.mark.parametrize("job", LABS)
