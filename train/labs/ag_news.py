@@ -229,14 +229,12 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
     from train.engine.classification.trainer import LabTrainer, PaddedRows, RowLoss
     from train.engine.classification.watch import Watch
     from train.engine.distributed import gather_strings, is_main_process, rank, world_size
-    from train.engine.strategy import bf16_from_environment
+    from train.engine.strategy import uses_bf16
 
     config, device, rows, start = training.config, training.device, training.rows, training.start
     seed, num_steps = config.seed + training.number, training.num_steps
     model = new_model(config, seed)
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and bf16_from_environment()
-    )
+    bf16 = uses_bf16(config.precision, device)
 
     # ---- this process's share of each batch ----
     micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())
