@@ -9,7 +9,7 @@
 #: GPUS    GPUs of a node, instead of what the job says
 #: TIME    time limit, instead of what the job says
 #: NAME    a word to find the run again by
-#: RUN     a run: its folder, JOB/STAMP, STAMP, or a job's name for its newest
+#: RUN     a run: its folder, JOB/STAMP, STAMP, its NAME, or a job's name for its newest
 #: PLAN    1: say what would be queued, and queue nothing
 #: FORMAT  of what is shown: table or json
 #: NODE    the number of a node, whose log is meant; for a tunnel the name of one
@@ -35,6 +35,11 @@ export VENV
 # read theirs from FORMAT, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
 $(foreach name,NAME TIME FORMAT NODE PORT Q,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
+
+# `make submit RUN=` would be taken for a new run.
+ifeq ($(origin RUN):$(strip $(RUN)),command line:)
+$(error RUN= is empty: name the run, as `make status` does)
+endif
 
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'

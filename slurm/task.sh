@@ -18,29 +18,36 @@ while [[ $scratch =~ \$\{?([A-Za-z_][A-Za-z0-9_]*)\}? ]]; do
   fi
   scratch=${scratch/"${BASH_REMATCH[0]}"/"${!BASH_REMATCH[1]}"}
 done
-# Of this job alone: two jobs on a node must not meet in their caches.
+# Of this job alone, because two jobs on a node must not meet in their caches.
 export SLUICE_SCRATCH=$scratch/sluice-$UID-$SLURM_JOB_ID
 if [[ $1 == clean ]]; then
   exec rm -rf -- "$SLUICE_SCRATCH"
 fi
-umask 077
+# Of this attempt alone: Slurm may start a step that saves when the job runs again.
+launcher=$SLUICE_SCRATCH/launcher-$SLUICE_ATTEMPT.pid save=$SLUICE_SCRATCH/save-$SLUICE_ATTEMPT
 if [[ $1 == save ]]; then
-  # For a node that is not so far yet.
-  if [[ -d $SLUICE_SCRATCH ]]; then : >"$SLUICE_SCRATCH/save"; fi
+  # Where the node has not begun to train, it finds this and does not.
+  if [[ -d $SLUICE_SCRATCH ]]; then : >"$save"; fi
   # Slurm's own signals reach every process of a step, where it keeps no cgroups: also the one that
   # serves the image's files, which would die of it in the middle of the save.
-  if [[ -f $SLUICE_SCRATCH/launcher.pid ]]; then
-    exec kill -s USR1 "$(<"$SLUICE_SCRATCH/launcher.pid")"
-  fi
-  echo "$SLUICE_NODE_NAME: nothing trains yet, and nothing will"
+  if [[ -f $launcher ]]; then exec kill -s USR1 "$(<"$launcher")"; fi
+  echo "$SLUICE_NODE_NAME: attempt $SLUICE_ATTEMPT does not train here, and will not"
   exit
 fi
-# -O: in a folder that all may write, somebody else could have made it.
-if ! mkdir -p -- "$SLUICE_SCRATCH" || [[ ! -O $SLUICE_SCRATCH ]]; then
+make_scratch() {
+  if [[ ! -d $scratch ]]; then
+    mkdir -p -- "$(dirname -- "$scratch")" || return
+    # For all users, as /tmp is. Another job may just have made it.
+    mkdir -m 1777 -- "$scratch" || [[ -d $scratch ]] || return
+  fi
+  (umask 077 && mkdir -p -- "$SLUICE_SCRATCH") || return
+  # In a folder that all may write, somebody else could have made it.
+  [[ -O $SLUICE_SCRATCH ]]
+}
+if ! make_scratch; then
   echo "error: $SLUICE_NODE_NAME: site.toml: paths.scratch: $scratch cannot be used" >&2
   exit 2
 fi
-umask 022
 
 # ---- what the job reads, nearer ----
 if [[ $1 == train && -n ${SLUICE_COPY:-} ]]; then
@@ -57,23 +64,23 @@ if [[ $1 == train && -n ${SLUICE_COPY:-} ]]; then
 fi
 
 # ---- go ----
-# Only where it finds the real one: Apptainer takes the first of this name.
+# Apptainer takes the first squashfuse_ll on the PATH: ours, where it finds a real one to run.
 for place in /usr/local/bin /usr/bin /bin; do
   if [[ -x $place/squashfuse_ll ]]; then PATH=$PWD/slurm/shielded:$PATH; fi
 done
 case $1 in
 train)
   # In this process's place goes what runs the launcher: the one process to be signalled.
-  echo "$$" >"$SLUICE_SCRATCH/launcher.pid"
-  if [[ -e $SLUICE_SCRATCH/save ]]; then
+  echo "$$" >"$launcher"
+  if [[ -e $save ]]; then
     echo "$SLUICE_NODE_NAME: asked to save before it began"
     exit 0
   fi
   exec slurm/node.sh --config "$SLUICE_RUN_FOLDER/config.yaml"
   ;;
 check)
-  # Of an earlier attempt, if that ended with its node.
-  rm -f -- "$SLUICE_SCRATCH/launcher.pid" "$SLUICE_SCRATCH/save"
+  # Left by an attempt that ended with its node: other processes may have these PIDs by now.
+  rm -f -- "$SLUICE_SCRATCH"/launcher-*.pid
   set --
   # shellcheck source=slurm/environment.sh
   source slurm/environment.sh

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,16 +114,13 @@ def test_a_job_sees_no_secret_and_shows_none(desk: Desk) -> None:
     run = desk.submit("NODES=1", "ARGS=--dry_run --max_steps 400")
     desk.wait_until((run.folder / "metrics.jsonl").exists, run)
     seen = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-        except OSError:
-            continue
+    for _, command, variables in processes():
+        words = b" ".join(command)
         assert SECRET.encode() not in words
         # Outside of the container and in it; another job's processes are as good.
-        if b"SLUICE_RUN_FOLDER=" in variables:
+        if any(variable.startswith(b"SLUICE_RUN_FOLDER=") for variable in variables):
             seen.append(words)
-            assert SECRET.encode() not in variables, words
+            assert SECRET.encode() not in b" ".join(variables), words
     assert any(b"train.tinyllama" in words for words in seen)
     assert any(b"train.sbatch" in words or b"slurm_script" in words for words in seen)
     desk.wait(run)
@@ -195,7 +192,7 @@ gpus_per_node = 2
 save_s = 20
 sbatch_flags = ["--comment=of-the-site"]
 [paths]
-scratch = "$SCRATCH_OF_THE_NODE"
+scratch = "$SCRATCH_OF_THE_NODE/of/all"
 copy_datasets = true
 [container]
 variant = "cpu"
@@ -229,7 +226,10 @@ def test_a_site_has_its_own_paths_binds_flags_modules_and_network(
     assert run.slurm()[0]["master"].startswith("10.77.0.11:")
     for node in (0, 1):
         said = (run.attempts()[0] / f"node-{node}.log").read_text()
-        assert f"node{node + 1}: copied to /var/tmp/sluice-" in said
+        assert f"node{node + 1}: copied to /var/tmp/of/all/sluice-" in said
+        # The job has made it, and others are to find room in it.
+        mode = desk.cluster.output("stat", "-c", "%a", "/var/tmp/of/all", node=f"node{node + 1}")
+        assert mode == "1777"
     assert (tmp_path / "asked").read_text() == "load nearby\n"
     comment = desk.cluster.output("scontrol", "show", "job", run.job_id, "--oneliner")
     assert "Comment=of-the-site" in comment
@@ -320,6 +320,13 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
     os.kill(pid_of_rank(1, run), signal.SIGKILL)
     desk.wait_until((run.folder / "attempts/2/node-0.log").exists, run)
+    # As Slurm would start it, had the first attempt asked for it and srun had to wait.
+    late = desk.cluster.run(
+        *("srun", f"--jobid={run.job_id}", "--overlap", "--mem=0", "--nodes=2", "--ntasks=2"),
+        *("bash", str(run.folder / "code/slurm/task.sh"), "save"),
+        environment={"SLUICE_ATTEMPT": "1", "SLUICE_SITE_SCRATCH": "/var/tmp"},
+    )
+    assert late.stdout.count("attempt 1 does not train here") == 2, late.stdout + late.stderr
     # Nobody needs it while the job runs.
     desk.cluster.drill("restart", "controller")
     desk.wait_until((run.folder / "checkpoints/step-00000250").exists, run)
@@ -339,6 +346,9 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     assert began[1] >= 50
     assert began[-1] >= 250
     assert run.curve() == expected
+    for _, words, variables in processes():
+        of_this_run = f"SLUICE_RUN_FOLDER={run.folder}".encode() in variables
+        assert not (of_this_run and b"save" in words), words
 
 
 def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
@@ -380,14 +390,18 @@ def pid_of_rank(rank: int, run: Run) -> int:
     """Return the process of that rank in the newest attempt of a run on the cluster."""
     port = run.slurm()[-1]["master"].rpartition(":")[2]
     wanted = {f"RANK={rank}".encode(), f"MASTER_PORT={port}".encode(), b"SLUICE_STEP=1"}
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            variables = (path / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"train.tinyllama" in words and wanted <= set(variables):
-            found.append(int(path.name))
-    (pid,) = found
+    (pid,) = (
+        pid
+        for pid, words, variables in processes()
+        if b"train.tinyllama" in words and wanted <= set(variables)
+    )
     return pid
+
+
+def processes() -> Iterator[tuple[int, list[bytes], list[bytes]]]:
+    """Each process on this machine: its number, the words of its command, its environment."""
+    for path in Path("/proc").glob("[0-9]*"):
+        # One that has ended since.
+        with suppress(OSError):
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            yield int(path.name), words.split(b"\0"), variables.split(b"\0")

@@ -118,6 +118,16 @@ def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) ->
     assert checkout.words("logs", NODE="LAPTOP-7", RUN="x")[-1] == "--run=x"
 
 
+def test_a_run_without_a_name_is_refused(checkout: Checkout) -> None:
+    # It would be taken for a new one.
+    for target in ("submit", "run"):
+        done = checkout.make(target, "RUN=")
+        assert done.returncode == 2
+        assert "RUN= is empty: name the run" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not checkout.noted.exists()
+
+
 def test_a_failure_is_passed_on(checkout: Checkout) -> None:
     done = checkout.make("run", STATUS="3")
     assert done.returncode == 2
