@@ -9,7 +9,6 @@ Reads top to bottom. What is not the idea of this script lives in train/engine.
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +165,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             record.progress(step)
         if rehearse_stop and step == max(1, config.max_steps // 2):
             rehearsing = True
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.rehearse()
         stopping = done.stop_asked
         if checkpoints.pending and not done.any_writing:
             checkpoints.finish()

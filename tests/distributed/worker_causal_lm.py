@@ -55,9 +55,9 @@ def main(argv: list[str]) -> int:
                 dry_run=causal_lm.DRY_RUN,
             )
             config = causal_lm.stage(config, online=False)
-            signals.reset()
+            signals.forget_rehearsal()
             assert causal_lm.train(config, run, device, rehearse_stop=True) == "rehearsed"
-            signals.reset()
+            signals.forget_rehearsal()
             assert causal_lm.train(config, run, device, rehearse_stop=False) == "finished"
     return 0
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     strategy.prepare = remember
     signals.install()
     assert tinyllama.train(config, Path(run_folder), device, rehearse_stop=True) == "rehearsed"
-    signals.reset()
+    signals.forget_rehearsal()
     assert tinyllama.train(config, Path(run_folder), device, rehearse_stop=False) == "finished"
     name = strategy.name_from_environment()
     weights = gather(prepared[-1].module, name)

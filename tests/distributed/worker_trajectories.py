@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         assert tinyllama.train(config, resumed, device, rehearse_stop=True) == "rehearsed"
         if is_main_process():
             assert max(losses(resumed)) < 8, "it was not stopped"
-        signals.reset()
+        signals.forget_rehearsal()
         assert tinyllama.train(config, resumed, device, rehearse_stop=False) == "finished"
     diverge(folder / DIVERGED, device)
     return 0

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
+from train.engine.presets import TINY_ENCODER_LAYERS, TINY_ENCODER_POSITIONS
 
 
 def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
@@ -51,10 +52,10 @@ def tiny_shape(vocab_size: int) -> BertConfig:
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=TINY_ENCODER_LAYERS,
         num_attention_heads=4,
         intermediate_size=128,
-        max_position_embeddings=256,
+        max_position_embeddings=TINY_ENCODER_POSITIONS,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -1,4 +1,4 @@
-"""Llama shapes that start from random weights, by name."""
+"""Shapes that start from random weights: of Llamas, by name, and of a dry run's encoder."""
 
 from __future__ import annotations
 
@@ -64,3 +64,7 @@ PRESETS = {
         tie_word_embeddings=False,
     ),
 }
+
+# Of the encoder that stands for a pretrained one in a dry run.
+TINY_ENCODER_LAYERS = 2
+TINY_ENCODER_POSITIONS = 256

@@ -37,9 +37,10 @@ class Script(Generic[Config]):
         signals.install_first()
         signals.die_with_launcher()
         config = arguments.parse(self.config_class, argv, prog=self.prog, dry_run=self.dry_run)
-        run_folder = Path(config.run_folder or os.environ.get("SLUICE_RUN_FOLDER", ""))
-        if run_folder == Path():
+        named = config.run_folder or os.environ.get("SLUICE_RUN_FOLDER")
+        if not named:
             raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
+        run_folder = Path(named)
         if config.staged is None:
             config = self.stage(config, online=False)
         if os.environ.get("RANK", "0") == "0":
@@ -57,7 +58,7 @@ class Script(Generic[Config]):
             if outcome == "rehearsed":
                 if is_main_process():
                     say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
-                signals.reset()
+                signals.forget_rehearsal()
                 outcome = self.train(config, run_folder, device, rehearse_stop=False)
         return 0 if outcome == "finished" else EXIT_REQUEUE
 

@@ -192,15 +192,24 @@ class ScheduleSettings:
 
 @dataclass(kw_only=True)
 class EvaluationSettings:
-    """When the validation text is scored."""
+    """When the validation rows are scored."""
 
     every_steps: int = 100
     """Also before the first step and after the last."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 1, f"evaluation.every_steps: {self.every_steps} is not positive")
+
+
+@dataclass(kw_only=True)
+class TextEvaluationSettings(EvaluationSettings):
+    """When the validation text is scored, and how much of it."""
+
     max_tokens: int | None = None
     """Score this many tokens from the start of the validation text; default: all."""
 
     def __post_init__(self) -> None:
-        _check(self.every_steps >= 1, f"evaluation.every_steps: {self.every_steps} is not positive")
+        super().__post_init__()
         _check(
             self.max_tokens is None or self.max_tokens >= 1,
             f"evaluation.max_tokens: {self.max_tokens} is not positive",
@@ -275,7 +284,7 @@ class TrainingConfig(LoopSettings):
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    evaluation: TextEvaluationSettings = field(default_factory=TextEvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     staged: StagedPaths | None = None
     """Written by the set-up; not for the command line."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
-_received: signal.Signals | None = None
+_received: list[signal.Signals] = []
 
 
 def install_first() -> None:
@@ -41,16 +41,20 @@ def die_with_launcher() -> None:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    global _received
-    _received = signal.Signals(number)
+    _received.append(signal.Signals(number))
 
 
 def received() -> str | None:
-    """Return the name of the signal that this process received (SIGTERM), or None."""
-    return _received.name if _received else None
+    """Return the name of the first signal that this process received (SIGTERM), or None."""
+    return _received[0].name if _received else None
 
 
-def reset() -> None:
-    """Forget the signal: a dry run goes on after the stop that it rehearsed."""
-    global _received
-    _received = None
+def rehearse() -> None:
+    """Send this process what a cluster would."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def forget_rehearsal() -> None:
+    """Go on after a rehearsed stop, unless a real request has come meanwhile."""
+    if signal.SIGUSR1 in _received:
+        _received.remove(signal.SIGUSR1)

@@ -29,6 +29,7 @@ from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
     EncoderSettings,
+    EvaluationSettings,
     OptimizerSettings,
     ScheduleSettings,
 )
@@ -51,7 +52,7 @@ DRY_RUN: dict[str, Any] = {
     "batch": {"global_batch_size": 16, "micro_batch_size": 4},
     "optimizer": {"lr": 3e-3},
     "schedule": {"warmup_steps": 4},
-    "evaluate_every_steps": 15,
+    "evaluation": {"every_steps": 15},
     "checkpoint": {"every_steps": 10},
     "max_steps": 60,
     "log_every_steps": 5,
@@ -62,8 +63,6 @@ DRY_RUN: dict[str, Any] = {
 class Config(EpochSettings):
     """Tell classes of text apart with a pretrained encoder, trained by the Hugging Face Trainer."""
 
-    evaluate_every_steps: int = 500
-    """Score the validation rows every so many steps; also before the first and after the last."""
     run_folder: str = ""
     """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
     model: EncoderSettings = field(default_factory=EncoderSettings)
@@ -71,14 +70,10 @@ class Config(EpochSettings):
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     staged: StagedLabelled | None = None
     """Written by the set-up; not for the command line."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.evaluate_every_steps < 1:
-            raise UserError(f"evaluate_every_steps: {self.evaluate_every_steps} is not positive")
 
 
 def stage(config: Config, *, online: bool) -> Config:
@@ -266,7 +261,7 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         num_steps=num_steps,
         global_batch_size=config.batch.global_batch_size,
         log_every_steps=config.log_every_steps,
-        evaluate_every_steps=config.evaluate_every_steps,
+        evaluate_every_steps=config.evaluation.every_steps,
         validation=(rows.classes, rows.validation.labels),
         predict=lambda: predict(rows.validation),
         loss=loss,

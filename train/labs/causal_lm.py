@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -194,7 +193,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             record.progress(step)
         if rehearse_stop and step == max(1, config.max_steps // 2):
             rehearsing = True
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.rehearse()
         stopping = done.stop_asked
         if checkpoints.pending and not done.any_writing:
             checkpoints.finish()

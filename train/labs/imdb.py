@@ -12,7 +12,6 @@ all three. Reads top to bottom; what is not the idea of this lab is in train/eng
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,14 @@ from train.engine.classification.labelled import LabelledDataSettings, StagedLab
 from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSettings
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
+from train.engine.presets import TINY_ENCODER_LAYERS
 from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
     EncoderSettings,
+    EvaluationSettings,
     LoopSettings,
     OptimizerSettings,
     ScheduleSettings,
@@ -48,12 +49,11 @@ DRY_RUN: dict[str, Any] = {
     "optimizer": {"lr": 2e-3},
     "schedule": {"warmup_steps": 4},
     "unfreezing": {"phases": "0:40 1:30 3:30", "head_lr": 1e-3},
-    "evaluate_every_steps": 30,
+    "evaluation": {"every_steps": 30},
     "checkpoint": {"every_steps": 10},
     "max_steps": 120,
     "log_every_steps": 10,
 }
-LAYERS_OF_TINY = 2
 
 
 @dataclass(kw_only=True)
@@ -64,14 +64,14 @@ class Config(LoopSettings):
     """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
     freeze: Freeze = "backbone"
     """backbone: only the head trains. none: everything does. gradual: as `unfreezing.phases`."""
-    evaluate_every_steps: int = 100
-    """Score the validation rows every so many steps; also before the first and after a phase."""
     model: EncoderSettings = field(default_factory=EncoderSettings)
     data: LabelledDataSettings = field(default_factory=LabelledDataSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     unfreezing: UnfreezingSettings = field(default_factory=UnfreezingSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """A phase ends with one, too."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     staged: StagedLabelled | None = None
     """Written by the set-up; not for the command line."""
@@ -80,8 +80,6 @@ class Config(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.evaluate_every_steps < 1:
-            raise UserError(f"evaluate_every_steps: {self.evaluate_every_steps} is not positive")
         if self.compile:
             raise UserError("compile: this lab has no compiled form; leave it out")
 
@@ -107,7 +105,7 @@ def stage(config: Config, *, online: bool) -> Config:
 def phases_of(config: Config) -> list[Phase]:
     """Return the phases of the run; together they have `max_steps` steps."""
     assert config.staged is not None
-    num_layers = LAYERS_OF_TINY
+    num_layers = TINY_ENCODER_LAYERS
     if config.staged.model:
         shape = modelfolder.read_shape(staging.staged_path(config.staged.model))
         num_layers = int(shape["num_hidden_layers"])
@@ -168,7 +166,7 @@ def train_phase(run: Run, phase: Phase) -> bool:
             run.checkpoints.finish()
         if run.rehearse_stop and run.step == max(1, config.max_steps // 2):
             run.is_rehearsed = True
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.rehearse()
         is_stopped = done.stop_asked
         if run.step % config.checkpoint.every_steps == 0:
             save(run, training)
@@ -184,7 +182,7 @@ def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
     """
     from train.engine.classification.scores import mean_loss
 
-    is_scored = is_end or run.step % run.config.evaluate_every_steps == 0
+    is_scored = is_end or run.step % run.config.evaluation.every_steps == 0
     if is_scored:
         vectors = inputs.validation_vectors()
         if vectors is None:

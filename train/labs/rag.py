@@ -9,8 +9,6 @@ Reads top to bottom. What is not the idea of this script lives in train/engine.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -214,7 +212,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             record.write(progress_line(step, batches, chunks, timer.take()))
         if rehearse_stop and not rehearsing and step >= max(1, max_steps // 2):
             rehearsing = True
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.rehearse()
         stopping = stops > 0
         if stopping or step == max_steps or passed(config.checkpoint.every_steps, before, step):
             checkpoints.save_vectors(step, unsaved, state)

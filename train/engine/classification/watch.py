@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,7 +119,7 @@ class Watch(TrainerCallback):
             self.record.progress(self.first_step + step)
         if self.first_step + step == self.rehearse_at:
             self.rehearsing = True
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.rehearse()
         if self._is_recorded(step):
             control.should_log = True
         if self.stopping:

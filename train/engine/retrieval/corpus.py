@@ -13,6 +13,7 @@ from train.engine import modelfolder, staging, tokenizer
 from train.engine.classification import labelled
 from train.engine.errors import UserError
 from train.engine.once import make_once
+from train.engine.presets import TINY_ENCODER_POSITIONS
 from train.engine.retrieval import chunks, passages
 from train.engine.retrieval.chunks import Chunk, ChunkSettings
 from train.engine.retrieval.passages import PassageDataSettings
@@ -20,8 +21,6 @@ from train.engine.rows import read_rows
 from train.engine.settings import EncoderSettings
 
 FORMAT = 1
-# Positions of the encoder with random weights (encoder.load).
-TINY_POSITIONS = 256
 
 
 @dataclass(kw_only=True)
@@ -124,7 +123,7 @@ def count_chunks(folder: Path) -> int:
 def max_positions(folder: Path | None) -> int:
     """Return the tokens that the encoder of a model folder reads at most; as encoder.max_length."""
     if folder is None:
-        return TINY_POSITIONS
+        return TINY_ENCODER_POSITIONS
     shape = modelfolder.read_shape(folder)
     positions = int(shape.get("max_position_embeddings", 8192))
     if "roberta" in shape.get("model_type", ""):

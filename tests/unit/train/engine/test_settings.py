@@ -22,6 +22,7 @@ from train.engine.settings import (
     ModelSettings,
     OptimizerSettings,
     ScheduleSettings,
+    TextEvaluationSettings,
 )
 
 INFINITY = float("inf")
@@ -47,7 +48,7 @@ INFINITY = float("inf")
         (ScheduleSettings, {"warmup_steps": -1}, "schedule.warmup_steps: -1 is negative"),
         (ScheduleSettings, {"min_lr_ratio": 1.1}, "schedule.min_lr_ratio: 1.1 is not between"),
         (EvaluationSettings, {"every_steps": 0}, "evaluation.every_steps: 0 is not positive"),
-        (EvaluationSettings, {"max_tokens": 0}, "evaluation.max_tokens: 0 is not positive"),
+        (TextEvaluationSettings, {"max_tokens": 0}, "evaluation.max_tokens: 0 is not positive"),
         (CheckpointSettings, {"every_steps": 0}, "checkpoint.every_steps: 0 is not positive"),
         (CheckpointSettings, {"keep": 1}, "checkpoint.keep: 1 is less than 2"),
         (LoopSettings, {"max_steps": 0}, "max_steps: 0 is not positive"),

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +33,7 @@ def make_config(*words: str) -> ag_news.Config:
 
 @pytest.fixture(autouse=True)
 def signals_set_a_flag() -> None:
-    signals.reset()
+    signals.forget_rehearsal()
     signals.install_first()
 
 
@@ -66,7 +64,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_as_uninterrupted(
     assert max(line["step"] for line in read_metrics(tmp_path)) == 29
     assert not (tmp_path / "attempts").exists()
     assert not (tmp_path / "seed-42").exists()
-    signals.reset()
+    signals.forget_rehearsal()
     assert ag_news.train(config, tmp_path, device, rehearse_stop=False) == "finished"
 
     assert losses(tmp_path) == losses(straight)
@@ -122,7 +120,7 @@ def test_several_seeds_resume_amid_the_second_past_a_damaged_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--num_seeds", "2", "--max_steps", "16", "--checkpoint.every_steps", "2")
-    config = make_config(*words, "--evaluate_every_steps", "4")
+    config = make_config(*words, "--evaluation.every_steps", "4")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for folder in (straight, stopped):
         folder.mkdir()
@@ -133,21 +131,19 @@ def test_several_seeds_resume_amid_the_second_past_a_damaged_checkpoint(
     def write_and_signal(self: metrics.Metrics, line: dict[str, object]) -> None:
         write(self, line)
         if line["step"] == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signals.rehearse()
 
-    previous = signal.signal(signal.SIGTERM, signals._remember)
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Metrics, "write", write_and_signal)
         assert ag_news.train(config, stopped, device, rehearse_stop=False) == "stopped"
-    signal.signal(signal.SIGTERM, previous)
     outcome = json.loads((stopped / "attempts" / "1" / "outcome.json").read_text())
-    assert outcome["reason"] == "SIGTERM"
+    assert outcome["reason"] == "SIGUSR1"
     assert outcome["step"] == 13
     newest = stopped / "checkpoints" / outcome["checkpoint"]
     damaged = bytearray((newest / "optimizer.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(bytes(damaged))
-    signals.reset()
+    signals.forget_rehearsal()
     capsys.readouterr()
     assert ag_news.train(config, stopped, device, rehearse_stop=False) == "finished"
     told = capsys.readouterr().out
@@ -246,7 +242,7 @@ GOOD = '{"text": "rain again", "label": "a"}\n{"text": "sun", "label": "b"}\n' *
         (GOOD, GOOD, ["--num_seeds", "3", "--max_steps", "10"], r"try --max_steps 12"),
         (GOOD, GOOD, ["--num_epochs", "-1"], r"num_epochs: -1.0 is not a positive number"),
         (GOOD, GOOD, ["--num_epochs", "2", "--max_steps", "9"], r"leave one of them out"),
-        (GOOD, GOOD, ["--evaluate_every_steps", "0"], r"evaluate_every_steps: 0 is not positive"),
+        (GOOD, GOOD, ["--evaluation.every_steps", "0"], r"evaluation.every_steps: 0 is not"),
         (GOOD, GOOD, ["--batch.micro_batch_size", "5"], r"5 does not divide the 64 sequences"),
         (GOOD, GOOD, ["--learning_rate", "1"], r"--learning_rate is not a setting"),
         (GOOD, GOOD, ["--model.preset", "null", "--model.name", "nowhere/at/all"], r"model.name"),

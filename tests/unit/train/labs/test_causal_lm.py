@@ -48,7 +48,7 @@ def make(environment: None, tied_model_folder: Path) -> Make:
 @pytest.fixture(autouse=True)
 def no_signal() -> Iterator[None]:
     yield
-    signals.reset()
+    signals.forget_rehearsal()
 
 
 def run(config: causal_lm.Config, folder: Path, device: torch.device, *, stop: bool = False) -> str:
@@ -270,9 +270,9 @@ def test_stopped_at_the_start_and_half_way_it_ends_the_same(
     outcome = json.loads((stopped / "attempts/1/outcome.json").read_text())
     assert outcome["reason"] == "SIGUSR1" and outcome["checkpoint"] == "step-00000000"
     assert not (stopped / "samples.jsonl").exists()
-    signals.reset()
+    signals.forget_rehearsal()
     assert run(config, stopped, device, stop=True) == "rehearsed"
-    signals.reset()
+    signals.forget_rehearsal()
     assert run(config, stopped, device) == "finished"
 
     shard = "checkpoints/step-00000006/shard-00000-of-00001.safetensors"

@@ -22,7 +22,7 @@ from train.labs import imdb
 
 SAMPLES = CHECKOUT / "train/samples/imdb"
 # Phases of 8, 6 and 6 steps.
-SETTINGS = ["--max_steps", "20", "--evaluate_every_steps", "5", "--checkpoint.every_steps", "4"]
+SETTINGS = ["--max_steps", "20", "--evaluation.every_steps", "5", "--checkpoint.every_steps", "4"]
 SETTINGS += ["--log_every_steps", "1", "--checkpoint.keep", "9"]
 
 
@@ -226,7 +226,7 @@ GOOD = ['{"text": "good", "label": "pos"}', '{"text": "bad", "label": "neg"}'] *
         ),
         (GOOD, ["--max_steps", "2"], "max_steps: 2 leaves no step for the phase"),
         (GOOD, ["--max_steps", "0"], "max_steps: 0 is not positive"),
-        (GOOD, ["--evaluate_every_steps", "0"], "evaluate_every_steps: 0 is not positive"),
+        (GOOD, ["--evaluation.every_steps", "0"], "evaluation.every_steps: 0 is not positive"),
         (GOOD, ["--compile", "true"], "compile: this lab has no compiled form"),
         (GOOD, ["--batch.micro_batch_size", "3"], "batch.micro_batch_size: 3 does not divide"),
         (GOOD, ["--unfreezing.head_lr", "0"], "head_lr: 0.0 is not a positive number"),
