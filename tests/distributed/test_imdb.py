@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertModel
+from transformers import DistilBertConfig, DistilBertModel
 
 from tests.conftest import CHECKOUT, Launch, losses, read_metrics
-from train.engine import encoder, tokenizer
+from train.engine import tokenizer
 from train.engine.checkpoint import find_damage, step_folders
 from train.engine.data import Piece
 
@@ -28,9 +28,17 @@ def inputs(tmp_path: Path) -> list[str]:
     folder.mkdir()
     texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").open()]
     tokenizer.train((Piece(text, starts=True, ends=True) for text in texts), 600, folder, "rows")
-    shape = encoder.tiny_shape(600)
-    shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = 0.1
-    BertModel(shape, add_pooling_layer=False).save_pretrained(folder)
+    # The encoder that most take for this, and whose config.json has names of its own.
+    shape = DistilBertConfig(
+        vocab_size=600,
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=128,
+        max_position_embeddings=256,
+    )
+    assert shape.dropout == shape.attention_dropout == 0.1
+    DistilBertModel(shape).save_pretrained(folder)
     return [
         *("--dry_run", "--model.preset", "null", "--model.name", str(folder)),
         *("--data.train", str(tmp_path / "train.jsonl")),

@@ -112,6 +112,7 @@ def add_adapters(
     """
     import peft
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     chosen: Any = ALL_LINEAR if settings.targets == [ALL_LINEAR] else settings.targets
     config = peft.LoraConfig(
@@ -121,6 +122,8 @@ def add_adapters(
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=chosen,
+        # GPT-2's layers hold their matrices the other way round.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     # The first halves (A) are drawn at random; the same for a seed, on every rank.
     torch.manual_seed(seed)

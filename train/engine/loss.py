@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from train.engine import model as models
 from train.engine import signals
 from train.engine.batches import Blocks
 from train.engine.distributed import agree, rank, world_size
@@ -42,7 +43,7 @@ class TokenLoss(nn.Module):
         (masking_utils.find_packed_sequence_indices cannot look at values while it is traced),
         which rules out the flash kernels and shared key-value heads.
         """
-        for layer in self.model.get_decoder().layers:
+        for layer in models.layers(self.model):
             layer.compile(dynamic=False)
         self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 

@@ -75,6 +75,12 @@ def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
     )
 
 
+def layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the layers of a model, the lowest first, whatever its architecture calls them."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(found for found in lists if len(found) == model.config.num_hidden_layers)
+
+
 def check_same_shape(model: PreTrainedModel, checkpoint: Path) -> None:
     """Raise `UserError` if the config.json of a checkpoint is of another architecture."""
     saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

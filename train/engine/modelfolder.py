@@ -8,9 +8,16 @@ from typing import Any
 
 from train.engine.errors import UserError
 
+# What GPT-2 and DistilBERT call differently from all the others, as transformers' configs map it.
+_ALIASES = {
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+
 
 def read_shape(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model folder.
+    """Return the config.json of a model folder, its shape by the names that most models use.
 
     Raises:
         UserError: there is none, or it is not of a language model.
@@ -18,11 +25,14 @@ def read_shape(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         shape: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shape = {_ALIASES[key]: shape[key] for key in _ALIASES.keys() & shape} | shape
         shape["vocab_size"], shape["num_hidden_layers"]
     except FileNotFoundError:
         raise UserError(f"model.name: {folder} holds no config.json; give a model folder") from None
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"model.name: {path} is not of a language model: no {error}") from None
+    except TypeError:
+        raise UserError(f"model.name: {path} holds no JSON object") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.name: {path} cannot be read: {error}") from None
     return shape
@@ -31,19 +41,27 @@ def read_shape(folder: Path) -> dict[str, Any]:
 def check(folder: Path) -> None:
     """Raise `UserError` unless the folder holds a language model with all of its weights."""
     read_shape(folder)
-    files = set(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files |= {
-                folder / name for name in json.loads(index.read_bytes())["weight_map"].values()
-            }
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"model.name: {index} is damaged; download the model again") from None
-    if not files:
-        raise UserError(f"model.name: {folder} holds no *.safetensors; convert its weights first")
-    for file in sorted(files):
+    for file in _weights(folder):
         if problem := _find_damage(file):
             raise UserError(f"model.name: {file} {problem}; download the model again")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return the files that transformers would load: one, or those that an index names."""
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    try:
+        names: set[str] = set(json.loads(index.read_bytes())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except FileNotFoundError:
+        raise UserError(
+            f"model.name: {folder} holds neither {whole.name} nor {index.name}; convert its "
+            "weights first"
+        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"model.name: {index} is damaged; download the model again") from None
 
 
 def _find_damage(file: Path) -> str | None:
@@ -61,8 +79,8 @@ def _find_damage(file: Path) -> str | None:
             length = int.from_bytes(start, "little")
             header = json.loads(stream.read(min(length, 100_000_000)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
         return "is not a safetensors file"
-    whole = 8 + length + max(ends, default=0)
     size = file.stat().st_size
     return f"is cut short: {size:,} of {whole:,} bytes" if size < whole else None

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from train.engine import model as models
 from train.engine.distributed import truth, world_size
 from train.engine.errors import UserError
 from train.engine.loss import TokenLoss
@@ -265,7 +266,7 @@ class _Fsdp2(Strategy):
         self.mesh = init_device_mesh(self.device.type, (world_size(),))
         offload = CPUOffloadPolicy() if truth("FSDP_OFFLOAD_PARAMS") else OffloadPolicy()
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-        for layer in loss.model.get_decoder().layers:
+        for layer in models.layers(loss.model):
             fully_shard(
                 layer, mesh=self.mesh, reshard_after_forward=reshard, offload_policy=offload
             )

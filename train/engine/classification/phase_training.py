@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from train.engine import guard, signals
+from train.engine import model as models
 from train.engine.batches import block_at, micro_batch_positions
 from train.engine.classification.transfer import STATISTICS, Classifier
 from train.engine.classification.unfreezing import Phase, UnfreezingSettings
@@ -92,7 +93,7 @@ class PhaseTraining(Strategy):
         """Set the learning rates to `factor` of their peaks, and dropout on where weights train."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        layers = self.model.layers()
+        layers = models.layers(self.model.encoder)
         self.model.encoder.train(self.phase.blocks > len(layers))
         for layer in list(reversed(layers))[: self.phase.blocks]:
             layer.train()

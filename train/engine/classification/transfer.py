@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from train.engine import encoder as encoders
+from train.engine import model as models
 from train.engine import tokenizer
 from train.engine.checkpoint import reader
 from train.engine.durable import write_atomically
@@ -79,15 +80,9 @@ class Classifier(nn.Module):
         """Return the probabilities (N, C), on the CPU, of vectors of the encoder."""
         return self.head(vectors_ND.to(self.head.weight.device)).softmax(-1).cpu()
 
-    def layers(self) -> nn.ModuleList:
-        """Return the encoder's layers, the lowest first."""
-        wanted = self.encoder.config.num_hidden_layers
-        lists = (m for m in self.encoder.modules() if isinstance(m, nn.ModuleList))
-        return next(candidate for candidate in lists if len(candidate) == wanted)
-
     def blocks(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each block: the layers from the top, then all the rest."""
-        blocks = [list(layer.parameters()) for layer in reversed(self.layers())]
+        blocks = [list(layer.parameters()) for layer in reversed(models.layers(self.encoder))]
         in_layers = {id(parameter) for block in blocks for parameter in block}
         return [*blocks, [p for p in self.encoder.parameters() if id(p) not in in_layers]]
 

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from train import tinyllama
 from train.engine import model, tokenizer
@@ -136,6 +143,18 @@ def test_the_vocabulary_grows_with_the_tokenizer(
 
 
 @pytest.mark.filterwarnings("error")
+def test_the_layers_are_found_by_whatever_name(config: tinyllama.Config) -> None:
+    gpt2 = GPT2Config(vocab_size=50, n_embd=8, n_layer=3, n_head=1)
+    distilbert = DistilBertConfig(vocab_size=50, dim=8, n_layers=3, n_heads=2, hidden_dim=8)
+    for made, kind in (
+        (build(config), "LlamaDecoderLayer"),
+        (GPT2LMHeadModel(gpt2), "GPT2Block"),
+        (DistilBertModel(distilbert), "TransformerBlock"),
+    ):
+        found = [type(layer).__name__ for layer in model.layers(made)]
+        assert found == [kind] * made.config.num_hidden_layers
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(config: tinyllama.Config) -> None:
     tokens = torch.arange(20).reshape(1, 20)
     settings = replace(config.model, gradient_checkpointing=True)

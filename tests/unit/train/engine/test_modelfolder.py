@@ -47,7 +47,7 @@ def test_a_whole_model_passes_in_one_file_or_several(model: Path) -> None:
 def test_a_config_that_is_none_of_a_language_model_is_refused(model: Path) -> None:
     for text, said in (
         ("{", "config.json cannot be read"),
-        ("[]", "config.json is not of a language model"),
+        ("[]", "config.json holds no JSON object"),
         ('{"vocab_size": 8}', "config.json is not of a language model: no 'num_hidden_layers'"),
     ):
         (model / "config.json").write_text(text)
@@ -56,9 +56,19 @@ def test_a_config_that_is_none_of_a_language_model_is_refused(model: Path) -> No
     assert "holds no config.json" in refusal(model)
 
 
+def test_the_names_of_gpt2_and_distilbert_are_known(model: Path) -> None:
+    for text, positions in (
+        ('{"vocab_size": 8, "n_layer": 3, "n_positions": 16}', 16),
+        ('{"vocab_size": 8, "n_layers": 3, "max_position_embeddings": 32}', 32),
+    ):
+        (model / "config.json").write_text(text)
+        shape = modelfolder.read_shape(model)
+        assert (shape["num_hidden_layers"], shape["max_position_embeddings"]) == (3, positions)
+
+
 def test_a_model_without_weights_is_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    assert "holds no *.safetensors; convert" in refusal(model)
+    assert "convert its weights first" in refusal(model)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 40, -1])
@@ -66,6 +76,18 @@ def test_weights_that_are_cut_short_anywhere_are_refused(model: Path, kept: int)
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:kept])
     assert "download the model again" in refusal(model)
+
+
+def test_one_part_of_several_without_the_index_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(model)
+
+
+@pytest.mark.parametrize("offsets", ["[]", "[0]", '["a", "b"]', "{}", "null"])
+def test_a_header_of_another_form_is_refused(model: Path, offsets: str) -> None:
+    header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "is not a safetensors file; download the model again" in refusal(model)
 
 
 def test_a_pointer_of_git_lfs_is_called_by_its_name(model: Path) -> None:

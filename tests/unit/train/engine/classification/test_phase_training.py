@@ -9,6 +9,7 @@ import torch
 from transformers import BertModel
 
 from train.engine import encoder as encoders
+from train.engine import model as models
 from train.engine.classification.phase_training import PhaseTraining, take_step
 from train.engine.classification.transfer import STATISTICS, Classifier
 from train.engine.classification.unfreezing import Phase, UnfreezingSettings
@@ -97,10 +98,10 @@ def test_deeper_blocks_learn_slower_and_only_what_trains_has_dropout(model: Clas
     assert sorted(set(rates), reverse=True) == pytest.approx([1e-3, 1e-4, 5e-5])
     assert training.learning_rates() == pytest.approx({"lr": 1e-3, "encoder_lr": 1e-4})
     assert not model.encoder.embeddings.training
-    assert all(layer.training for layer in model.layers())
+    assert all(layer.training for layer in models.layers(model.encoder))
     training = training_of(model, 1)
     training.start_step(1.0)
-    assert [layer.training for layer in model.layers()] == [False, True]
+    assert [layer.training for layer in models.layers(model.encoder)] == [False, True]
     training = training_of(model, 3)
     training.start_step(1.0)
     assert model.encoder.embeddings.training
