@@ -144,7 +144,7 @@ sign-image: | setup ## sign it with the private KEY=, or with one of Apptainer's
 # ---- develop --------------------------------------------------------------------------------
 
 test: | setup-dev ## the tests that this machine can run; STRICT=1: one that it cannot is a failure
-	$(python) -m pytest --numprocesses 3 --no-loadscope-reorder $(ARGS)
+	$(python) -m pytest --numprocesses 4 --no-loadscope-reorder $(ARGS)
 
 # pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
 lint: | setup-dev ## style, types, the wall between cluster/ and train/, shell scripts

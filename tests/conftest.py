@@ -3,7 +3,7 @@
 A test that needs more than Python says so: `@pytest.mark.needs("unshare")`. Where that is missing
 the test is skipped and listed with the reason; with STRICT=1 it fails.
 
-`make test` runs three workers (pytest-xdist), also on two cores: much of the time is waiting. What
+`make test` runs four workers (pytest-xdist), also on two cores: much of the time is waiting. What
 takes minutes to make, and the ordinary user, are made once for all and removed by the process that
 started them.
 """
@@ -88,37 +88,48 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(shared)
 
 
-# What takes longest, in this order; a worker that begins it last keeps the others waiting.
-LONGEST_FIRST = (
-    "tests/cluster/test_plan.py",
+# What takes longest comes first, since a worker that begins it last keeps the others waiting; and
+# beside the first, which builds the image, what needs none.
+ORDER = (
     "tests/cluster/test_submit.py",
-    "tests/image/",
+    "tests/cluster/test_check.py",
+    "tests/cluster/test_local_cluster.py",
+    "tests/distributed/test_trajectories.py",
     "tests/distributed/test_faults.py",
+    "tests/cluster/test_lost_nodes.py",
+    "tests/cluster/test_plan.py",
+    "tests/image/test_build.py",
     "tests/cluster/test_",
+    "tests/image/",
     "tests/distributed/",
+)
+# The files that share a cluster, a line for each.
+CLUSTERS = (
+    ("tests/cluster/test_submit.py",),
+    ("tests/cluster/test_lost_nodes.py", "tests/cluster/test_plan.py"),
+    ("tests/cluster/test_",),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def turn(item: pytest.Item) -> int:
-        starts = [item.nodeid.startswith(beginning) for beginning in LONGEST_FIRST]
+        starts = [item.nodeid.startswith(beginning) for beginning in ORDER]
         return [*starts, True].index(True)
 
     items.sort(key=turn)
 
 
 class PlaceScheduling(LoadScopeScheduling):
-    """Gives the tests that share a cluster, an account that builds, or a file, to one worker.
+    """Gives the tests that share a cluster, or a file, to one worker.
 
     The marks `xdist_group` would do, but pytest 9.2 has node ids that xdist 3.8 cannot change.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        if file in ("tests/cluster/test_plan.py", "tests/cluster/test_submit.py"):
-            return "desk"
-        folder = file.rpartition("/")[0]
-        return folder if folder in ("tests/cluster", "tests/image") else file
+        for files in CLUSTERS:
+            if nodeid.startswith(files):
+                return files[0]
+        return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)

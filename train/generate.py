@@ -37,10 +37,11 @@ def main(argv: list[str]) -> int:
     model_folder = Path(options.run_folder) / "export"
     if not (model_folder / "config.json").is_file():
         raise UserError(
-            f"{options.run_folder}: has no exported model; run `make export RUN=` first"
+            f"{options.run_folder}: has no exported model; run `make export RUN=...` first"
         )
     kinds = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    if not any(kind.endswith("ForCausalLM") for kind in kinds.get("architectures") or ()):
+    endings = ("ForCausalLM", "LMHeadModel")  # the second is GPT-2's
+    if not any(kind.endswith(endings) for kind in kinds.get("architectures") or ()):
         raise UserError(f"{model_folder}: is no language model, and writes no text")
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

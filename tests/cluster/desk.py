@@ -8,7 +8,8 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,27 @@ def environment(cluster: Cluster, apptainer: str, image: Path) -> dict[str, str]
         "WANDB_API_KEY": SECRET,
         "MY_PASSWORD": SECRET,
     }
+
+
+def pid_of_rank(rank: int, run: Run) -> int:
+    """Return the process of that rank in the newest attempt of a run on the cluster."""
+    port = run.slurm()[-1]["master"].rpartition(":")[2]
+    wanted = {f"RANK={rank}".encode(), f"MASTER_PORT={port}".encode(), b"SLUICE_STEP=1"}
+    (pid,) = (
+        pid
+        for pid, words, variables in processes()
+        if b"train.tinyllama" in words
+        and wanted <= set(variables)
+        # A job of another cluster may have the same number and port; its run folder is another.
+        and run.folder.name in Path(f"/proc/{pid}/mountinfo").read_text()
+    )
+    return pid
+
+
+def processes() -> Iterator[tuple[int, list[bytes], list[bytes]]]:
+    """Each process on this machine: its number, the words of its command, its environment."""
+    for path in Path("/proc").glob("[0-9]*"):
+        # One that has ended since.
+        with suppress(OSError):
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+            yield int(path.name), words.split(b"\0"), variables.split(b"\0")

@@ -8,14 +8,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.desk import SECRET, Desk, Run
+from tests.cluster.desk import SECRET, Desk, Run, pid_of_rank, processes
 from tests.cluster.local import wait_until
 
 pytestmark = [
@@ -273,135 +271,3 @@ def test_a_job_does_not_run_in_another_image_than_it_was_queued_with(
     assert not (run.folder / "attempts").exists()
     said = (run.folder / f"slurm-{run.job_id}.log").read_text()
     assert "is another one than when the job was queued" in said
-
-
-def test_preemption_saves_and_gives_way(desk: Desk) -> None:
-    arguments = "--dry_run --max_steps 600 --evaluation.every_steps 300 --log_every_steps 50"
-    run = desk.submit("NODES=2", f"ARGS={arguments}")
-    desk.wait_until((run.folder / "metrics.jsonl").exists, run)
-    words = ["sbatch", "--parsable", "--qos=urgent", "--nodes=2", "--exclusive", "--time=1"]
-    urgent = desk.cluster.output(*words, "--output=/dev/null", "--wrap=sleep 1")
-    desk.cluster.wait_for(urgent, "COMPLETED", timeout=90)
-    desk.wait(run)
-    first, second, *again = run.outcomes()
-    assert (first["outcome"], second["outcome"]) == ("stopped", "finished"), run.logs()
-    assert first["step"] > 0
-    # Slurm 24.11 queues it once more when it ends; there is nothing left to do.
-    assert [outcome["outcome"] for outcome in again] == ["finished"] * len(again)
-    assert run.slurm()[1]["step"] == first["step"]
-
-
-def test_a_bad_node_is_named_and_left_out_where_there_are_others(desk: Desk) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M,mode=1777", "none", "/var/tmp"]
-    desk.cluster.output(*mount, node="node1")
-    try:
-        run = desk.wait(desk.submit("NODES=1", "ARGS=--dry_run"))
-        # All nodes that there are: to leave one out would be to wait for ever.
-        needs_both = desk.submit("NODES=2", "ARGS=--dry_run")
-        log = needs_both.folder / "attempts/1/batch.log"
-        desk.wait_until(lambda: log.exists() and "not left out" in log.read_text(), needs_both)
-    finally:
-        desk.cluster.output("umount", "/var/tmp", node="node1")
-    desk.wait(needs_both)
-    assert "not left out: node1: without it the job could not run" in log.read_text()
-    assert [each["outcome"] for each in needs_both.outcomes()] == ["unhealthy", "finished"]
-    first, last = run.outcomes()
-    assert (first["outcome"], last["outcome"]) == ("unhealthy", "finished"), run.logs()
-    assert [record["nodes"] for record in run.slurm()] == [["node1"], ["node2"]]
-    said = (run.attempts()[0] / "batch.log").read_text()
-    assert "preflight: node1: scratch" in said
-    assert "left out from now on: node1" in said
-
-
-def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
-    arguments = "--dry_run --max_steps 400 --checkpoint.every_steps 50 --log_every_steps 50"
-    expected = desk.on_one_machine("ddp", *arguments.split()).curve()
-    run = desk.submit("NODES=2", f"ARGS={arguments}")
-    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
-    os.kill(pid_of_rank(1, run), signal.SIGKILL)
-    desk.wait_until((run.folder / "attempts/2/node-0.log").exists, run)
-    # As Slurm would start it, had the first attempt asked for it and srun had to wait.
-    late = desk.cluster.run(
-        *("srun", f"--jobid={run.job_id}", "--overlap", "--mem=0", "--nodes=2", "--ntasks=2"),
-        *("bash", str(run.folder / "code/slurm/task.sh"), "save"),
-        environment={"SLUICE_ATTEMPT": "1", "SLUICE_SITE_SCRATCH": "/var/tmp"},
-    )
-    assert late.stdout.count("attempt 1 does not train here") == 2, late.stdout + late.stderr
-    # Nobody needs it while the job runs.
-    desk.cluster.drill("restart", "controller")
-    desk.wait_until((run.folder / "checkpoints/step-00000250").exists, run)
-    with paused(run):
-        desk.cluster.drill("power-off", "node2")
-    wait_until_requeued(desk, run)
-    desk.cluster.drill("power-on", "node2")
-    desk.wait(run)
-    # Slurm may start it on a node that is not yet quite back.
-    crashed, without_power, *unfit, last = run.outcomes()
-    assert [outcome["outcome"] for outcome in unfit] == ["unhealthy"] * len(unfit), run.logs()
-    assert (crashed["outcome"], crashed["next"]) == ("failed", "requeue"), run.logs()
-    # Slurm may end the batch script first, which then has time to say so.
-    assert without_power["outcome"] in ("lost", "failed", "stopped")
-    assert last["outcome"] == "finished"
-    began = [record["step"] for record in run.slurm()]
-    assert began[1] >= 50
-    assert began[-1] >= 250
-    assert run.curve() == expected
-    for _, words, variables in processes():
-        of_this_run = f"SLUICE_RUN_FOLDER={run.folder}".encode() in variables
-        assert not (of_this_run and b"save" in words), words
-
-
-def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> None:
-    arguments = "--dry_run --max_steps 200 --checkpoint.every_steps 50 --log_every_steps 50"
-    expected = desk.on_one_machine("ddp", *arguments.split()).curve()
-    run = desk.submit("NODES=2", f"ARGS={arguments}")
-    desk.wait_until((run.folder / "checkpoints/step-00000050").exists, run)
-    # What runs there goes on, and cannot know that it is alone.
-    with paused(run):
-        desk.cluster.drill("cut", "node2")
-    wait_until_requeued(desk, run)
-    desk.cluster.drill("join", "node2")
-    desk.wait(run)
-    first, *unfit, last = run.outcomes()
-    assert [outcome["outcome"] for outcome in unfit] == ["unhealthy"] * len(unfit), run.logs()
-    assert first["outcome"] in ("lost", "failed", "stopped"), run.logs()
-    assert last["outcome"] == "finished"
-    assert run.slurm()[-1]["step"] >= 50
-    assert run.curve() == expected
-
-
-@contextmanager
-def paused(run: Run) -> Iterator[None]:
-    """Stop the first process of a run, and with it the others, so that the run does not end."""
-    pid = pid_of_rank(0, run)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def wait_until_requeued(desk: Desk, run: Run) -> None:
-    """Wait until Slurm has missed the node (SlurmdTimeout) and ended what is left (KillWait)."""
-    desk.wait_until(lambda: desk.cluster.state_of(run.job_id) == "PENDING", run, timeout=150)
-
-
-def pid_of_rank(rank: int, run: Run) -> int:
-    """Return the process of that rank in the newest attempt of a run on the cluster."""
-    port = run.slurm()[-1]["master"].rpartition(":")[2]
-    wanted = {f"RANK={rank}".encode(), f"MASTER_PORT={port}".encode(), b"SLUICE_STEP=1"}
-    (pid,) = (
-        pid
-        for pid, words, variables in processes()
-        if b"train.tinyllama" in words and wanted <= set(variables)
-    )
-    return pid
-
-
-def processes() -> Iterator[tuple[int, list[bytes], list[bytes]]]:
-    """Each process on this machine: its number, the words of its command, its environment."""
-    for path in Path("/proc").glob("[0-9]*"):
-        # One that has ended since.
-        with suppress(OSError):
-            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-            yield int(path.name), words.split(b"\0"), variables.split(b"\0")

@@ -147,7 +147,7 @@ def test_the_tests_get_their_tools_and_their_arguments(checkout: Checkout) -> No
         "-m",
         "pytest",
         "--numprocesses",
-        "3",
+        "4",
         "--no-loadscope-reorder",
         "-k",
         "checkpoint",

@@ -16,7 +16,7 @@ from train.engine.errors import RunFailed
 
 # Where both corpora are large enough that the tokenizer's buffers are full, so that only what
 # grows with the corpus differs.
-SMALL_MB, LARGE_MB = 8, 40
+SMALL_MB, LARGE_MB = 6, 24
 
 
 @pytest.mark.slow

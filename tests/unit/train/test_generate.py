@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from tests.conftest import CHECKOUT
 from train import generate
@@ -102,7 +103,7 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(run: Path, options: list[str],
 
 def test_a_run_without_an_exported_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = start(str(tmp_path), "--prompt", "a")
-    line = f"error: {tmp_path}: has no exported model; run `make export RUN=` first\n"
+    line = f"error: {tmp_path}: has no exported model; run `make export RUN=...` first\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
@@ -116,6 +117,15 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+def test_gpt2_writes_text_too_whose_class_has_a_name_of_its_own(
+    run: Path, sample: Generate
+) -> None:
+    vocab_size = json.loads((run / "export/config.json").read_text())["vocab_size"]
+    shape = GPT2Config(vocab_size=vocab_size, n_positions=32, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(shape).save_pretrained(run / "export")
+    assert sample("The cluster", "--max_new_tokens", "4").startswith("The cluster")
 
 
 def test_a_model_that_writes_no_text_is_one_line(run: Path) -> None:
