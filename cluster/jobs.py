@@ -15,7 +15,12 @@ import sys
 from cluster import remote, site
 from cluster.errors import UserError, did_you_mean, run_to_exit
 
-COMMANDS = ("status", "logs", "cancel", "check")
+COMMANDS = {
+    "status": "cluster.status",
+    "logs": "cluster.logs",
+    "cancel": "cluster.cancel",
+    "check": "cluster.check.command",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +37,7 @@ def main(argv: list[str]) -> int:
     if settings.is_elsewhere and not {"--help", "-h"} & set(argv):
         return remote.carry_out(settings, "cluster.jobs", argv)
     # Each needs its own libraries, and none shall wait for the others'.
-    code: int = importlib.import_module(f"cluster.{argv[0]}").main(argv[1:])
+    code: int = importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     return code
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from cluster import container, history, limits, request, resolve, runs, slurm
+from cluster import container, history, request, resolve, runs, slurm
 from cluster import job as jobs
 from cluster import site as sites
+from cluster.check import limits
 from cluster.errors import UserError
 from cluster.reasons import ACTIVE
 from cluster.request import Request, Sizes

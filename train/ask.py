@@ -287,7 +287,7 @@ def read_config(run_folder: Path) -> rag.Config:
         if name and not staging.staged_path(name).exists():
             raise UserError(
                 f"{staging.staged_path(name)}: is gone; SLUICE_DATASETS names "
-                "the folder of datasets, and `make run RUN=` makes it again"
+                "the folder of datasets, and `make run RUN=...` makes it again"
             )
     return config
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from cluster import overview, request, slurm, verdict
-from cluster.finding import Verdict
+from cluster import request, slurm
+from cluster.check import overview, verdict
+from cluster.check.finding import Verdict
 from cluster.request import Request, Sizes
 from cluster.site import PRIVATE, Site
 from tests.cluster.local import LOCAL, Cluster, wait_until

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster import choice as choices
 from cluster import hosts, slurm
-from cluster.choice import Choice
-from cluster.nodes import Node
-from cluster.partitions import Partition
+from cluster.check import choice as choices
+from cluster.check.choice import Choice
+from cluster.check.nodes import Node
+from cluster.check.partitions import Partition
 from cluster.request import Request
 
 

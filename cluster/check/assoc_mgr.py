@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster import slurm
-from cluster.associations import GROUP, OF_ASSOCIATION, OF_QOS, Association, Bound, Holder, Key, Qos
+from cluster.check.associations import (
+    GROUP,
+    OF_ASSOCIATION,
+    OF_QOS,
+    Association,
+    Bound,
+    Holder,
+    Key,
+    Qos,
+)
 from cluster.errors import printable
 
 # Of what (cpu=), the limit (N: none), and how much is in use.

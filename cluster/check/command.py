@@ -12,11 +12,12 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from cluster import container, finding, image, overview, request, slurm, verdict
+from cluster import container, image, request, slurm
 from cluster import job as jobs
 from cluster import site as sites
+from cluster.check import finding, overview, verdict
+from cluster.check.finding import Finding, Verdict
 from cluster.errors import Parser, UserError, printable, split_at_dashes
-from cluster.finding import Finding, Verdict
 from cluster.request import Sizes
 
 NO_VERDICT = 3
@@ -53,9 +54,9 @@ def _overview(form: str) -> int:
         print(json.dumps(shown, indent=2))
         return 0
     # Its library takes a while to load.
-    from cluster import check_table
+    from cluster.check import table
 
-    check_table.show(shown)
+    table.show(shown)
     return 0
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster import check_table, choice, limits, login_node, overview, room, slurm, verdict
-from cluster.finding import Verdict
+from cluster import slurm
+from cluster.check import choice, limits, login_node, overview, room, table, verdict
+from cluster.check.finding import Verdict
 from cluster.request import Request
 from cluster.site import PRIVATE
 from tests.unit.cluster import answers
@@ -121,7 +122,7 @@ def test_hidden_accounting_is_unknown_and_never_without_limits(
     facts = overview.facts(queue)
     assert (facts["associations"], facts["qos"]) == (None, None)
     assert any("all limits" in what for what in facts["unknown"])
-    check_table.show(facts)
+    table.show(facts)
     said = capsys.readouterr().out
     assert re.search(r"accounts of ada\n +unknown\n", said)
     assert re.search(r"limits and their use\n +unknown\n", said)
@@ -177,7 +178,7 @@ def test_no_name_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None
     shown = json.dumps(facts, ensure_ascii=False)
     assert shown.count("]0;x??[2J") > 10
     assert shown.isprintable()
-    check_table.show(facts)
+    table.show(facts)
     assert "\033" not in capsys.readouterr().out
 
 
@@ -207,7 +208,7 @@ def test_whatever_slurm_says_nothing_breaks_and_nothing_steers_the_terminal(
     facts = overview.facts(queue)
     shown = json.dumps(facts, ensure_ascii=False)
     assert not [letter for letter in shown if not letter.isprintable()]
-    check_table.show(facts)
+    table.show(facts)
     answer = verdict.on(queue, PRIVATE, REQUEST, "tinyllama")
     assert answer.verdict in tuple(Verdict)
     said_of_it = json.dumps(answer.facts(), ensure_ascii=False)

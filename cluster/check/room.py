@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from cluster import hosts, slurm
-from cluster.choice import Choice
-from cluster.demand import Demand
+from cluster.check.choice import Choice
+from cluster.check.demand import Demand
+from cluster.check.finding import Finding, Verdict
+from cluster.check.nodes import Node
+from cluster.check.reservations import Reservation, epoch
 from cluster.errors import printable
-from cluster.finding import Finding, Verdict
-from cluster.nodes import Node
 from cluster.reasons import clock, duration
-from cluster.reservations import Reservation, epoch
 
 # Slurm keeps these of its own clock for a job to start.
 START_S = 30

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from cluster.associations import Association, Bound, Holder, Qos
-from cluster.demand import Demand
-from cluster.finding import Finding, Verdict, never, over_time
+from cluster.check.associations import Association, Bound, Holder, Qos
+from cluster.check.demand import Demand
+from cluster.check.finding import Finding, Verdict, never, over_time
 from cluster.reasons import duration
 from cluster.request import Request
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cluster import bounds, choice, limits, nodes, partitions, reservations, room
-from cluster.associations import Accounting, Association, Bound, Holder
-from cluster.bounds import Holders
-from cluster.demand import Demand
-from cluster.demand import of as demand_of
-from cluster.finding import Finding, Verdict
-from cluster.limits import Rules
+from cluster.check import bounds, choice, limits, nodes, partitions, reservations, room
+from cluster.check.associations import Accounting, Association, Bound, Holder
+from cluster.check.bounds import Holders
+from cluster.check.demand import Demand
+from cluster.check.demand import of as demand_of
+from cluster.check.finding import Finding, Verdict
+from cluster.check.limits import Rules
 from cluster.request import Request
 from cluster.site import PRIVATE
 

@@ -11,16 +11,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from cluster import accounting, choice, nodes, partitions, slurm
-from cluster.associations import Accounting, Association, Qos
-from cluster.bounds import Holders, over_bounds
-from cluster.choice import Choice
-from cluster.demand import Demand
-from cluster.demand import of as demand_of
+from cluster import slurm
+from cluster.check import accounting, choice, nodes, partitions
+from cluster.check.associations import Accounting, Association, Qos
+from cluster.check.bounds import Holders, over_bounds
+from cluster.check.choice import Choice
+from cluster.check.demand import Demand
+from cluster.check.demand import of as demand_of
+from cluster.check.finding import Finding, Verdict, never, over_time
+from cluster.check.nodes import Node
+from cluster.check.partitions import Partition
 from cluster.errors import UserError, did_you_mean, printable
-from cluster.finding import Finding, Verdict, never, over_time
-from cluster.nodes import Node
-from cluster.partitions import Partition
 from cluster.request import Request
 from cluster.site import Site
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster import assoc_mgr, slurm
-from cluster.assoc_mgr import Live
-from cluster.associations import (
+from cluster import slurm
+from cluster.check import assoc_mgr
+from cluster.check.assoc_mgr import Live
+from cluster.check.associations import (
     ENFORCING,
     OF_ASSOCIATION,
     OF_QOS,
@@ -17,8 +18,8 @@ from cluster.associations import (
     Key,
     Qos,
 )
+from cluster.check.nodes import tres
 from cluster.errors import printable
-from cluster.nodes import tres
 
 
 def read(queue: slurm.Slurm, config: Mapping[str, str], user: str) -> Accounting:

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import choice, limits, reservations, room, slurm
 from cluster import request as requests
+from cluster import slurm
+from cluster.check import choice, limits, reservations, room
+from cluster.check.finding import Finding, Verdict
+from cluster.check.reservations import epoch
 from cluster.errors import printable
-from cluster.finding import Finding, Verdict
 from cluster.plan import PASSED
 from cluster.reasons import clock
 from cluster.request import Request
-from cluster.reservations import epoch
 from cluster.site import Site
 
 # A start that is as near as this is now: the scheduler acts in turns.

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from cluster import hosts, limits, login_node, nodes, reservations, slurm
-from cluster.associations import Accounting, Bound, Holder
+from cluster import hosts, slurm
+from cluster.check import limits, login_node, nodes, reservations
+from cluster.check.associations import Accounting, Bound, Holder
+from cluster.check.limits import Rules
+from cluster.check.nodes import Node
+from cluster.check.partitions import Partition
+from cluster.check.reservations import Reservation, epoch
 from cluster.errors import printable
-from cluster.limits import Rules
-from cluster.nodes import Node
-from cluster.partitions import Partition
 from cluster.reasons import WAITING, waits
-from cluster.reservations import Reservation, epoch
 
 VERSION = 1
 Answer = TypeVar("Answer")
