@@ -224,8 +224,6 @@ class CheckpointSettings:
     """Also at the end, and when the cluster asks the run to stop."""
     keep: int = 3
     """Checkpoints to keep; the newest that is complete is never deleted."""
-    asynchronous: bool = True
-    """Write in the background while training goes on; needs host memory for a process's share."""
 
     def __post_init__(self) -> None:
         _check(self.every_steps >= 1, f"checkpoint.every_steps: {self.every_steps} is not positive")
@@ -234,6 +232,19 @@ class CheckpointSettings:
             f"checkpoint.keep: {self.keep} is less than 2; with only one, a damaged checkpoint "
             "would be the end of the run",
         )
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether training goes on while it is written."""
+        return False
+
+
+@dataclass(kw_only=True)
+class ShardCheckpointSettings(CheckpointSettings):
+    """Of a run whose processes each write a share of the state."""
+
+    asynchronous: bool = True
+    """Write in the background while training goes on; needs host memory for a process's share."""
 
 
 @dataclass(kw_only=True)
@@ -285,7 +296,7 @@ class TrainingConfig(LoopSettings):
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     evaluation: TextEvaluationSettings = field(default_factory=TextEvaluationSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
     staged: StagedPaths | None = None
     """Written by the set-up; not for the command line."""
     dry_run: bool = False

@@ -27,12 +27,12 @@ from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
     BatchSettings,
-    CheckpointSettings,
     EncoderSettings,
     EvaluationSettings,
     LoopSettings,
     OptimizerSettings,
     ScheduleSettings,
+    ShardCheckpointSettings,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Config(LoopSettings):
     unfreezing: UnfreezingSettings = field(default_factory=UnfreezingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     """A phase ends with one, too."""
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
     staged: StagedLabelled | None = None
     """Written by the set-up; not for the command line."""
     dry_run: bool = False

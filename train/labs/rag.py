@@ -86,6 +86,8 @@ class Config(LoopSettings):
         if self.precision == "bf16" or self.compile:
             setting = "compile" if self.compile else "precision"
             raise UserError(f"{setting}: this lab embeds in fp32, not compiled; leave it out")
+        if not self.export:
+            raise UserError("export: this lab makes an index and exports no model; leave it out")
 
 
 def stage(config: Config, *, online: bool) -> Config:

@@ -20,7 +20,7 @@ from train.engine import checkpoint, model, strategy
 from train.engine.checkpoint import Checkpoints, find_damage, step_folders
 from train.engine.errors import RunFailed, UserError
 from train.engine.loss import TokenLoss
-from train.engine.settings import CheckpointSettings, OptimizerSettings
+from train.engine.settings import OptimizerSettings, ShardCheckpointSettings
 from train.engine.staging import staged_path
 
 
@@ -72,7 +72,7 @@ def assert_holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def checkpoints(folder: Path, *, keep: int = 2, asynchronous: bool = False) -> Checkpoints:
-    return Checkpoints(folder, CheckpointSettings(keep=keep, asynchronous=asynchronous))
+    return Checkpoints(folder, ShardCheckpointSettings(keep=keep, asynchronous=asynchronous))
 
 
 def names(folder: Path) -> list[str]:

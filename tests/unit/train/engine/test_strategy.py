@@ -241,7 +241,7 @@ def test_a_strategy_that_is_loaded_goes_on_bit_for_bit(
     straight = prepared(config, device, name)
     for step in range(3):
         train_a_step(straight, seed=step)
-    Checkpoints(tmp_path, CheckpointSettings(asynchronous=False)).save(3, straight, {})
+    Checkpoints(tmp_path, CheckpointSettings()).save(3, straight, {})
     train_a_step(straight, seed=3)
 
     folder = tmp_path / "step-00000003"

@@ -227,6 +227,8 @@ def test_recall_and_mrr_count_the_place_of_the_passage() -> None:
         (["--index.hnsw_search", "1"], "--index.hnsw_search: 1 is not between"),
         (["--precision", "bf16"], "--precision: this lab embeds in fp32"),
         (["--compile"], "--compile: this lab embeds in fp32, not compiled"),
+        (["--export", "false"], "--export: this lab makes an index and exports no model"),
+        (["--checkpoint.asynchronous", "true"], "--checkpoint.asynchronous is not a setting"),
         (["--data.passages", "{tmp}/none.csv"], "data.passages: .*none.csv does not exist"),
         (["--data.passages", "{tmp}/a.txt"], "data.passages: .*a.txt has no columns; give jsonl"),
         (
