@@ -7,16 +7,14 @@ python -m train.export runs/tinyllama/20261122-153402-ab12cd --dtype bfloat16
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from safetensors import SafetensorError
 
 from train.engine import staging, tokenizer
-from train.engine.errors import RunFailed, UserError, check_writable_folder, run_to_exit
+from train.engine.durable import folder_at_once
+from train.engine.errors import UserError, check_writable_folder, run_to_exit
 
 if TYPE_CHECKING:
     import torch
@@ -45,36 +43,17 @@ def export(
     dtype = dtype or torch.float32
     if read_state(checkpoint).get("method") == "lora":
         adapted = lora.from_checkpoint(checkpoint, tokenizer_folder)
-        _publish(
-            output.with_name(f"{output.name}-adapter"),
-            lambda folder: lora.save_adapters(adapted, folder),
-        )
+        with folder_at_once(output.with_name(f"{output.name}-adapter")) as folder:
+            lora.save_adapters(adapted, folder)
         # Added in fp32, then rounded once.
         model = adapted.merge_and_unload().to(dtype)
     else:
         model = _full_model(checkpoint, dtype)
-    _publish(output, lambda folder: _save_model(folder, model, tokenizer_folder, dtype))
-
-
-def _publish(output: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write into a folder beside `output`, and rename it when all is there."""
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    replaced = output.with_name(f".{output.name}.replaced")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        fill(unfinished)
-        # safetensors makes files that only their owner reads; the folder has the umask's mode.
-        for file in unfinished.iterdir():
-            file.chmod(unfinished.stat().st_mode & 0o666)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if output.exists():
-            output.rename(replaced)
-        unfinished.rename(output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(f"{output}: could not be written ({error})") from None
-    shutil.rmtree(replaced, ignore_errors=True)
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    with folder_at_once(output) as folder:
+        model.save_pretrained(folder, max_shard_size="5GB")
+        tokenizer.copy(tokenizer_folder, folder)
 
 
 def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,17 +68,6 @@ def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     assert not unexpected, unexpected
     assert not any(p.is_meta for p in model.parameters()), missing
     return model
-
-
-def _save_model(
-    folder: Path, model: PreTrainedModel, tokenizer_folder: Path, dtype: torch.dtype
-) -> None:
-    model.config.dtype = dtype
-    model.config.use_cache = True
-    model.save_pretrained(folder, max_shard_size="5GB")
-    for name in tokenizer.FILES:
-        if (tokenizer_folder / name).exists():
-            shutil.copyfile(tokenizer_folder / name, folder / name)
 
 
 def newest_checkpoint(run_folder: Path) -> Path:

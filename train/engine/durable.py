@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from train.engine.errors import RunFailed
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -16,6 +23,34 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def folder_at_once(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which is `output` when the block is left.
+
+    Until then it is hidden beside it, and what was at `output` stays; then it is replaced.
+
+    Raises:
+        RunFailed: it could not be written.
+    """
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    replaced = output.with_name(f".{output.name}.replaced")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        # safetensors makes files that only their owner reads; the folder has the umask's mode.
+        for file in unfinished.iterdir():
+            file.chmod(unfinished.stat().st_mode & 0o666)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if output.exists():
+            output.rename(replaced)
+        unfinished.rename(output)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailed(f"{output}: could not be written ({error})") from None
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def describe(path: Path) -> dict[str, Any]:

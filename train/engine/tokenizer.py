@@ -82,12 +82,17 @@ def place(source: Path, folder: Path) -> None:
     if source.name == "tokenizer.model" or not (home / "tokenizer.json").exists():
         _convert_sentencepiece(source if source.is_file() else home / "tokenizer.model", folder)
         return
-    for name in FILES:
-        if (home / name).exists():
-            shutil.copyfile(home / name, folder / name)
+    copy(home, folder)
     if not (folder / "tokenizer_config.json").exists():
         _write_config(folder, bos=None, eos=None)
     load(folder)
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, as far as they are there, into another folder."""
+    for name in FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def train(text: Iterable[Piece], vocab_size: int, folder: Path, source: str) -> None:

@@ -163,7 +163,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_the_next_succeeds(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.shutil, "copyfile", no_space)
+        patch.setattr(shutil, "copyfile", no_space)
         with pytest.raises(RunFailed, match=r"export: could not be written \(.*No space left"):
             export.main([str(run), "--dtype", "bfloat16"])
     assert [path.name for path in run.iterdir() if "export" in path.name] == ["export"]

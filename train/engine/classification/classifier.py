@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from transformers import (
 from train.engine import encoder, signals
 from train.engine import tokenizer as tokenizers
 from train.engine.distributed import agree, world_size
-from train.engine.errors import RunFailed, UserError
+from train.engine.durable import folder_at_once
+from train.engine.errors import UserError
 from train.engine.shares import gather_in_order, share
 
 # Batches of an evaluation between two looks at whether the cluster asks to stop.
@@ -103,24 +103,10 @@ def export(model: PreTrainedModel, tokenizer_folder: Path, max_length: int, outp
     Raises:
         RunFailed: it cannot be written.
     """
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
-        for name in tokenizers.FILES:
-            if (tokenizer_folder / name).exists():
-                shutil.copyfile(tokenizer_folder / name, unfinished / name)
-        settings = unfinished / "tokenizer_config.json"
+    with folder_at_once(output) as folder:
+        model.save_pretrained(folder)
+        tokenizers.copy(tokenizer_folder, folder)
+        settings = folder / "tokenizer_config.json"
         told = json.loads(settings.read_text(encoding="utf-8"))
         told |= {"model_max_length": max_length}
         settings.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes files that only their owner reads; the folder has the umask's mode.
-        for file in unfinished.iterdir():
-            file.chmod(unfinished.stat().st_mode & 0o666)
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(f"{output}: could not be written ({error})") from None

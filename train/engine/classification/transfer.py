@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,8 +16,7 @@ from train.engine import encoder as encoders
 from train.engine import model as models
 from train.engine import tokenizer
 from train.engine.checkpoint import reader
-from train.engine.durable import write_atomically
-from train.engine.errors import RunFailed
+from train.engine.durable import folder_at_once
 
 # What does not train but is measured, and belongs into a checkpoint with what does.
 STATISTICS = ("head.mean", "head.deviation")
@@ -111,26 +108,11 @@ def export(
     # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        model.encoder.save_pretrained(unfinished)
+    with folder_at_once(output) as folder:
+        model.encoder.save_pretrained(folder)
         head = {name: tensor.cpu().contiguous() for name, tensor in model.head.folded().items()}
-        save_file(head, unfinished / "head.safetensors")
+        save_file(head, folder / "head.safetensors")
         description = {"classes": classes, "max_length": max_length}
-        write_atomically(
-            unfinished / "classifier.json",
-            json.dumps(description, indent=2, ensure_ascii=False) + "\n",
-        )
-        for name in tokenizer.FILES:
-            if (tokenizer_folder / name).exists():
-                shutil.copyfile(tokenizer_folder / name, unfinished / name)
-        # safetensors makes files that only their owner reads; the folder has the umask's mode.
-        for file in unfinished.iterdir():
-            file.chmod(unfinished.stat().st_mode & 0o666)
-        shutil.rmtree(output, ignore_errors=True)
-        unfinished.rename(output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailed(f"{output}: could not be written ({error})") from None
+        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        (folder / "classifier.json").write_text(text, encoding="utf-8")
+        tokenizer.copy(tokenizer_folder, folder)
