@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.engine.durable import fsync
+from train.engine.durable import fsync, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,27 @@ def mean_loss(labels: Sequence[int], probabilities_NC: np.ndarray) -> float:
     """Return the mean cross-entropy of N rows, in nats; a probability of 0 counts as 1e-12."""
     truth_N = probabilities_NC[np.arange(len(labels)), np.asarray(labels)].astype(np.float64)
     return float(-np.log(truth_N.clip(1e-12)).mean())
+
+
+def write_predictions(
+    path: Path,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    probabilities_NC: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Write a line of JSON for each row: its class, the predicted one, and all probabilities."""
+    lines = []
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        entry = {
+            "row": row,
+            "label": classes[label],
+            "predicted": classes[int(probabilities_NC[row].argmax())],
+            "probabilities": [round(float(p), 6) for p in probabilities_NC[row]],
+            "text": text,
+        }
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
 
 
 def table(scores: Scores) -> str:

@@ -40,23 +40,11 @@ def write_test(
     """
     classes, test = rows.classes, rows.test
     place = folder(run_folder, seed)
-    predictions = [
-        {
-            "row": number,
-            "class": classes[label],
-            "predicted": classes[int(probabilities_C.argmax())],
-            "probabilities": [round(float(p), 6) for p in probabilities_C],
-            "text": text,
-        }
-        for number, (text, label, probabilities_C) in enumerate(
-            zip(test.texts, test.labels, probabilities_NC, strict=True)
-        )
-    ]
     told = {"seed": seed, "step": step, "rows": len(test), **asdict(found)}
     try:
         place.mkdir(exist_ok=True)
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in predictions)
-        write_atomically(place / "predictions.jsonl", text)
+        predictions = place / "predictions.jsonl"
+        scores.write_predictions(predictions, test.texts, test.labels, probabilities_NC, classes)
         scores.draw_confusion(found, classes, place / "confusion.png")
         write_atomically(place / "scores.json", json.dumps(told, indent=2) + "\n")
     except OSError as error:

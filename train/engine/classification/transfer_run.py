@@ -20,7 +20,7 @@ from train.engine.classification import baseline, comparison, labelled
 from train.engine.classification.features import cached_features, embed_together
 from train.engine.classification.labelled import Labelled
 from train.engine.classification.phase_training import PhaseTraining
-from train.engine.classification.scores import score, table
+from train.engine.classification.scores import score, table, write_predictions
 from train.engine.classification.transfer import Classifier, export, load_trained
 from train.engine.classification.unfreezing import Phase
 from train.engine.distributed import is_main_process, world_size
@@ -257,9 +257,8 @@ def report(run: Run, probabilities_NC: np.ndarray) -> None:
     say(table(ours))
     named = {"TF-IDF, logistic regression": base, f"encoder, --freeze {config.freeze}": ours}
     say(comparison.side_by_side(named))
-    comparison.write_predictions(
-        run.folder / "predictions.jsonl", test.labels, probabilities_NC, run.classes
-    )
+    predictions = run.folder / "predictions.jsonl"
+    write_predictions(predictions, test.texts, test.labels, probabilities_NC, run.classes)
     if config.export:
         export(
             run.model,

@@ -82,7 +82,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_as_uninterrupted(
 
 def test_it_learns_and_the_scores_are_those_of_the_predictions(straight: Path) -> None:
     rows = predictions(straight)
-    correct = [row["class"] == row["predicted"] for row in rows]
+    correct = [row["label"] == row["predicted"] for row in rows]
     scores = json.loads((straight / "seed-42" / "scores.json").read_text())
     assert len(rows) == scores["rows"] == 41
     assert scores["accuracy"] == pytest.approx(sum(correct) / 41)

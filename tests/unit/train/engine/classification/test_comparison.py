@@ -1,13 +1,10 @@
-"""The table of a classifier beside its baseline, and its predictions row by row."""
+"""The table of a classifier beside its baseline."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 
-from train.engine.classification.comparison import flat, side_by_side, write_predictions
+from train.engine.classification.comparison import flat, side_by_side
 from train.engine.classification.scores import score
 
 PROBABILITIES_NC = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
@@ -26,11 +23,3 @@ def test_the_table_has_a_line_for_each_name_and_says_where_a_score_does_not_exis
         "test_macro_f1": 0.4,
         "test_roc_auc": None,
     }
-
-
-def test_predictions_are_a_line_for_each_row(tmp_path: Path) -> None:
-    path = tmp_path / "predictions.jsonl"
-    write_predictions(path, [0, 1, 1], PROBABILITIES_NC, ["neg", "pos"])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[2] == {"row": 2, "label": "pos", "predicted": "neg", "probability": 0.7}
-    assert [line["row"] for line in lines] == [0, 1, 2]

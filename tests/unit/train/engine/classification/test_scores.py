@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.engine.classification.scores import draw_confusion, mean_loss, score, table
+from train.engine.classification.scores import (
+    draw_confusion,
+    mean_loss,
+    score,
+    table,
+    write_predictions,
+)
 
 CLASSES = ["World", "Sports", "Business"]
 
@@ -91,3 +97,13 @@ def test_the_confusion_matrix_is_a_whole_picture(tmp_path: Path, num_classes: in
     assert picture.startswith(b"\x89PNG")
     assert picture.endswith(b"IEND\xaeB`\x82")
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
+
+
+def test_predictions_are_a_line_for_each_row(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    probabilities_NC = np.array([[0.9, 0.1], [0.25, 0.75], [0.7, 0.3]])
+    write_predictions(path, ["a", "b", "c"], [0, 1, 1], probabilities_NC, ["neg", "pos"])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = {"row": 2, "label": "pos", "predicted": "neg", "probabilities": [0.7, 0.3], "text": "c"}
+    assert lines[2] == last
+    assert [line["row"] for line in lines] == [0, 1, 2]
