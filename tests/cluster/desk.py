@@ -109,7 +109,7 @@ class Desk:
 
     def wait(self, run: Run, timeout: float = JOB_TIMEOUT_S) -> Run:
         """Wait until the run's job is over for good."""
-        self.wait_until(lambda: self.is_over(run), run, timeout)
+        self.wait_until(lambda: self.is_over(run), run, timeout, every_s=1.0)
         return run
 
     def is_over(self, run: Run) -> bool:
@@ -118,14 +118,19 @@ class Desk:
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
     def wait_until(
-        self, happened: Callable[[], bool], run: Run, timeout: float = JOB_TIMEOUT_S
+        self,
+        happened: Callable[[], bool],
+        run: Run,
+        timeout: float = JOB_TIMEOUT_S,
+        every_s: float = 0.3,
     ) -> None:
         """Wait until `happened`; otherwise fail with what the run's jobs said."""
         deadline = time.monotonic() + timeout
         while not happened():
-            queue = self.cluster.output("squeue")
-            assert time.monotonic() < deadline, f"not in {timeout} s\n{queue}\n{run.logs()}"
-            time.sleep(0.5)
+            if time.monotonic() > deadline:
+                queue = self.cluster.output("squeue")
+                raise AssertionError(f"not in {timeout} s\n{queue}\n{run.logs()}")
+            time.sleep(every_s)
 
     def on_one_machine(self, accel: str, *arguments: str, nproc: int = 2) -> Run:
         """Run the same with `make run`, on the host, and return its run."""

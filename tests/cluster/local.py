@@ -79,16 +79,19 @@ class Cluster:
 
     def wait_for(self, job_id: str, *states: str, timeout: float = 60) -> str:
         """Return the job's state as soon as it is one of `states`."""
-        wait_until(lambda: self.state_of(job_id) in states, timeout, f"job {job_id}: {states}")
+        what = f"job {job_id}: {states}"
+        wait_until(lambda: self.state_of(job_id) in states, timeout, what, every_s=0.5)
         return self.state_of(job_id)
 
 
-def wait_until(happened: Callable[[], bool], timeout: float, what: str) -> None:
+def wait_until(
+    happened: Callable[[], bool], timeout: float, what: str, every_s: float = 0.2
+) -> None:
     """Wait until `happened`; fails with `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < deadline, f"not in {timeout} s: {what}"
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 def new_cluster(folder: Path, users: tuple[str, ...] = ()) -> Cluster:

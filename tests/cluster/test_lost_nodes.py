@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -80,9 +81,8 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     wait_until_requeued(desk, run)
     desk.cluster.drill("power-on", "node2")
     desk.wait(run)
-    # Slurm may start it on a node that is not yet quite back.
-    crashed, without_power, *unfit, last = run.outcomes()
-    assert [outcome["outcome"] for outcome in unfit] == ["unhealthy"] * len(unfit), run.logs()
+    crashed, without_power, *more, last = run.outcomes()
+    assert_slurm_was_not_ready(more, run)
     assert (crashed["outcome"], crashed["next"]) == ("failed", "requeue"), run.logs()
     # Slurm may end the batch script first, which then has time to say so.
     assert without_power["outcome"] in ("lost", "failed", "stopped")
@@ -107,8 +107,8 @@ def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> Non
     wait_until_requeued(desk, run)
     desk.cluster.drill("join", "node2")
     desk.wait(run)
-    first, *unfit, last = run.outcomes()
-    assert [outcome["outcome"] for outcome in unfit] == ["unhealthy"] * len(unfit), run.logs()
+    first, *more, last = run.outcomes()
+    assert_slurm_was_not_ready(more, run)
     assert first["outcome"] in ("lost", "failed", "stopped"), run.logs()
     assert last["outcome"] == "finished"
     assert run.slurm()[-1]["step"] >= 50
@@ -128,4 +128,16 @@ def paused(run: Run) -> Iterator[None]:
 
 def wait_until_requeued(desk: Desk, run: Run) -> None:
     """Wait until Slurm has missed the node (SlurmdTimeout) and ended what is left (KillWait)."""
-    desk.wait_until(lambda: desk.cluster.state_of(run.job_id) == "PENDING", run, timeout=150)
+    desk.wait_until(
+        lambda: desk.cluster.state_of(run.job_id) == "PENDING", run, timeout=150, every_s=1.0
+    )
+
+
+def assert_slurm_was_not_ready(outcomes: list[dict[str, Any]], run: Run) -> None:
+    """Check attempts that only a node which has just come back explains.
+
+    Slurm may start the job there before the node is quite ready. And what it could not tell the
+    node before, to end the job, it tells it now: the new attempt is sent TERM, and saves.
+    """
+    found = {(outcome["outcome"], outcome["next"]) for outcome in outcomes}
+    assert found <= {("unhealthy", "requeue"), ("stopped", "requeue")}, run.logs()

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, launch_command, read_metrics
-from tests.distributed.worker_causal_lm import FULL, SETTINGS, STRATEGIES
+from tests.distributed.strategies import STRATEGIES
+from tests.distributed.worker_causal_lm import FULL, SETTINGS
 from train.engine import checkpoint
 
 pytestmark = pytest.mark.timeout(300)

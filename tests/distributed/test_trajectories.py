@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import CHECKOUT, LAUNCH_TIMEOUT_S, Launch, launch_command, read_metrics
+from tests.distributed.strategies import STRATEGIES
 from tests.distributed.worker_trajectories import DIVERGED
 
-# Ten launches in one fixture, on a machine that may be busy.
+# All strategies in one fixture, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # fp32 sums of 512 terms of size 6, taken in another order, differ by a few units in the last
 # place (5e-7); eight optimizer steps do not amplify that beyond this.
 TOLERANCE = 1e-5
@@ -37,22 +37,21 @@ def runs(
 ) -> dict[tuple[str, int], Path]:
     """Return the folder of the runs of each (strategy, number of processes)."""
     found = {}
-    for accel in STRATEGIES:
-        for num_processes in (1, 2):
-            folder = tmp_path_factory.mktemp(f"{accel}-{num_processes}")
-            module = "tests.distributed.worker_trajectories"
-            done = subprocess.run(
-                launch_command(accel, num_processes, module, str(folder)),
-                check=False,
-                cwd=CHECKOUT,
-                env=clean_environment
-                | {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"},
-                capture_output=True,
-                text=True,
-                timeout=LAUNCH_TIMEOUT_S,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            found[accel, num_processes] = folder
+    for num_processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"on-{num_processes}")
+        module = "tests.distributed.worker_trajectories"
+        done = subprocess.run(
+            launch_command("ddp", num_processes, module, str(folder)),
+            check=False,
+            cwd=CHECKOUT,
+            env=clean_environment
+            | {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=2 * LAUNCH_TIMEOUT_S,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found |= {(accel, num_processes): folder / accel for accel in STRATEGIES}
     return found
 
 

@@ -5,23 +5,15 @@ accelerate launch ... -m tests.distributed.worker_causal_lm FOLDER
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from tests.distributed import strategies
 from train.engine import arguments, signals
 from train.engine.errors import run_to_exit
 from train.labs import causal_lm
 
-# What the launcher makes of each file of configs/accelerate.
-STRATEGIES: dict[str, dict[str, str]] = {
-    "ddp": {},
-    "zero1": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
-    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
-    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-}
 # test_trajectories has every strategy with full weights.
 FULL = ("ddp", "zero3")
 # At the dry run's rate, of adapters, the first steps of all weights blow up the last bits.
@@ -40,14 +32,11 @@ def main(argv: list[str]) -> int:
     words = [*SETTINGS, "--method", "lora", "--run_folder", str(folder / "ddp-lora")]
     assert causal_lm.SCRIPT.main(words) == 0
     device = torch.device("cpu")
-    for accel, variables in STRATEGIES.items():
+    for accel in strategies.each():
         for method in ("full", "lora"):
             run = folder / f"{accel}-{method}"
             if run.exists() or (method == "full" and accel not in FULL):
                 continue
-            for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-                os.environ.pop(name, None)
-            os.environ |= variables
             config = arguments.parse(
                 causal_lm.Config,
                 [*SETTINGS, "--method", method, "--export", "false", *LEARNING_RATE[method]],

@@ -1,4 +1,4 @@
-"""Trains under one strategy, in one launch, all that test_trajectories compares.
+"""Trains in one launch, under every strategy, all that test_trajectories compares.
 
 accelerate launch ... -m tests.distributed.worker_trajectories FOLDER
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import losses
+from tests.distributed import strategies
 from train import tinyllama
 from train.engine import arguments, signals
 from train.engine.distributed import init_distributed, is_main_process, rank, world_size
@@ -25,9 +26,17 @@ SETTINGS = [
 
 
 def main(argv: list[str]) -> int:
-    """Write a run folder for each accumulation, straight and stopped half-way."""
-    folder = Path(argv[0])
+    """Write, for each strategy, a folder with all its runs."""
     device = init_distributed()
+    for accel in strategies.each():
+        folder = Path(argv[0]) / accel
+        accumulate(folder, device)
+        diverge(folder / DIVERGED, device)
+    return 0
+
+
+def accumulate(folder: Path, device: torch.device) -> None:
+    """Write a run folder for each accumulation, straight and stopped half-way."""
     for accumulation in (1, 4):
         micro = 8 // world_size() // accumulation
         words = [*SETTINGS, "--batch.micro_batch_size", str(micro)]
@@ -42,8 +51,6 @@ def main(argv: list[str]) -> int:
             assert max(losses(resumed)) < 8, "it was not stopped"
         signals.forget_rehearsal()
         assert tinyllama.train(config, resumed, device, rehearse_stop=False) == "finished"
-    diverge(folder / DIVERGED, device)
-    return 0
 
 
 def diverge(run_folder: Path, device: torch.device) -> None:

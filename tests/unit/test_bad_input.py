@@ -259,7 +259,7 @@ CASES = {
         lambda place: (place.home / "model/config.json").unlink(),
     ),
     "model without weights": model(
-        r"model\.name: \S+/model holds no \*\.safetensors; convert",
+        r"model\.name: \S+/model holds neither model\.safetensors nor .*; convert its weights",
         lambda place: (place.home / "model/model.safetensors").unlink(),
     ),
     "weights that are cut short": model(
