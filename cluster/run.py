@@ -233,7 +233,8 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         # A script that ended well has said so; this one could not.
         path.write_text(json.dumps({"outcome": "failed", "exit_code": code}, indent=2) + "\n")
         print(f"\nfailed with exit code {code}; log: {resolve.short(path.parent / 'node-0.log')}")
-        if any((folder / "checkpoints").glob("step-*")):
+        # Not step-N.damaged, which was set aside.
+        if any(path.name[5:].isdigit() for path in (folder / "checkpoints").glob("step-*")):
             print(f"continue from the last checkpoint with: make run RUN={name}")
 
 

@@ -181,7 +181,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     checkpoints.finish()
     if is_main_process():
         assert record is not None
-        newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
+        newest = checkpoints.newest_folder()
         if stopping and step % config.log_every_steps == 0:
             record.write(line)
         record.close()

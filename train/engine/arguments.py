@@ -60,6 +60,8 @@ def parse(
     if _gives(options, "dry_run") and parsed["dry_run"]:
         parsed = values(settings, dry_run)
     del parsed["config"]
+    if settings.get("staged"):
+        _check_unchanged(options, values_of_file=settings, parsed=parsed, hints=hints)
     try:
         return _build(config_class, parsed)
     except UserError as error:
@@ -67,6 +69,33 @@ def parse(
         in_file = path and name in hints
         where = "--" if _gives(options, name) else f"{path}: " if in_file else ""
         raise UserError(f"{where}{error}") from None
+
+
+# What a run has read once and keeps reading (`staged`): other values would be ignored. Of these
+# groups some settings count anew each time; a checkpoint knows with which of them it was made.
+_STAGED = ("model.", "data.")
+_COUNTS_ANEW = (
+    "model.gradient_checkpointing",
+    "data.sequence_length",
+    "data.max_length",
+    "data.validation_fraction",
+)
+
+
+def _check_unchanged(
+    options: list[str], *, values_of_file: dict[str, Any], parsed: Namespace, hints: dict[str, Any]
+) -> None:
+    for name in hints:
+        if name.startswith(_STAGED) and name not in _COUNTS_ANEW and _gives(options, name):
+            before: Any = values_of_file
+            for key in name.split("."):
+                before = before.get(key) if isinstance(before, dict) else None
+            now = parsed[name]
+            if (list(now) if isinstance(now, tuple) else now) != before:
+                raise UserError(
+                    f"--{name}: a run goes on with what it began with, which was {before}; leave "
+                    "it out, or start a new run"
+                )
 
 
 def to_yaml(config: Any) -> str:

@@ -46,12 +46,17 @@ class Checkpoints:
         self._pending: tuple[int, Path] | None = None
         self._writer: threading.Thread | None = None
         self._report: dict[str, Any] = {}
+        problem = None
         if is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            # What an earlier attempt was killed in the middle of.
-            for leftover in folder.glob(".*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        barrier()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # What an earlier attempt was killed in the middle of.
+                for leftover in folder.glob(".*"):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            except OSError as error:
+                problem = str(error)
+        if problem := from_main_process(problem):
+            raise RunFailed(f"{folder}: cannot be written ({problem})")
 
     # ---- saving ----
 
@@ -178,7 +183,7 @@ class Checkpoints:
         the reading.
 
         Raises:
-            RunFailed: there are checkpoints and none is complete.
+            RunFailed: there are checkpoints, set aside now or before, and none is complete.
         """
         # Rank 0 looks: another node may see an older listing of a network file system.
         found = from_main_process(json.dumps([path.name for path in step_folders(self.folder)]))
@@ -186,17 +191,25 @@ class Checkpoints:
         for folder in folders:
             problem = _first(gather_strings(find_damage(folder, rank(), world_size()) or ""))
             if not problem:
+                if is_main_process() and folder != folders[0]:
+                    write_atomically(self.folder / "latest", f"{folder.name}\n")
                 return folder
             if is_main_process():
                 say(f"checkpoint {folder.name} is damaged ({problem}); trying the one before")
                 folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
             barrier()
-        if folders:
+        # Also when they were set aside before: to start from scratch would drop the run's metrics.
+        damaged = from_main_process(str(len(list(self.folder.glob("step-*.damaged*")))))
+        if int(damaged or 0):
             raise RunFailed(
-                f"{self.folder}: none of the {len(folders)} checkpoints is complete; look at "
+                f"{self.folder}: none of the {damaged} checkpoints is complete; look at "
                 "step-*.damaged, or start a new run"
             )
         return None
+
+    def newest_folder(self) -> Path:
+        """Return the folder of the newest checkpoint, which is there and was looked at."""
+        return step_folders(self.folder)[0]
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -214,15 +227,19 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
-    for name, entry in expected:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    for name, entry in expected[part::parts]:
-        if sha256(folder / name) != entry["sha256"]:
-            return f"{name} has another sha256 than when it was written"
+    name = ""
+    try:
+        for name, entry in expected:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        for name, entry in expected[part::parts]:
+            if sha256(folder / name) != entry["sha256"]:
+                return f"{name} has another sha256 than when it was written"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 

@@ -43,12 +43,17 @@ def folder_at_once(output: Path) -> Iterator[Path]:
         # safetensors makes files that only their owner reads; the folder has the umask's mode.
         for file in unfinished.iterdir():
             file.chmod(unfinished.stat().st_mode & 0o666)
-        shutil.rmtree(replaced, ignore_errors=True)
+            fsync(file)
+        fsync(unfinished)
         if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             output.rename(replaced)
         unfinished.rename(output)
+        fsync(output.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
         raise RunFailed(f"{output}: could not be written ({error})") from None
     shutil.rmtree(replaced, ignore_errors=True)
 

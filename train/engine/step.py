@@ -84,13 +84,13 @@ def take_step(
     # Without the scale's world size, the ranks' parts add up to the mean over all tokens.
     local_loss = float(summed_loss) / world_size()
     loss, stops, writers = agree(local_loss, signals.received() is not None, writing, device=device)
-    guard.check_loss(local_loss, loss, step=step, positions=positions)
+    guard.check_loss(local_loss, loss, step=step + 1, positions=positions)
     lr = lr_at(
         step, peak_lr=config.optimizer.lr, max_steps=config.max_steps, schedule=config.schedule
     )
     wrapped.set_lr(lr)
     grad_norm = wrapped.step()
-    guard.check_gradient(grad_norm, step=step, positions=positions)
+    guard.check_gradient(grad_norm, step=step + 1, positions=positions)
     return Step(
         loss=loss,
         lr=lr,

@@ -97,7 +97,6 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     import torch
 
     from train.engine import metrics, strategy
-    from train.engine.checkpoint import step_folders
     from train.engine.classification import splits
     from train.engine.classification.trainer import TrainerCheckpoints
     from train.engine.distributed import from_main_process, is_main_process, world_size
@@ -118,6 +117,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     must_match: dict[str, Any] = {
         "data": config.staged.train,
         "max_length": rows.max_length,
+        "data.validation_fraction": config.data.validation_fraction,
         "global_batch_size": config.batch.global_batch_size,
         "seed": config.seed,
         "num_seeds": config.num_seeds,
@@ -165,7 +165,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     if is_main_process():
         assert record is not None
         record.close()
-        newest = step_folders(run_folder / "checkpoints")[0]
+        newest = checkpoints.newest_folder()
         step = int(newest.name.removeprefix("step-"))
         reached: dict[str, Any] = {"step": step, "checkpoint": newest.name}
         if outcome == "finished":
@@ -251,8 +251,10 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         say("\n".join(shares))
 
     # ---- the Trainer ----
-    def predict(split: Split) -> np.ndarray | None:
-        return classifier.predict(model, split.ids, batch_size=TEST_BATCH, device=device, bf16=bf16)
+    def predict(split: Split, *, may_stop: bool = True) -> np.ndarray | None:
+        return classifier.predict(
+            model, split.ids, batch_size=TEST_BATCH, device=device, bf16=bf16, may_stop=may_stop
+        )
 
     loss, collate = RowLoss(), PaddedRows(model.config.pad_token_id or 0)
     watch = Watch(
@@ -263,7 +265,7 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         log_every_steps=config.log_every_steps,
         evaluate_every_steps=config.evaluation.every_steps,
         validation=(rows.classes, rows.validation.labels),
-        predict=lambda: predict(rows.validation),
+        predict=lambda may_stop: predict(rows.validation, may_stop=may_stop),
         loss=loss,
         collate=collate,
         device=device,

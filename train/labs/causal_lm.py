@@ -211,7 +211,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         if stopping and step % config.log_every_steps == 0:
             record.write(metrics_line)
         record.close()
-        newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
+        newest = checkpoints.newest_folder()
         if stopping:
             name = signals.received() or "another rank's signal"
             say(f"stopped by {name} at step {step}; saved as {newest.name}")

@@ -63,10 +63,12 @@ def predict(
     batch_size: int,
     device: torch.device,
     bf16: bool = False,
+    may_stop: bool = True,
 ) -> np.ndarray | None:
     """Return the probabilities, (N, C), of tokenized texts in order, on every rank; collective.
 
-    Each rank reads its share of the rows; dropout is off. None when a rank was asked to stop.
+    Each rank reads its share of the rows; dropout is off. None when a rank was asked to stop, and
+    `may_stop`.
     """
     was_training = model.training
     model.eval()
@@ -76,7 +78,7 @@ def predict(
     # As many rounds on every rank, as they agree within; the share of rank 0 is the longest.
     longest_share = -(-len(rows) // world_size())
     for number, start in enumerate(range(0, longest_share, batch_size)):
-        if number % LOOK_EVERY == 0:
+        if may_stop and number % LOOK_EVERY == 0:
             (stops,) = agree(signals.received() is not None, device=device)
             if stops:
                 model.train(was_training)

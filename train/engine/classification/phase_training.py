@@ -194,9 +194,9 @@ def take_step(
     global_loss, stops, writers = agree(
         local_loss, signals.received() is not None, writing, device=training.device
     )
-    guard.check_loss(local_loss, global_loss, step=step, positions=positions)
+    guard.check_loss(local_loss, global_loss, step=step + 1, positions=positions)
     grad_norm = training.step()
-    guard.check_gradient(grad_norm, step=step, positions=positions)
+    guard.check_gradient(grad_norm, step=step + 1, positions=positions)
     return PhaseStep(
         loss=global_loss,
         grad_norm=grad_norm,

@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
         log_every_steps: int,
         evaluate_every_steps: int,
         validation: tuple[Sequence[str], Sequence[int]],
-        predict: Callable[[], np.ndarray | None],
+        predict: Callable[[bool], np.ndarray | None],
         loss: RowLoss,
         collate: PaddedRows,
         device: torch.device,
@@ -69,7 +69,8 @@ class Watch(TrainerCallback):
             return  # The last line of the training before it has this number.
         if self._is_recorded(state.global_step):
             if self._is_scored(state.global_step) and "validation_loss" not in self.line:
-                self._score()
+                # To its end: a stop would come in the step after, and this line stay as it is.
+                self._score(may_stop=False)
             self._write()
 
     def on_step_begin(
@@ -92,11 +93,11 @@ class Watch(TrainerCallback):
         )
         step, size = self.first_step + state.global_step, self.global_batch_size
         positions = [[state.global_step * size, (state.global_step + 1) * size - 1]]
-        guard.check_loss(local_loss, loss, step=step, positions=positions)
+        guard.check_loss(local_loss, loss, step=step + 1, positions=positions)
         # After the clipping, which makes nothing finite that was not.
         gradients = [p.grad for p in more["model"].parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        guard.check_gradient(norm, step=step, positions=positions)
+        guard.check_gradient(norm, step=step + 1, positions=positions)
         self.stopping = stops > 0
         before = self.line.get("tokens", 0.0)
         self.line = {"step": step + 1, "loss": loss, "tokens": before + tokens}
@@ -154,8 +155,8 @@ class Watch(TrainerCallback):
     def _is_recorded(self, step: int) -> bool:
         return step % self.log_every_steps == 0 or self._is_scored(step)
 
-    def _score(self) -> None:
-        probabilities_NC = self.predict()
+    def _score(self, *, may_stop: bool = True) -> None:
+        probabilities_NC = self.predict(may_stop)
         if probabilities_NC is None:
             self.stopping = True
             return

@@ -170,7 +170,7 @@ def load(folder: Path, identity: dict[str, Any]) -> Any:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: holds no index; let the run end first, with `make run RUN=`")
+        raise UserError(f"{folder}: holds no index; let the run end first, with `make run RUN=...`")
     check_identity(manifest["made_of"], identity, folder)
     file = folder / manifest["file"]
     if not file.is_file():
@@ -195,7 +195,7 @@ def _faiss() -> Any:
 def _damaged(folder: Path, problem: str) -> UserError:
     return UserError(
         f"{folder}: is damaged ({problem}); delete it and build it again from the run's vectors, "
-        "with `make run RUN=`"
+        "with `make run RUN=...`"
     )
 
 

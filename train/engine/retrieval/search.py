@@ -36,7 +36,7 @@ def publish_index(
                 newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
                 built = index.build(vectors.load(newest, count), settings)
                 index.publish(folder, built, made_of, kind)
-        except (UserError, RunFailed) as error:
+        except (UserError, RunFailed, OSError) as error:
             problem = json.dumps([isinstance(error, UserError), str(error)])
     # The others wait here; without a word they would wait until their time is up.
     if problem := from_main_process(problem):

@@ -13,6 +13,7 @@ from train.engine.checkpoint import Checkpoints, step_folders
 from train.engine.distributed import barrier, is_main_process, rank, world_size
 from train.engine.durable import describe, write_atomically
 from train.engine.errors import RunFailed
+from train.engine.runfolder import say
 from train.engine.settings import CheckpointSettings
 
 FORMAT = 1
@@ -23,7 +24,7 @@ class VectorCheckpoints(Checkpoints):
 
     The shards lie in `vectors` beside the checkpoints' folder, so that retention, which deletes old
     checkpoints, deletes no vector. A checkpoint's manifest has size and hash of every shard so far:
-    one that is damaged spoils the checkpoints since, and the one before them serves.
+    one that is damaged spoils the checkpoints since, and the one before them serves, if it is kept.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
@@ -79,9 +80,18 @@ class VectorCheckpoints(Checkpoints):
         self._pending = (step, unpublished)
         self.finish()
 
-    def newest_folder(self) -> Path:
-        """Return the folder of the newest checkpoint, which is there and was looked at."""
-        return step_folders(self.folder)[0]
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint; None, and said, if all are damaged.
+
+        A shard older than the oldest checkpoint that is kept spoils them all. What is lost is time:
+        vectors can be computed again.
+        """
+        try:
+            return super().newest()
+        except RunFailed:
+            if is_main_process():
+                say("no checkpoint is complete; all chunks are embedded anew")
+            return None
 
 
 def load(checkpoint: Path, count: int) -> np.ndarray:

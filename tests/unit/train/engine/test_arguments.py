@@ -102,6 +102,29 @@ def test_a_resolved_dry_run_read_back_keeps_what_the_command_line_changed(tmp_pa
     assert parse(f"--config {path}", {"steps": 9}) == config
 
 
+def test_what_a_run_has_read_is_not_changed_when_it_goes_on(tmp_path: Path) -> None:
+    def parse_again(words: str) -> TrainingConfig:
+        path = file(tmp_path, arguments.to_yaml(began))
+        words = f"--config {path} {words}"
+        return arguments.parse(TrainingConfig, words.split(), prog="test", dry_run={})
+
+    began = TrainingConfig(staged=StagedPaths(tokenizer="t", train="a", validation="b"))
+    for words, before in (
+        ("--data.train other.txt", "None"),
+        ("--data.name=wikitext", "Salesforce/wikitext"),
+        ("--model.name other --max_steps 9", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    ):
+        option = words.partition("=")[0].partition(" ")[0]
+        line = f"^{option}: a run goes on with what it began with, which was {before}; leave it out"
+        with pytest.raises(UserError, match=line):
+            parse_again(words)
+    # The same is no change, and what counts anew is told apart by the checkpoint.
+    again = parse_again("--data.text_column text --max_steps 9 --model.gradient_checkpointing")
+    assert (again.max_steps, again.model.gradient_checkpointing) == (9, True)
+    began = TrainingConfig()
+    assert parse_again("--data.name other").data.name == "other"
+
+
 def test_a_job_file_gives_its_arguments_and_a_settings_file_all(tmp_path: Path) -> None:
     job = file(tmp_path, "script: train/x.py\nresources: {nodes: 2}\narguments: {steps: 7}\n")
     assert parse(f"--config={job}").steps == 7

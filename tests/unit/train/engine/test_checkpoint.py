@@ -323,9 +323,12 @@ def test_a_damaged_checkpoint_is_set_aside_under_a_free_name_and_said(
         "written); trying the one before\n"
     )
     assert (tmp_path / "step-00000002.damaged.2/manifest.json").is_file()
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
     flip_a_bit(tmp_path / "step-00000001/state.json")
-    with pytest.raises(RunFailed, match="none of the 1 checkpoints is complete"):
-        saving.newest()
+    # Nor later, when all have been set aside.
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="none of the 3 checkpoints is complete"):
+            saving.newest()
 
 
 def test_a_folder_without_checkpoints_is_a_new_run(device: torch.device, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_stopped_and_resumed_ends_bit_for_bit_as_uninterrupted(
     assert max(line["step"] for line in read_metrics(tmp_path)) == 29
     assert not (tmp_path / "attempts").exists()
     assert not (tmp_path / "seed-42").exists()
+    # Asked again while it makes up for those: they are scored to the end, and it stops then.
+    assert ag_news.train(config, tmp_path, device, rehearse_stop=False) == "stopped"
+    assert step_folders(tmp_path / "checkpoints")[0].name == "step-00000031"
     signals.forget_rehearsal()
     assert ag_news.train(config, tmp_path, device, rehearse_stop=False) == "finished"
 
@@ -171,6 +174,9 @@ def test_several_seeds_resume_amid_the_second_past_a_damaged_checkpoint(
     # What the place in the data would mean nothing without.
     other = make_config(*words, "--batch.global_batch_size", "8")
     with pytest.raises(UserError, match="was made with global_batch_size 16, not 8"):
+        ag_news.train(other, stopped, device, rehearse_stop=False)
+    other = make_config(*words, "--data.validation_fraction", "0.3")
+    with pytest.raises(UserError, match=r"was made with data\.validation_fraction 0\.2, not"):
         ag_news.train(other, stopped, device, rehearse_stop=False)
 
 

@@ -134,6 +134,24 @@ def test_a_damaged_shard_is_embedded_again(
     assert results(run) == results(finished)
 
 
+def test_with_all_checkpoints_damaged_everything_is_embedded_anew(
+    finished: Path,
+    configured: MakeConfig,
+    device: torch.device,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("index", "predictions*"))
+    # All checkpoints have the oldest shard; those from before it are not kept.
+    min((run / "vectors").iterdir()).unlink()
+    assert rag.train(configured(), run, device, rehearse_stop=False) == "finished"
+    said = capsys.readouterr().out
+    assert "no checkpoint is complete; all chunks are embedded anew" in said
+    assert "starting at step 0" in said
+    assert results(run) == results(finished)
+
+
 def test_an_approximate_index_takes_the_place_of_the_exact_one(
     finished: Path, configured: MakeConfig, device: torch.device, tmp_path: Path
 ) -> None:
