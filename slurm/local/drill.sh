@@ -36,8 +36,10 @@ if [[ $drill == restart ]]; then
   before=$(<"$state/slurmctld.pid")
   # shellcheck disable=SC2329  # wait_until calls it.
   restarted() {
-    [[ -s $state/slurmctld.pid && $(<"$state/slurmctld.pid") != "$before" ]] &&
-      inside scontrol ping >/dev/null
+    local now
+    # For a moment there is none.
+    now=$(cat -- "$state/slurmctld.pid" 2>/dev/null) || return
+    [[ -n $now && $now != "$before" ]] && inside scontrol ping >/dev/null
   }
   order restart controller
   wait_until 60 restarted || never
