@@ -112,6 +112,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(model: Classifier) ->
     with torch.no_grad():
         model.head.bias[0] = float("nan")
     before = model.head.weight.detach().clone()
-    with pytest.raises(RunFailed, match="the loss of step 10 is not finite"):
+    with pytest.raises(RunFailed, match="the loss of step 11 is not finite"):
         steps(training)
     assert torch.equal(model.head.weight, before)
