@@ -18,7 +18,7 @@ pytestmark = [
 ]
 # More steps than a dry run has, so that the jobs are not done before they are cancelled.
 LABS = {
-    "rag": "--dry_run --batch_size 1 --data.passages many.jsonl",
+    "rag": "--dry_run --batch_size 1 --data.passages many.jsonl --checkpoint.every_steps 50",
     "ag_news": "--dry_run --max_steps 3000",
     "causal_lm": "--dry_run --max_steps 3000",
     "imdb": "--dry_run --freeze none --max_steps 3000",
