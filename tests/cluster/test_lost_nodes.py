@@ -82,7 +82,7 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(de
     desk.cluster.drill("power-on", "node2")
     desk.wait(run)
     crashed, without_power, *more, last = run.outcomes()
-    assert_one_more_at_most(more, run)
+    assert_they_went_on(more, run)
     assert (crashed["outcome"], crashed["next"]) == ("failed", "requeue"), run.logs()
     # Slurm may end the batch script first, which then has time to say so.
     assert without_power["outcome"] in ("lost", "failed", "stopped")
@@ -108,7 +108,7 @@ def test_a_cut_link_costs_the_steps_since_the_last_checkpoint(desk: Desk) -> Non
     desk.cluster.drill("join", "node2")
     desk.wait(run)
     first, *more, last = run.outcomes()
-    assert_one_more_at_most(more, run)
+    assert_they_went_on(more, run)
     assert first["outcome"] in ("lost", "failed", "stopped"), run.logs()
     assert last["outcome"] == "finished"
     assert run.slurm()[-1]["step"] >= 50
@@ -133,12 +133,12 @@ def wait_until_requeued(desk: Desk, run: Run) -> None:
     )
 
 
-def assert_one_more_at_most(outcomes: list[dict[str, Any]], run: Run) -> None:
-    """Check an attempt that only a node which has just come back explains.
+def assert_they_went_on(outcomes: list[dict[str, Any]], run: Run) -> None:
+    """Check attempts that only a node which has just come back explains, one for each reason.
 
     Slurm may start the job there before the node is quite ready. And what it could not tell the
     node before, to end the job, it tells it now: the new attempt is sent TERM, and after KillWait
     KILL. It has saved by then or not, and goes on.
     """
-    assert len(outcomes) <= 1, run.logs()
+    assert len(outcomes) <= 2, run.logs()
     assert [outcome["next"] for outcome in outcomes] == ["requeue"] * len(outcomes), run.logs()
