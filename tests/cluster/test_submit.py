@@ -277,3 +277,4 @@ def test_a_job_does_not_run_in_another_image_than_it_was_queued_with(
     assert not (run.folder / "attempts").exists()
     said = (run.folder / f"slurm-{run.job_id}.log").read_text()
     assert "is another one than when the job was queued" in said
+    assert f"go on in it with make submit RUN={run.name}" in said
