@@ -22,6 +22,7 @@ from cluster import container, history, machine, resolve, runs
 from cluster import job as jobs
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.output import run_logged
+from cluster.progress import saved_step
 
 
 def main(argv: list[str]) -> int:
@@ -233,8 +234,7 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         # A script that ended well has said so; this one could not.
         path.write_text(json.dumps({"outcome": "failed", "exit_code": code}, indent=2) + "\n")
         print(f"\nfailed with exit code {code}; log: {resolve.short(path.parent / 'node-0.log')}")
-        # Not step-N.damaged, which was set aside.
-        if any(path.name[5:].isdigit() for path in (folder / "checkpoints").glob("step-*")):
+        if saved_step(folder) is not None:
             print(f"continue from the last checkpoint with: make run RUN={name}")
 
 

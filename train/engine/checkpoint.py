@@ -46,17 +46,7 @@ class Checkpoints:
         self._pending: tuple[int, Path] | None = None
         self._writer: threading.Thread | None = None
         self._report: dict[str, Any] = {}
-        problem = None
-        if is_main_process():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                # What an earlier attempt was killed in the middle of.
-                for leftover in folder.glob(".*"):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            except OSError as error:
-                problem = str(error)
-        if problem := from_main_process(problem):
-            raise RunFailed(f"{folder}: cannot be written ({problem})")
+        prepare(folder)
 
     # ---- saving ----
 
@@ -210,6 +200,24 @@ class Checkpoints:
     def newest_folder(self) -> Path:
         """Return the folder of the newest checkpoint, which is there and was looked at."""
         return step_folders(self.folder)[0]
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder, or clear it of what a killed attempt left half done; collective.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
+    problem = None
+    if is_main_process():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except OSError as error:
+            problem = str(error)
+    if problem := from_main_process(problem):
+        raise RunFailed(f"{folder}: cannot be written ({problem})")
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from train.engine.checkpoint import Checkpoints, step_folders
-from train.engine.distributed import barrier, is_main_process, rank, world_size
+from train.engine.checkpoint import Checkpoints, prepare, step_folders
+from train.engine.distributed import is_main_process, rank, world_size
 from train.engine.durable import describe, write_atomically
 from train.engine.errors import RunFailed
 from train.engine.runfolder import say
@@ -30,17 +30,7 @@ class VectorCheckpoints(Checkpoints):
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
         super().__init__(folder, settings)
         self.shards = folder.parent / "vectors"
-        problem = None
-        if is_main_process():
-            try:
-                self.shards.mkdir(exist_ok=True)
-                for leftover in self.shards.glob(".*"):
-                    leftover.unlink()
-            except OSError as error:
-                problem = error.strerror
-        barrier()
-        if problem:
-            raise RunFailed(f"{self.shards}: cannot be written: {problem}")
+        prepare(self.shards)
 
     def save_vectors(
         self, step: int, vectors: dict[int, np.ndarray], state: dict[str, Any]

@@ -113,15 +113,21 @@ def test_a_run_that_is_stopped_at_any_time_ends_as_one_that_was_not(
     assert steps == sorted(set(steps))
 
 
+@pytest.fixture
+def without_index(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run that has its vectors and nothing made of them."""
+    ignore = shutil.ignore_patterns("index", "predictions*")
+    return shutil.copytree(finished, tmp_path / "run", ignore=ignore)
+
+
 def test_a_damaged_shard_is_embedded_again(
     finished: Path,
+    without_index: Path,
     configured: MakeConfig,
     device: torch.device,
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("index", "predictions*"))
+    run = without_index
     before = step_folders(run / "checkpoints")
     shard = max((run / "vectors").iterdir())
     content = bytearray(shard.read_bytes())
@@ -136,13 +142,12 @@ def test_a_damaged_shard_is_embedded_again(
 
 def test_with_all_checkpoints_damaged_everything_is_embedded_anew(
     finished: Path,
+    without_index: Path,
     configured: MakeConfig,
     device: torch.device,
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("index", "predictions*"))
+    run = without_index
     # All checkpoints have the oldest shard; those from before it are not kept.
     min((run / "vectors").iterdir()).unlink()
     assert rag.train(configured(), run, device, rehearse_stop=False) == "finished"
