@@ -130,7 +130,7 @@ def call(
         given = environment.get("PYTHONPATH")
         path = f"{code}{os.pathsep}{given}" if given else str(code)
         environment = {**environment, "PYTHONPATH": path}
-        return subprocess.call([sys.executable, *words], env=environment)
+        return _call([sys.executable, *words], environment)
     needed = [Path.cwd(), code, *(certificates(environment) if online else [])]
     if (datasets := Path(environment["SLUICE_DATASETS"])).exists():
         needed.append(datasets)
@@ -148,13 +148,27 @@ def call(
             "SLUICE_ONLINE": "1" if online else "0",
         }
         started.setdefault("SLUICE_DEVICE", "cuda" if machine.gpus() else "cpu")
-        exit_code = subprocess.call(["slurm/container.sh", *inside], env=started)
+        exit_code = _call(["slurm/container.sh", *inside], started)
     if exit_code == NOT_STARTED:
         raise UserError(
             f"{runtime.image.path}: apptainer could not start it, the reason is above; "
             "RUNTIME=host goes without"
         )
     return exit_code
+
+
+def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Return the exit code of a command, which ends in its own time when it is interrupted.
+
+    Ctrl+C reaches it, too, and it puts away what is half done; `subprocess.call` would kill it
+    after a quarter of a second.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 def variables(runtime: Runtime, binds: Iterable[str] = ()) -> dict[str, str]:
