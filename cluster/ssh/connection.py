@@ -235,7 +235,7 @@ def _end(hop: Hop) -> str:
     words = printable(hop.link.last_words)
     if words:
         return f"{hop.host.alias} ended the connection: {words}"
-    error = hop.link.saved_exception
+    error = hop.link.given_up or hop.link.saved_exception
     why = "" if error is None or isinstance(error, EOFError) else f": {printable(str(error))}"
     return f"{hop.host.alias} closed the connection{why}"
 

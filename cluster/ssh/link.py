@@ -108,6 +108,8 @@ class Link(paramiko.Transport):  # type: ignore[misc]
         super().__init__(sock, packetizer_class=Ear)
         self.last_words = ""
         """What the server said when it disconnected."""
+        self.given_up: Exception | None = None
+        """Why it was ended from here; the thread that reads then only finds it closed."""
         self.use_compression(is_compressed)
         options = self.get_security_options()
         options.kex = self._allowed(options.kex, KEX, algorithms, "kexalgorithms")

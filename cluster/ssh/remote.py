@@ -20,7 +20,7 @@ import paramiko
 from paramiko import common
 
 from cluster.errors import UserError
-from cluster.ssh.link import BROKEN
+from cluster.ssh.link import BROKEN, Link
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.terminal import Size
 
@@ -44,7 +44,7 @@ class Remote:
     ) -> None:
         """Take over `channel`; `wake` is called, by other threads, when something has changed."""
         self._channel = channel
-        self._transport: paramiko.Transport = channel.get_transport()
+        self._transport: Link = channel.get_transport()
         self._out, self._err = out, err
         self._wake = wake
         channel.settimeout(0.0)
@@ -207,7 +207,7 @@ class Remote:
             # The thread that receives finds out, too, and may still have something to receive.
             self._transport.join(LAST_WORDS_S)
         elif self._transport.saved_exception is None:
-            self._transport.saved_exception = error
+            self._transport.given_up = error
         self._transport.close()
 
     def _next(self) -> Callable[[], None] | None:
