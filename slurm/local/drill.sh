@@ -78,9 +78,10 @@ power-off)
 power-on)
   before=$(field SlurmdStartTime)
   booted() { [[ $(field SlurmdStartTime) != "$before" ]] && responds; }
-  # Slurm tells it by the second: a boot within that of the last one would not be seen.
-  is_later() { [[ $(printf '%(%FT%T)T') > $before ]]; }
-  wait_until 5 is_later || never
+  # Slurm tells it by the second: a boot within that of the last one would not be seen. A controller
+  # that was started anew says None until the node reports to it.
+  is_later() { [[ $before == None || $(printf '%(%FT%T)T') > $before ]]; }
+  wait_until 60 is_later || never
   order power-on "$node"
   wait_until 60 booted || never
   said='is on'

@@ -12,7 +12,7 @@ has_link() { ip link show eth0 >/dev/null 2>&1; }
 hostname "$node"
 ip link set lo up
 # login.sh puts this end of the cable in.
-wait_until 10 has_link
+wait_until 60 has_link
 ip address add "$address/24" dev eth0
 ip link set eth0 up
 

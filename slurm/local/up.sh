@@ -257,7 +257,7 @@ if [[ $port != 0 ]]; then
     "${inside[@]}" "$sshd" -i -e -f "$state/ssh/sshd_config"
   door=$!
   opened() { [[ -e $state/ssh/port ]] || is_gone "$door"; }
-  wait_until 20 opened
+  wait_until 60 opened
   [[ -e $state/ssh/port ]] ||
     fail "sshd: $(tail -n 1 -- "$log/door.log"); choose another --ssh-port, or leave it out"
   port=$(<"$state/ssh/port")
