@@ -22,7 +22,7 @@ from cluster.request import Request, Sizes
 # What a job may see of the submitter's environment; all else stays on the login node.
 PASSED = re.compile(
     "PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|SLURM_CONF|SBATCH_(ACCOUNT|RESERVATION)"
-    "|MODULEPATH|MODULESHOME|LMOD_(PKG|CMD|DIR)|SLUICE_CLUSTER(_INSIDE)?"
+    "|MODULEPATH|MODULESHOME|LMOD_(PKG|CMD|DIR)|SLUICE_(CLUSTER(_INSIDE)?|PAUSE_AT)"
     "|(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+|TORCH_DISTRIBUTED_DEBUG|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
 BATCH_SCRIPT = Path("code/slurm/train.sbatch")

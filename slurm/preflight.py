@@ -206,6 +206,7 @@ def check(settings: Settings) -> int:
         except OSError as error:
             report.failed(Unhealthy(f"{name}: {error}"))
 
+    _reached("in-preflight")
     # Only now, since they import torch, which takes seconds: what is above is known by then.
     if settings.device == "cuda" or settings.num_nodes > 1:
         # Its store warns of each connection that ends.
@@ -216,6 +217,15 @@ def check(settings: Settings) -> int:
     healthy = report.finish()
     watch.cancel()
     return 0 if healthy else 1
+
+
+def _reached(moment: str) -> None:
+    """Stop here for a test that asks for it; the training side, which knows how, is beside us."""
+    if os.environ.get("SLUICE_PAUSE_AT"):
+        sys.path.append(str(CHECKOUT))
+        from train.engine.moments import reached
+
+        reached(moment)
 
 
 def _give_up(report: Report, settings: Settings) -> None:

@@ -18,6 +18,8 @@ SIZES_BYTES = {"cpu": (MIB, 8 * MIB, 32 * MIB), "cuda": (8 * MIB, 64 * MIB, 512 
 REPETITIONS = 4
 # A size that would take longer is left out: the smaller ones have told enough by then.
 LONGEST_SIZE_S = 1.5
+# The most that is sent over a link to time it.
+MAX_LINK_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ def _links(place: Place, device: torch.device) -> list[float]:
     node, ends = place.rank // place.local_world_size, ring(num_nodes)
     # A healthy link takes a tenth of a second.
     share = place.floor_bytes_per_second / place.local_world_size / 10
-    size_bytes = round(min(max(share, MIB / 4), 256 * MIB))
+    size_bytes = round(min(max(share, MIB / 4), MAX_LINK_BYTES))
     data = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
     speeds = torch.full((len(ends),), math.inf, dtype=torch.float64, device=device)
     for links in rounds(num_nodes):

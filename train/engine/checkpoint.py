@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from train.engine.distributed import (
@@ -30,8 +29,10 @@ from train.engine.distributed import (
 )
 from train.engine.durable import describe, fsync, sha256, write_atomically
 from train.engine.errors import RunFailed, UserError
+from train.engine.moments import reached
 from train.engine.runfolder import say
 from train.engine.settings import CheckpointSettings
+from train.engine.shard import save_file
 from train.engine.strategy import STATES, Strategy
 
 FORMAT = 1
@@ -92,8 +93,6 @@ class Checkpoints:
         try:
             files = [_shard(rank(), world_size())]
             save_file(tensors, folder / files[0])
-            # safetensors makes files that only their owner reads; the folder has the umask's mode.
-            (folder / files[0]).chmod(folder.stat().st_mode & 0o666)
             if is_main_process():
                 config.save_pretrained(folder)
                 write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
@@ -145,16 +144,20 @@ class Checkpoints:
     def _publish(self, step: int, unpublished: Path, files: dict[str, Any]) -> str | None:
         """Make the checkpoint visible by one rename; return what went wrong."""
         try:
+            reached("before-manifest")
             manifest = {"format": FORMAT, "step": step, "files": files}
             write_atomically(unpublished / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             fsync(unpublished)
+            reached("before-rename")
             unpublished.rename(self.folder / f"step-{step:08d}")
         except OSError as error:
             return f"rank 0: {error}"
+        reached("before-latest")
         try:
             fsync(self.folder)
             # For people and their scripts; resuming looks at the checkpoints themselves.
             write_atomically(self.folder / "latest", f"step-{step:08d}\n")
+            reached("after-latest")
             for old in step_folders(self.folder)[self.settings.keep :]:
                 # Renamed first: a deletion that is cut off must not leave half a checkpoint.
                 doomed = old.with_name(f".{old.name}.deleted")

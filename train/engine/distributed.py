@@ -20,7 +20,7 @@ def init_distributed(timeout_s: int = 600) -> torch.device:
     Raises:
         UserError: the launcher started something else than it promised.
     """
-    _check_promises()
+    check_promises()
     if torch.cuda.is_available() and not _cpu_was_asked():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -45,10 +45,13 @@ def init_distributed(timeout_s: int = 600) -> torch.device:
     return device
 
 
-def _check_promises() -> None:
+def check_promises() -> None:
     """Refuse the starts that would train one process, or copies that never meet.
 
     Each was seen to exit 0 with plausible losses under a script that does not ask.
+
+    Raises:
+        UserError: the launcher started something else than it promised.
     """
     environment = os.environ
     world_size = int(environment.get("WORLD_SIZE", "1"))

@@ -20,6 +20,7 @@ from train.engine import model as models
 from train.engine import signals
 from train.engine.batches import Blocks
 from train.engine.distributed import agree, rank, world_size
+from train.engine.moments import reached
 
 
 class TokenLoss(nn.Module):
@@ -123,6 +124,7 @@ def evaluate(
         ]
         inputs, labels = (torch.from_numpy(part).to(device) for part in blocks.rows(indices))
         total += torch.stack([module(inputs, labels).double(), (labels != -100).sum().double()])
+        reached("in-evaluation")
         # Asking costs a collective and, on a GPU, a wait: every tenth batch is soon enough.
         if turn % 10 == 9 and agree(signals.received() is not None, device=device)[0]:
             module.train()

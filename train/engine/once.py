@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from train.engine.errors import UserError, check_writable_folder
+from train.engine.moments import reached
 
 
 class CutOff(UserError):
@@ -47,6 +48,7 @@ def make_once(
         unfinished.mkdir(exist_ok=True)
         try:
             make(unfinished)
+            reached("in-staging")
             unfinished.rename(folder)
         except BaseException as error:
             was_cut_off = isinstance(error, CutOff | KeyboardInterrupt)

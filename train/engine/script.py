@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from train.engine import arguments, signals
+from train.engine import arguments, moments, signals
 from train.engine.errors import EXIT_REQUEUE, UserError
 from train.engine.runfolder import lock, say
 
@@ -38,6 +38,7 @@ class Script(Generic[Config]):
         """Run the script; return its exit code."""
         signals.install_first()
         signals.die_with_launcher()
+        moments.check()
         config = arguments.parse(self.config_class, argv, prog=self.prog, dry_run=self.dry_run)
         named = config.run_folder or os.environ.get("SLUICE_RUN_FOLDER")
         if not named:
@@ -53,8 +54,9 @@ class Script(Generic[Config]):
         # make stays; to look through it again and again for garbage takes a fifth of their time.
         gc.disable()
         from train.engine import guard
-        from train.engine.distributed import init_distributed, is_main_process
+        from train.engine.distributed import check_promises, init_distributed, is_main_process
 
+        check_promises()
         importlib.import_module("train.engine.model")
         gc.freeze()
         gc.enable()

@@ -15,6 +15,7 @@ from train.engine import guard, signals
 from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.distributed import agree, rank, world_size
 from train.engine.loss import global_target_tokens
+from train.engine.moments import reached
 from train.engine.schedule import lr_at
 from train.engine.settings import TrainingConfig
 from train.engine.strategy import Strategy
@@ -91,6 +92,7 @@ def take_step(
     wrapped.set_lr(lr)
     grad_norm = wrapped.step()
     guard.check_gradient(grad_norm, step=step + 1, positions=positions)
+    reached("after-step")
     return Step(
         loss=loss,
         lr=lr,

@@ -18,6 +18,7 @@ from train.engine import signals, staging
 from train.engine.data import SAMPLES
 from train.engine.durable import sha256
 from train.engine.errors import RunFailed, UserError, run_to_exit
+from train.engine.moments import reached
 from train.engine.retrieval import corpus, passages
 from train.engine.retrieval import index as indexes
 from train.engine.retrieval.chunks import ChunkSettings
@@ -204,6 +205,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         stops, broken = agree(signals.received() is not None, broken, device=device)
         if broken:
             raise RunFailed(f"step {step + 1}: a vector is not finite; look at the model's weights")
+        reached("after-step")
         before, step = step, min(step + world_size(), max_steps)
         tokens = sum(chunks[i].tokens for batch in batches[before:step] for i in batch)
         timer.add(tokens=tokens, seconds=time.perf_counter() - started, data_seconds=0.0)

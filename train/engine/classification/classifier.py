@@ -19,6 +19,7 @@ from train.engine import tokenizer as tokenizers
 from train.engine.distributed import agree, world_size
 from train.engine.durable import folder_at_once
 from train.engine.errors import UserError
+from train.engine.moments import reached
 from train.engine.shares import gather_in_order, share
 
 # Batches of an evaluation between two looks at whether the cluster asks to stop.
@@ -92,6 +93,7 @@ def predict(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         found[places] = logits.float().softmax(-1).cpu().numpy()
+        reached("in-evaluation")
     model.train(was_training)
     return gather_in_order(found, total=len(rows))
 

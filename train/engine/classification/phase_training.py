@@ -17,6 +17,7 @@ from train.engine.batches import block_at, micro_batch_positions
 from train.engine.classification.transfer import STATISTICS, Classifier
 from train.engine.classification.unfreezing import Phase, UnfreezingSettings
 from train.engine.distributed import agree, rank, world_size
+from train.engine.moments import reached
 from train.engine.schedule import lr_at
 from train.engine.settings import BatchSettings, OptimizerSettings, ScheduleSettings
 from train.engine.strategy import Strategy, assert_same_weights, assert_synchronised
@@ -197,6 +198,7 @@ def take_step(
     guard.check_loss(local_loss, global_loss, step=step + 1, positions=positions)
     grad_norm = training.step()
     guard.check_gradient(grad_norm, step=step + 1, positions=positions)
+    reached("after-step")
     return PhaseStep(
         loss=global_loss,
         grad_norm=grad_norm,

@@ -15,6 +15,7 @@ from train.engine.classification import scores
 from train.engine.classification.trainer import PaddedRows, RowLoss
 from train.engine.distributed import agree, rank
 from train.engine.metrics import Metrics, StepTimer, memory
+from train.engine.moments import reached
 
 
 class Watch(TrainerCallback):
@@ -108,6 +109,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Say what the Trainer is to do next: log, save, stop."""
+        reached("after-step")
         step = state.global_step
         seconds = time.perf_counter() - self._started + self._data_seconds
         for timer, count in (
