@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,9 +128,9 @@ class Trial:
         return f"{self.implementation}, {self.compile}{kernel}, micro batch {self.micro_batch_size}"
 
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark; return its exit code."""
-    started = time.monotonic()
+def main(argv: list[str], now: Callable[[], float] = time.monotonic) -> int:
+    """Run the benchmark; return its exit code. The budget is of the seconds of `now`."""
+    started = now()
     config = arguments.parse(Config, argv, prog="benchmarks/gpu.py", dry_run={})
     found: dict[str, Any] = {
         "benchmark": "speed of training, engine and Hugging Face Trainer",
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
         write_tokenizer(tokenizer)
         try:
             for number, trial in enumerate(trials, start=1):
-                left = config.budget_s - RESERVE_S - (time.monotonic() - started)
+                left = config.budget_s - RESERVE_S - (now() - started)
                 reason = reason_to_skip(trial, found["trials"], left)
                 if reason:
                     outcome: dict[str, Any] = {"status": "skipped", "reason": reason}
@@ -163,10 +163,10 @@ def main(argv: list[str]) -> int:
                     outcome = run_trial(config, trial, Path(scratch), data, tokenizer, limit)
                 found["trials"].append(asdict(trial) | outcome)
                 print(f"{number:>3} of {len(trials)}: {trial}: {_in_words(outcome)}", flush=True)
-                path = _save(config, found, started)
+                path = _save(config, found, now() - started)
         except KeyboardInterrupt:
             print("stopped; what was measured until here is recorded", flush=True)
-    path = _save(config, found, started)
+    path = _save(config, found, now() - started)
     print("\n" + table(found) + f"\n\nrecord: {os.path.relpath(path)}", flush=True)
     return 0 if any(one["status"] == "measured" for one in found["trials"]) else 1
 
@@ -484,11 +484,11 @@ def _workload(config: Config) -> dict[str, Any]:
     }
 
 
-def _save(config: Config, found: dict[str, Any], started: float) -> Path:
+def _save(config: Config, found: dict[str, Any], seconds: float) -> Path:
     devices = [one["device"] for one in found["trials"] if "device" in one]
     found["device"] = devices[0] if devices else None
     found["ratios"] = ratios(found["trials"])
-    found["seconds"] = round(time.monotonic() - started, 1)
+    found["seconds"] = round(seconds, 1)
     name = devices[0]["name"] if devices else config.device
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return record.save(Path(config.results), f"speed-{slug}", found)

@@ -135,12 +135,15 @@ def why(code: str, job_id: int) -> str:
     return shown
 
 
-def clock(moment: str) -> str:
-    """Return a local time of Slurm's as one says it: 10:05, Tue 10:05, 2026-12-01 10:05."""
+def clock(moment: str, now: float | None = None) -> str:
+    """Return a local time of Slurm's as one says it: 10:05, Tue 10:05, 2026-12-01 10:05.
+
+    `now`, in seconds since the epoch, is the moment it is said at, not this one.
+    """
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d)?", moment):
         return ""
     day, _, hour = moment[:16].partition("T")
-    now = time.time()
+    now = time.time() if now is None else now
     for distance in (0, 1, -1, 2, 3, 4, 5):
         if day == time.strftime("%Y-%m-%d", time.localtime(now + distance * 86400)):
             name = time.strftime("%a ", time.localtime(now + distance * 86400))

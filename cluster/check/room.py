@@ -91,13 +91,16 @@ def look(
     queue: Iterable[Waiting],
     user: str,
     account: str,
+    *,
+    now: float | None = None,
 ) -> Iterator[Finding]:
-    """Find why a job has no room at this moment; nothing if it has."""
+    """Find why a job has no room at this moment (or `now`); nothing if it has."""
+    now = time.time() if now is None else now
     fitting = list(demand.fitting or [])
     if chosen.reservation:
         mine = [reservations.get(name) for name in chosen.reservation.split(",")]
         for name, kept in zip(chosen.reservation.split(","), mine, strict=True):
-            problem = _of_reservation(name, kept, user, account)
+            problem = _of_reservation(name, kept, user, account, now)
             if problem:
                 yield problem
         inside = {name for kept in mine if kept for name in kept.nodes}
@@ -107,7 +110,6 @@ def look(
             return
     else:
         others = list(reservations.values())
-    now = time.time()
     ahead = list(queue)
     promised = promises((kept for kept in others if _is_whole(kept, known)), ahead)
     free = [node for node in fitting if demand.fits_free(node)]
@@ -132,7 +134,9 @@ def look(
         )
 
 
-def _of_reservation(name: str, kept: Reservation | None, user: str, account: str) -> Finding | None:
+def _of_reservation(
+    name: str, kept: Reservation | None, user: str, account: str, now: float
+) -> Finding | None:
     whose = f"reservation {printable(name)}"
     if kept is None:
         message = f"{whose}: there is none of this name that you may see"
@@ -141,7 +145,7 @@ def _of_reservation(name: str, kept: Reservation | None, user: str, account: str
         message = f"{whose}: is not for user {user} with account {account}"
         return Finding(verdict=Verdict.NEVER, limit="Reservation", whose=whose, message=message)
     start = epoch(kept.start)
-    if start is not None and start > time.time():
+    if start is not None and start > now:
         message = f"{whose}: begins at {clock(kept.start)}"
         return Finding(verdict=Verdict.WAITS, limit="Reservation", whose=whose, message=message)
     return None
