@@ -62,7 +62,7 @@ each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 .SILENT:
 .DEFAULT_GOAL := help
 .PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
-.PHONY: help build-image verify-image sign-image dry-run run fetch export generate ask test lint format bench bench-gpu bench-ssh clean
+.PHONY: help build-image verify-image sign-image dry-run run fetch export generate ask test test-real drills lint format bench bench-gpu bench-ssh clean
 .PHONY: setup setup-train setup-dev setup-encoder
 
 help: ## this list
@@ -143,8 +143,17 @@ sign-image: | setup ## sign it with the private KEY=, or with one of Apptainer's
 
 # ---- develop --------------------------------------------------------------------------------
 
-test: | setup-dev ## the tests that this machine can run; STRICT=1: one that it cannot is a failure
-	$(python) -m pytest --numprocesses 4 --no-loadscope-reorder $(ARGS)
+# A file is one worker's, in the order of the collection, and ARGS may name files instead of all.
+pytest = $(python) -m pytest --dist loadfile --no-loadscope-reorder
+
+test: | setup-dev ## the fast tests, under 5 minutes; ARGS=tests/fast/FILE.py runs one file
+	$(pytest) --numprocesses auto $(ARGS)
+
+test-real: | setup-dev ## with Slurm, image, sshd, several processes; STRICT=1: what this machine lacks fails
+	$(pytest) --numprocesses 6 -o testpaths=tests/real $(ARGS)
+
+drills: | setup-dev ## what is random and long; ARGS="--seed N" repeats a drill
+	$(python) -m pytest -o testpaths=tests/drills $(ARGS)
 
 # pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
 lint: | setup-dev ## style, types, the wall between cluster/ and train/, shell scripts

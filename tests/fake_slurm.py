@@ -1,7 +1,8 @@
-"""A queue that the tests write by hand: squeue and scancel as scripts, and run folders for them.
+"""A queue that the tests write by hand, a clock that runs only while a command waits, run folders.
 
-The real commands are tried on the private cluster (tests/cluster); here is what no cluster does
-when asked, such as being silent, or changing its mind in the middle of a request.
+The real commands are tried on the private cluster (tests/real); here is what no cluster does
+when asked, such as being silent, or changing its mind in the middle of a request. Nothing starts a
+process and nobody waits: what happens meanwhile, happens while the command sleeps.
 """
 
 from __future__ import annotations
@@ -9,54 +10,58 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.conftest import CHECKOUT
+from cluster import slurm
 
-SQUEUE = """#!/bin/sh
-# At the end, however it ends: whoever waits for the question waits for its answer.
-trap 'echo "$*" >>"$FAKE_SLURM/squeue.log"' EXIT
-if [ -f "$FAKE_SLURM/silent" ]; then
-  echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
-  exit 1
-fi
-for word in "$@"; do case $word in --jobs=*) wanted=",${word#--jobs=}," ;; esac; done
-while IFS= read -r line; do
-  case $wanted in *",${line%%|*},"*) ;; *) continue ;; esac
-  # The working directory is that of the newest run with this number.
-  record=$(grep -H "\\"job_id\\": ${line%%|*}[,}]" "$SLUICE_RUNS"/*/*/jobs.jsonl |
-    sed 's/^\\([^:]*\\):.*"submitted": "\\([^"]*\\)".*/\\2 \\1/' |
-    sort | tail -n 1 | cut -d ' ' -f 2-)
-  printf '%s\\n' "${line%%@*}${record%/jobs.jsonl}${line#*@}"
-done <"$FAKE_SLURM/queue"
-"""
-SCANCEL = """#!/bin/sh
-echo "$@" >>"$FAKE_SLURM/scancel.log"
-if [ -f "$FAKE_SLURM/on_scancel" ]; then . "$FAKE_SLURM/on_scancel"; fi
-"""
+# Of any command: a wait that is longer than the longest of its own limits hangs.
+HANGS_AFTER_S = 3600
+
+
+class Clock:
+    """The module `time` of a command; a wait is over at once, and whoever is to act then does."""
+
+    def __init__(self, asleep: Callable[[], None]) -> None:
+        self.now = 0.0
+        self._asleep = asleep
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < HANGS_AFTER_S, "the command waits for what does not come"
+        self._asleep()
 
 
 class FakeSlurm:
     """The queue, the runs folder, and what was asked."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder / "slurm"
-        commands = self.folder / "bin"
-        commands.mkdir(parents=True)
-        scripts = {"squeue": SQUEUE, "scancel": SCANCEL, "sbatch": "#!/bin/sh\n"}
-        for name, script in scripts.items():
-            (commands / name).write_text(script)
-            (commands / name).chmod(0o755)
+        self.clock = Clock(self._go_on)
         self.runs = folder / "runs"
-        self.set_queue()
+        self.is_silent = False
+        """Whether the controller does not answer."""
+        self.on_scancel: Callable[[str], str | None] = lambda arguments: None
+        """What scancel does; the words with which it fails, if it does."""
+        self._queue: list[str] = []
+        self._asked: list[tuple[str, str]] = []
+        self._play: Iterator[None] = iter(())
+        self._looks_before = 0
+        commands = SimpleNamespace(
+            run=self._run,
+            DEVNULL=subprocess.DEVNULL,
+            TimeoutExpired=subprocess.TimeoutExpired,
+        )
+        monkeypatch.setattr(slurm, "subprocess", commands)
+        monkeypatch.setattr(slurm, "shutil", SimpleNamespace(which=lambda name: name))
         monkeypatch.chdir(folder)
-        monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-        monkeypatch.setenv("FAKE_SLURM", str(self.folder))
         monkeypatch.setenv("SLUICE_RUNS", str(self.runs))
         monkeypatch.setenv("SLUICE_CLUSTER_INSIDE", "1")
         monkeypatch.delenv("SLUICE_SITE", raising=False)
@@ -64,43 +69,64 @@ class FakeSlurm:
 
     def set_queue(self, *jobs: str) -> None:
         """Say what squeue answers: "ID STATE [REASON [NODES [START [LEFT]]]]"; - is nothing."""
-        lines = []
-        for job in jobs:
-            words = [*job.split(" "), *["-"] * 6][:6]
-            job_id, state, reason, nodes, start, left = ("" if w == "-" else w for w in words)
-            start, reason = start or "N/A", reason or "None"
-            lines.append(f"{job_id}|{state}|{nodes}|{start}|{left or '1:00:00'}|@|{reason}\n")
-        replace(self.folder / "queue", "".join(lines))
-
-    def set_silent(self, silent: bool) -> None:
-        """Let the controller answer, or not."""
-        mark = self.folder / "silent"
-        mark.touch() if silent else mark.unlink()
-
-    def on_scancel(self, script: str) -> None:
-        """Say in sh what scancel does."""
-        (self.folder / "on_scancel").write_text(script)
+        self._queue = list(jobs)
 
     def asked(self, command: str) -> list[str]:
         """Return the arguments of each call of a command."""
-        log = self.folder / f"{command}.log"
-        return log.read_text().splitlines() if log.exists() else []
+        return [arguments for name, arguments in self._asked if name == command]
 
-    def until_seen(self) -> None:
-        """Wait until the command has seen the queue and the files as they are now."""
-        before = len(self.asked("squeue"))
-        give_up = time.monotonic() + 30
-        # The next call may have begun; the one after it sees all; by the third that is shown.
-        while len(self.asked("squeue")) < before + 3:
-            assert time.monotonic() < give_up, "nobody asks any more"
-            time.sleep(0.01)
+    def meanwhile(self, play: Callable[[], Iterator[None] | None]) -> None:
+        """Have something go on while the command runs, from its first wait on.
 
-    def until_cancelled(self) -> None:
-        """Wait until scancel was called."""
-        give_up = time.monotonic() + 30
-        while not self.asked("scancel"):
-            assert time.monotonic() < give_up, "nobody cancels"
-            time.sleep(0.01)
+        Each `yield` lasts until the command has seen the queue and the files as they are then.
+        """
+        self._play, self._looks_before = _steps(play), len(self.asked("squeue"))
+
+    @property
+    def is_played(self) -> bool:
+        """Whether all has happened that was to happen meanwhile."""
+        return next(self._play, self) is self
+
+    def _go_on(self) -> None:
+        looks = len(self.asked("squeue"))
+        if looks > self._looks_before:
+            self._looks_before = looks
+            next(self._play, None)
+
+    def _run(self, command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        name, *arguments = command
+        self._asked.append((name, " ".join(arguments)))
+        output: str = ""
+        error: str | None = None
+        if name == "squeue" and self.is_silent:
+            error = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
+        elif name == "squeue":
+            output = self._squeue(arguments)
+        else:
+            error = self.on_scancel(" ".join(arguments))
+        code = 0 if error is None else 1
+        return subprocess.CompletedProcess(command, code, output, error or "")
+
+    def _squeue(self, arguments: Sequence[str]) -> str:
+        (wanted,) = (word[7:].split(",") for word in arguments if word.startswith("--jobs="))
+        lines = []
+        for job in self._queue:
+            words = [*job.split(" "), *["-"] * 6][:6]
+            job_id, state, reason, nodes, start, left = ("" if w == "-" else w for w in words)
+            if job_id in wanted:
+                folder = self._folder_of(int(job_id))
+                shown = [job_id, state, nodes, start or "N/A", left or "1:00:00", folder]
+                lines.append("|".join([*shown, reason or "None"]) + "\n")
+        return "".join(lines)
+
+    def _folder_of(self, job_id: int) -> str:
+        """Return the working directory of a job: that of the newest run with this number."""
+        found = []
+        for path in self.runs.glob("*/*/jobs.jsonl"):
+            for line in path.read_text().splitlines():
+                if line.endswith("}") and (record := json.loads(line))["job_id"] == job_id:
+                    found.append((record["submitted"], str(path.parent)))
+        return max(found)[1] if found else ""
 
     def run(self, name: str = "tinyllama/20260101-000000-abcdef", *job_ids: int) -> Path:
         """Make a run folder, submitted as these jobs."""
@@ -113,16 +139,8 @@ class FakeSlurm:
         return folder
 
 
-def start(command: str, name: str) -> subprocess.Popen[bytes]:
-    """Start `make logs` or `make cancel` of a run, in a session that can be interrupted."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "cluster.jobs", command, "--run", name],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        bufsize=0,
-    )
+def _steps(play: Callable[[], Iterator[None] | None]) -> Iterator[None]:
+    yield from play() or ()
 
 
 def submit(folder: Path, job_id: int, submitted: str = "2026-01-01T00:00:00+0000") -> None:
@@ -137,9 +155,9 @@ def attempt(folder: Path, number: int, job_id: int, *, start: int = 0, **outcome
     path = folder / f"attempts/{number}"
     path.mkdir(parents=True, exist_ok=True)
     record = {"job_id": job_id, "restart_count": 0, "nodes": ["node1", "node2"], "step": start}
-    replace(path / "slurm.json", json.dumps(record))
+    (path / "slurm.json").write_text(json.dumps(record))
     if outcome:
-        replace(path / "outcome.json", json.dumps(outcome))
+        (path / "outcome.json").write_text(json.dumps(outcome))
     return path
 
 
@@ -148,13 +166,6 @@ def log_step(folder: Path, step: int, rate: float = 1000.0) -> None:
     line = {"step": step, "loss": 1.0, "tokens": 500 * step, "tokens_per_second": rate}
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(line) + "\n")
-
-
-def replace(path: Path, content: str) -> None:
-    """Write a file whole."""
-    unfinished = path.with_name(f".{path.name}.new")
-    unfinished.write_text(content)
-    unfinished.rename(path)
 
 
 def make_old(folder: Path) -> None:

@@ -1,0 +1,211 @@
+"""limits.py, bounds.py, choice.py, room.py: the rules that the private cluster does not show."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.check import bounds, choice, limits, nodes, partitions, reservations, room
+from cluster.check.associations import Accounting, Association, Bound, Holder
+from cluster.check.bounds import Holders
+from cluster.check.demand import Demand
+from cluster.check.demand import of as demand_of
+from cluster.check.finding import Finding, Verdict
+from cluster.check.limits import Rules
+from cluster.request import Request
+from cluster.site import PRIVATE
+
+REQUEST = Request(
+    num_nodes=2,
+    gpus_per_node=2,
+    processes_per_node=2,
+    time="1:00:00",
+    cpus_per_node=4,
+    memory_per_node_mb=0,
+    device="cpu",
+)
+PARTITION = (
+    "PartitionName=gpu AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL QoS=N/A MaxNodes=UNLIMITED "
+    "MaxTime=1-00:00:00 MinNodes=0 State=UP TotalNodes=2 OverSubscribe=NO"
+)
+NODE = "NodeName=node{} CPUAlloc=0 CPUEfctv=8 CPUTot=8 {} RealMemory=8000 AllocMem=0 State={} "
+NODE += "ThreadsPerCore={} Partitions=gpu"
+CONFIG = {"SelectType": "select/cons_tres", "SelectTypeParameters": "CR_CORE_MEMORY"}
+
+
+def known(gres: str = "Gres=gpu:2 GresUsed=gpu:0", state: str = "IDLE", threads: int = 1) -> Any:
+    lines = [NODE.format(number, gres, state, threads) for number in (1, 2)]
+    return nodes.parse("\n".join(lines))
+
+
+def demand(
+    request: Request = REQUEST, partition: str = PARTITION, flags: tuple[str, ...] = (), **had: Any
+) -> Demand:
+    site = replace(PRIVATE, slurm=replace(PRIVATE.slurm, sbatch_flags=list(flags)))
+    (of_it,) = partitions.parse(partition).values()
+    config = CONFIG | {"DefMemPerCPU": "500"}
+    return demand_of(request, of_it, choice.of(site), config, known(**had))
+
+
+def over(
+    name: str, limit: int, used: int | None, *, safe: bool = False, kind: str = "gres/gpu"
+) -> list[Finding]:
+    bound = Bound(whose="account a", name=name, tres=kind, limit=limit, text=str(limit), used=used)
+    holder = Holder(whose="account a", bounds={(name, kind): bound})
+    holders = Holders(qos=[], association=holder, above=())
+    return list(bounds.over_bounds(holders, REQUEST, demand(), safe=safe))
+
+
+def test_minutes_of_a_group_count_before_a_job_only_where_the_site_says_safe() -> None:
+    # It asks for 4 GPUs x 60 minutes.
+    assert over("GrpTRESMins", 240, 0) == []
+    (ended,) = over("GrpTRESMins", 239, 0)
+    assert (ended.verdict, ended.message.count("0:59:00")) == (Verdict.FITS, 1)
+    (used_up,) = over("GrpTRESMins", 239, 239)
+    assert used_up.verdict is Verdict.WAITS
+    (never,) = over("GrpTRESMins", 239, 0, safe=True)
+    assert (never.verdict, never.fits_with) == (Verdict.NEVER, "TIME=0:59:00")
+    (waits,) = over("GrpTRESMins", 300, 100, safe=True)
+    assert (waits.verdict, waits.fits_with) == (Verdict.WAITS, "TIME=0:50:00")
+    (never,) = over("GrpWall", 59, 0, safe=True, kind="")
+    assert never.fits_with == "TIME=0:59:00"
+
+
+def test_use_that_nobody_tells_is_unknown() -> None:
+    assert over("GrpTRES", 8, None) == []
+    bound = Bound(whose="account a", name="GrpTRES", tres="cpu", limit=8, text="8", used=None)
+    holder = Holder(whose="account a", bounds={("GrpTRES", "cpu"): bound})
+    association = Association(
+        account="a", partition="", qos=("q",), default_qos="q", holder=holder, above=None
+    )
+    rules = Rules(
+        user="ada",
+        config=CONFIG,
+        partitions=partitions.parse(PARTITION),
+        nodes=None,
+        accounting=Accounting(
+            user="ada", enforced=frozenset({"limits"}), associations=(association,)
+        ),
+        unknown=("nodes: none shown",),
+    )
+    remarks = limits.judge(rules, choice.of(PRIVATE), REQUEST).remarks
+    assert "unknown: nodes: none shown" in remarks
+    assert "unknown: how much is used of GrpTRES cpu of account a" in remarks
+    assert "unknown: limits of the accounts above a" in remarks
+    assert "unknown: which QOS the job gets, and that QOS's limits" in remarks
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--account=a", "-p", "long"], {"account": "a", "partition": "long"}),
+        (["-Aa", "-qhigh"], {"account": "a", "qos": "high"}),
+        (["--qos", "high", "--exclusive"], {"qos": "high", "is_exclusive": True}),
+        (["--reservation=kept", "--mail-type=END"], {"reservation": "kept"}),
+        (["--licenses=matlab"], {"not_reckoned_with": ["--licenses"]}),
+        (["-C", "a100&ib"], {"constraint": "a100&ib"}),
+    ],
+)
+def test_what_the_flags_of_a_site_choose(flags: list[str], expected: dict[str, Any]) -> None:
+    chosen = choice.of(replace(PRIVATE, slurm=replace(PRIVATE.slurm, sbatch_flags=flags)))
+    assert {key: getattr(chosen, key) for key in expected} == expected
+
+
+def test_a_constraint_that_is_not_understood_is_unknown() -> None:
+    of_it = demand(flags=("--constraint=[a*2&b]",))
+    assert of_it.fitting is None
+    assert of_it.unknown == ["unknown: which nodes --constraint=[a*2&b] means"]
+
+
+def test_cores_are_given_out_with_their_threads_and_nodes_whole() -> None:
+    odd = replace(REQUEST, cpus_per_node=3)
+    assert demand(odd, threads=2).cpus == 4
+    whole = demand(odd, PARTITION.replace("OverSubscribe=NO", "OverSubscribe=EXCLUSIVE"))
+    assert (whole.cpus, whole.whole_nodes) == (8, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "word", "in_service"),
+    [
+        ("IDLE", "idle", True),
+        ("MIXED+PLANNED", "mixed", True),
+        ("IDLE+DRAIN", "drained", False),
+        ("MIXED+DRAIN", "drained", False),
+        ("IDLE*", "down", False),
+        ("DOWN*+DRAIN", "down", False),
+        ("IDLE+MAINTENANCE+RESERVED", "maintenance", False),
+        ("IDLE+RESERVED", "reserved", False),
+        ("IDLE+POWERED_DOWN", "powered down", True),
+        ("IDLE~", "powered down", True),
+        ("ALLOCATED", "allocated", True),
+        ("IDLE+COMPLETING", "completing", True),
+        ("SOMETHING_NEW", "unknown", False),
+        ("UNKNOWN+DRAIN+INVALID_REG", "down", False),
+    ],
+)
+def test_real_states(state: str, word: str, in_service: bool) -> None:
+    node = known(state=state)["node1"]
+    assert (node.state, node.is_in_service) == (word, in_service)
+    assert bool(node.cpus_free) == in_service
+
+
+@pytest.mark.parametrize(
+    ("gres", "free"),
+    [
+        ("Gres=gpu:2 GresUsed=gpu:(null):1(IDX:0)", {"": (2, 4)}),
+        ("Gres=gpu:a100:4(S:0-1) GresUsed=gpu:a100:1(IDX:0,2)", {"a100": (6, 8)}),
+        (
+            "Gres=gpu:a:2(S:0),gpu:b:1,shard:8 GresUsed=gpu:a:1(IDX:0),gpu:b:0(IDX:N/A),shard:0",
+            {"a": (2, 4), "b": (2, 2)},
+        ),
+        ("Gres=gpu:a:2,gpu:b:1", {"a": (None, 4), "b": (None, 2)}),
+        ("Gres=gpu:2 CfgTRES=cpu=8,gres/gpu=2 AllocTRES=cpu=1,gres/gpu=2", {"": (0, 4)}),
+        ("Gres=gpu:2", {"": (None, 4)}),
+        ("Gres=(null)", {}),
+    ],
+)
+def test_free_gpus_by_type(gres: str, free: dict[str, tuple[int | None, int]]) -> None:
+    assert nodes.free_gpus(known(gres).values()) == free
+
+
+def test_a_reason_cannot_pass_for_a_state() -> None:
+    line = NODE.format(1, "Gres=(null)", "DOWN", 1) + " Reason=x State=IDLE CPUAlloc=0 [root]"
+    (node,) = nodes.parse(line).values()
+    assert (node.state, node.reason) == ("down", "x")
+
+
+NOW = time.mktime((2026, 11, 23, 12, 0, 0, 0, 0, -1))
+
+
+def look(of_it: Demand, kept: str = "", waiting: tuple[room.Waiting, ...] = ()) -> list[Finding]:
+    return list(
+        room.look(
+            *(of_it, known(), choice.of(PRIVATE), reservations.parse(kept)),
+            *(waiting, "ada", "research"),
+            now=NOW,
+        )
+    )
+
+
+def test_a_reservation_of_some_cores_leaves_the_rest() -> None:
+    def at(seconds: int) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(NOW + seconds))
+
+    whole = f"ReservationName=a StartTime={at(1800)} EndTime={at(7200)} Nodes=node[1-2] "
+    (waits,) = look(demand(), whole + "CoreCnt=16 Users=root")
+    assert (waits.limit, waits.whose) == ("Reservation", "reservation a")
+    # Slurm keeps half a minute of the half an hour.
+    assert waits.fits_with == "TIME=0:29:00"
+    assert look(demand(), whole + "CoreCnt=2 Users=root") == []
+    over_soon = f"ReservationName=a StartTime={at(-90)} EndTime={at(-60)} Nodes=node1 CoreCnt=8"
+    assert look(demand(), over_soon) == []
+
+
+def test_whoever_is_next_in_line_and_has_no_plan_yet_is_before_it() -> None:
+    first = room.Waiting(job_id="7", reason="Resources", start="N/A", nodes=())
+    held = room.Waiting(job_id="8", reason="JobHeldUser", start="N/A", nodes=())
+    assert look(demand(), waiting=(held,)) == []
+    assert [finding.limit for finding in look(demand(), waiting=(held, first))] == ["Priority"]

@@ -1,0 +1,173 @@
+"""site.toml: read, checked, and the folders that follow from it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import site as sites
+from cluster.errors import UserError
+from tests.shared import CHECKOUT
+
+EXAMPLE = CHECKOUT / "configs/site.example.toml"
+LEAST = """
+[slurm]
+partition = "long"
+cpus_per_node = 8
+gpus_per_node = 0
+[paths]
+scratch = "/tmp"
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for kind in ("RUNS", "DATASETS", "CACHE", "IMAGES", "SITE"):
+        monkeypatch.delenv(f"SLUICE_{kind}", raising=False)
+    return tmp_path
+
+
+def write(text: str) -> None:
+    Path("site.toml").write_text(text)
+
+
+def test_without_a_file_the_private_cluster_is_the_site() -> None:
+    assert sites.load().is_private
+
+
+def test_the_example_is_a_site_and_shows_every_setting_with_its_default(folder: Path) -> None:
+    text = EXAMPLE.read_text()
+    write(text)
+    as_given = sites.load()
+    # What is commented out is what is there without it.
+    write(re.sub(r"(?m)^#(\w+ = )", r"\1", text))
+    assert sites.load().slurm == as_given.slurm
+    assert sites.load().paths == as_given.paths
+    assert sites.load().container == as_given.container
+    assert sites.load().network == as_given.network
+    assert sites.load().preflight == as_given.preflight
+    shown = tomllib.loads(re.sub(r"(?m)^#(\w+ = )", r"\1", text))
+    for name in ("slurm", "paths", "container", "network", "preflight"):
+        known = set(vars(getattr(as_given, name)))
+        assert set(shown[name]) == known
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('partiton = "x"', "'slurm.partiton' is not a setting; did you mean 'partition'"),
+        ("save_s = -1", "slurm.save_s: -1 is not a whole number of 0 or more"),
+        ("save_s = true", "slurm.save_s: True is not a whole number"),
+        ('save_s = "5"', "slurm.save_s: '5' is not a whole number"),
+        ("account = 5", "slurm.account: 5 is not a string in quotes"),
+        ('sbatch_flags = "--x"', "slurm.sbatch_flags: '--x' is not a list of strings"),
+    ],
+)
+def test_a_wrong_setting_is_named(change: str, said: str) -> None:
+    write(LEAST.replace("[paths]", f"{change}\n[paths]"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        sites.load()
+
+
+@pytest.mark.parametrize("key", ["partition", "cpus_per_node", "gpus_per_node", "scratch"])
+def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
+    write(re.sub(rf"(?m)^{key} = .*\n", "", LEAST))
+    with pytest.raises(UserError, match=rf"\.{key} is missing; configs/site\.example\.toml"):
+        sites.load()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[slurm", "is not TOML"),
+        ("x = 1", "'x' is not a setting; did you mean|'x' is not a setting; choose from"),
+        ("slurm = 3", "'slurm' is not a table"),
+        (LEAST + '[container]\nvariant = "gpu"', r"container.variant: 'gpu' is not \"cuda\" or"),
+        (LEAST + '[environment]\n"A B" = "x"', "environment.A B: is not the name of a variable"),
+        (LEAST + "[environment]\nA = 1", "environment.A: 1 is not a string"),
+        (LEAST.replace('"long"', '""'), "slurm.partition: '' is not filled in"),
+        (LEAST + '[ssh]\nbackend = "rsh"', r"ssh.backend: 'rsh' is not \"paramiko\" or"),
+        (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
+        (
+            LEAST + '[ssh]\nhost = "-oProxyCommand=x"',
+            r"ssh.host: '-oProxyCommand=x' is not the name of a machine",
+        ),
+    ],
+)
+def test_what_is_no_site_is_refused(text: str, said: str) -> None:
+    write(text)
+    with pytest.raises(UserError, match=said):
+        sites.load()
+
+
+def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_SITE", "elsewhere.toml")
+    with pytest.raises(UserError, match=r"SLUICE_SITE=elsewhere\.toml"):
+        sites.load()
+
+
+def test_folders_come_from_the_environment_then_the_site_then_the_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert sites.folder("runs") == Path("runs")
+    monkeypatch.setenv("PROJECT", "p1")
+    write(LEAST + 'runs = "/data/$PROJECT/runs"')
+    assert sites.folder("runs") == Path("/data/p1/runs")
+    assert sites.folder_setting("runs") == "site.toml: paths.runs"
+    monkeypatch.setenv("SLUICE_RUNS", "/mine")
+    assert sites.folder("runs") == Path("/mine")
+    assert sites.folder_setting("runs") == "SLUICE_RUNS"
+
+
+def test_variables_of_the_nodes_are_left_to_the_nodes() -> None:
+    write(LEAST.replace('"/tmp"', '"$SLURM_TMPDIR/x"'))
+    assert sites.load().paths.scratch == "$SLURM_TMPDIR/x"
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_site_or_refused_in_words(text: str) -> None:
+    Path("site.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        sites.load()
+    except UserError as error:
+        assert str(error).startswith("site.toml: ")
+
+
+def test_a_folder_with_an_unknown_variable_is_refused_where_it_is_used() -> None:
+    write(LEAST + 'runs = "/data/$NO_SUCH_VARIABLE/x"')
+    assert sites.load().paths.runs == "/data/$NO_SUCH_VARIABLE/x"
+    with pytest.raises(UserError, match=r"paths.runs: \$NO_SUCH_VARIABLE is not set"):
+        sites.folder("runs")
+
+
+def test_a_laptop_has_none_of_the_clusters_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(LEAST + 'runs = "/of/the/$CLUSTER"\n[container]\napptainer = "theirs"\n[ssh]\nhost = "l"')
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("CLUSTER", "cluster")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not sites.load().is_elsewhere
+    assert sites.folder("runs") == Path("/of/the/cluster")
+    assert sites.of_this_machine().container.apptainer == "theirs"
+    (tmp_path / "sbatch").unlink()
+    assert sites.load().is_elsewhere
+    assert sites.folder("runs") == Path("runs")
+    assert sites.folder_setting("runs") == "SLUICE_RUNS"
+    assert sites.of_this_machine().container.apptainer == ""
+    # With nobody to ask, a machine without Slurm is a login node with a problem.
+    write(LEAST)
+    assert not sites.load().is_elsewhere
+
+
+def test_a_folder_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    write(LEAST)
+    (tmp_path / "shared").mkdir()
+    Path("runs").symlink_to(tmp_path / "shared")
+    assert sites.folder("runs") == tmp_path / "shared"

@@ -1,0 +1,258 @@
+"""The attempts of a job: counted, ended, continued or given up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests import waiting
+from tests.shared import CHECKOUT
+
+sys.path.append(str(CHECKOUT / "slurm"))
+import attempt
+
+
+class Job:
+    """A job as Slurm would run it, with the files that training would leave."""
+
+    def __init__(self, run: Path, capfd: pytest.CaptureFixture[str], max_restarts: int = 3) -> None:
+        self.run, self.capfd, self.max_restarts = run, capfd, max_restarts
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.restarts = 0
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "SLUICE_RUN_FOLDER": str(self.run),
+            "SLUICE_MAX_RESTARTS": str(self.max_restarts),
+        }
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        with mock.patch.dict(os.environ, self.environment()):
+            code = attempt.main([*words])
+        output, errors = self.capfd.readouterr()
+        return subprocess.CompletedProcess(words, code, output, errors)
+
+    def begin(self, job: int = 12) -> subprocess.CompletedProcess[str]:
+        words = ["begin", "--job", str(job), "--restarts", str(self.restarts)]
+        self.restarts += 1
+        return self.call(*words, "--nodes", "node1 node2", "--master", "10.0.0.1:23456")
+
+    def end(self, code: int, *more: str, state: str = "RUNNING") -> list[str]:
+        done = self.call("end", "--code", str(code), "--state", state, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    def train(self, step: int, outcome: str = "") -> None:
+        """Leave what training leaves: a checkpoint, and an outcome if it could write one."""
+        (self.run / f"checkpoints/step-{step:08}").mkdir(exist_ok=True)
+        if outcome:
+            content = {"outcome": outcome, "step": step, "reason": "SIGUSR1"}
+            (self.newest() / "outcome.json").write_text(json.dumps(content))
+
+    def newest(self) -> Path:
+        return max((self.run / "attempts").iterdir(), key=lambda folder: int(folder.name))
+
+    def outcome(self, attempt: int) -> dict[str, Any]:
+        path = self.run / f"attempts/{attempt}/outcome.json"
+        return dict(json.loads(path.read_text()))
+
+
+@pytest.fixture
+def job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
+    return Job(tmp_path / "run", capfd)
+
+
+def test_the_batch_script_reads_the_attempt_and_the_decision(job: Job) -> None:
+    def command(*words: str) -> tuple[int, str]:
+        path = str(CHECKOUT / "slurm/attempt.py")
+        done = waiting.run([sys.executable, path, *words], cwd=job.run, env=job.environment())
+        return done.returncode, done.stdout
+
+    words = ("--job", "12", "--restarts", "0", "--nodes", "node1", "--master", "10.0.0.1:23456")
+    assert command("begin", *words) == (0, "1\n")
+    assert command("end", "--code", "75", "--state", "RUNNING") == (0, "requeue \n")
+
+
+def test_attempts_are_numbered_over_requeues_and_over_the_jobs_of_a_run(job: Job) -> None:
+    for number in (1, 2):
+        done = job.begin()
+        assert (done.returncode, done.stdout) == (0, f"{number}\n")
+        job.train(number, "stopped")
+        assert job.end(0) == ["requeue"]
+    job.restarts = 0
+    assert job.begin(13).stdout == "3\n"
+    record = json.loads((job.newest() / "slurm.json").read_text())
+    assert (record["job_id"], record["nodes"], record["step"]) == (13, ["node1", "node2"], 2)
+
+
+def test_a_job_that_saved_at_its_limit_goes_on_without_end(job: Job) -> None:
+    for step in range(1, 9):
+        job.begin()
+        job.train(step, "stopped")
+        assert job.end(0) == ["requeue"], "progress was made, however often"
+    job.begin()
+    job.train(9, "finished")
+    assert job.end(0) == ["stop"]
+    assert job.outcome(9)["next"] == "stop"
+
+
+def test_a_job_without_progress_ends_and_says_why(job: Job) -> None:
+    job.begin()
+    job.train(5, "stopped")
+    assert job.end(0) == ["requeue"]
+    job.begin()
+    assert job.end(137) == ["requeue"]
+    job.begin()
+    assert job.end(137) == ["stop"]
+    assert job.outcome(3)["why"] == "2 attempts in a row made no progress (step 5)"
+    assert job.outcome(3)["outcome"] == "failed"
+
+
+def test_a_job_that_is_always_asked_to_stop_before_its_first_step_ends_too(job: Job) -> None:
+    for _ in range(4):
+        job.begin()
+        assert job.end(75) == ["requeue"], "once may be chance"
+    job.begin()
+    assert job.end(75) == ["stop"]
+    assert job.outcome(5)["why"] == "5 attempts in a row made no progress (step 0)"
+
+
+def test_failures_are_capped_even_with_progress(job: Job) -> None:
+    job.max_restarts = 2
+    for step in (1, 2):
+        job.begin()
+        job.train(step)
+        assert job.end(1) == ["requeue"]
+    job.begin()
+    job.train(3)
+    assert job.end(1) == ["stop"]
+    assert "3 attempts failed, and resources.max_restarts is 2" in job.outcome(3)["why"]
+    # Whoever submits it again begins to count anew.
+    job.restarts = 0
+    job.begin(99)
+    job.train(4)
+    assert job.end(1) == ["requeue"]
+
+
+def test_an_attempt_whose_node_died_is_recorded_by_the_next_which_may_give_up(job: Job) -> None:
+    job.begin()
+    job.train(3)
+    assert job.begin().returncode == 0
+    assert job.outcome(1)["outcome"] == "lost"
+    # Slurm requeues after a node's death without asking.
+    for _ in range(4):
+        assert job.begin().returncode == 0
+    done = job.begin()
+    assert done.returncode == 4
+    assert "no progress" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (job.run / "attempts/7").exists()
+
+
+def test_losing_nodes_is_no_failure_as_long_as_there_is_progress(job: Job) -> None:
+    for step in range(1, 9):
+        assert job.begin().returncode == 0
+        job.train(step)
+    assert job.begin().returncode == 0
+
+
+def test_a_signal_that_came_too_early_is_no_failure(job: Job) -> None:
+    job.begin()
+    assert job.end(138, "--asked", "USR1") == ["requeue"]
+    assert job.outcome(1)["outcome"] == "stopped"
+    # What the nodes had found until then is no verdict on them.
+    job.begin()
+    (job.newest() / "preflight").mkdir()
+    verdict = {"healthy": False, "guilty": ["node2"], "suspects": [], "problems": ["ended"]}
+    (job.newest() / "preflight/verdict.json").write_text(json.dumps(verdict))
+    assert job.end(75, "--asked", "TERM") == ["requeue"]
+
+
+def test_where_slurm_cannot_be_asked_the_job_is_queued_again(job: Job) -> None:
+    job.begin()
+    job.train(4, "stopped")
+    assert job.end(0, state="") == ["requeue"]
+
+
+def test_bad_input_is_not_tried_again(job: Job) -> None:
+    job.begin()
+    assert job.end(2) == ["stop"]
+    assert "node-0.log" in job.outcome(1)["why"]
+
+
+def test_an_unfit_allocation_is_left_without_its_bad_nodes(job: Job) -> None:
+    job.begin()
+    (job.newest() / "preflight").mkdir()
+    verdict = {"healthy": False, "guilty": ["node2", "node7"], "problems": ["node2: cold"]}
+    (job.newest() / "preflight/verdict.json").write_text(json.dumps(verdict))
+    assert job.end(3, "--preflight") == ["requeue", "node2,node7"]
+    assert job.outcome(1)["outcome"] == "unhealthy"
+    # Finding bad nodes is no lack of progress.
+    for _ in range(2):
+        job.begin()
+        assert job.end(3, "--preflight")[0] == "requeue"
+    job.begin()
+    assert job.end(3, "--preflight")[0] == "stop", "but it ends at max_restarts"
+
+
+def test_where_it_cannot_be_told_which_node_it_is_all_are_left_out_and_it_is_tried_once_more(
+    job: Job,
+) -> None:
+    verdict = {"healthy": False, "guilty": [], "suspects": ["node1", "node2"], "problems": ["slow"]}
+    for decision in (["requeue", "node1,node2"], ["stop", "node1,node2"]):
+        job.begin()
+        (job.newest() / "preflight").mkdir()
+        (job.newest() / "preflight/verdict.json").write_text(json.dumps(verdict))
+        assert job.end(5, "--preflight") == decision
+    assert job.outcome(2)["why"] == "2 attempts in a row made no progress (step 0)"
+
+
+def test_where_no_node_is_to_blame_another_allocation_would_not_help(job: Job) -> None:
+    job.begin()
+    assert job.end(1, "--preflight") == ["stop"]
+
+
+def test_a_cancel_ends_the_job_and_is_used_up(job: Job) -> None:
+    job.begin()
+    job.train(4, "stopped")
+    (job.run / "cancel.json").write_text('{"job_id": 12}')
+    assert job.end(0) == ["cancel"]
+    assert job.outcome(1)["outcome"] == "cancelled"
+    assert not (job.run / "cancel.json").exists()
+
+
+def test_a_cancel_of_another_job_is_none(job: Job) -> None:
+    job.begin()
+    job.train(4, "stopped")
+    (job.run / "cancel.json").write_text('{"job_id": 7}')
+    assert job.end(0) == ["requeue"]
+
+
+def test_a_job_that_slurm_cancelled_is_not_brought_back(job: Job) -> None:
+    job.begin()
+    job.train(4, "stopped")
+    assert job.end(0, state="CANCELLED") == ["leave"]
+
+
+def test_a_checkpoint_that_is_not_published_is_no_progress(job: Job) -> None:
+    job.begin()
+    (job.run / "checkpoints/step-00000009.unfinished").mkdir()
+    (job.run / "checkpoints/step-00000007.damaged").mkdir()
+    job.end(1)
+    assert job.outcome(1)["step"] == 0
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"outcome": "stopped"}', "\x00"])
+def test_damaged_records_of_earlier_attempts_do_not_stop_the_next(job: Job, damage: str) -> None:
+    job.begin()
+    (job.newest() / "outcome.json").write_text(damage)
+    (job.newest() / "slurm.json").write_text(damage)
+    assert job.begin().stdout == "2\n"
+    assert job.end(75)

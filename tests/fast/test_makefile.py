@@ -1,0 +1,158 @@
+"""The Makefile: what it hands on, with stand-ins for the environment and its Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import waiting
+from tests.checkout import lay_out
+from tests.shared import CHECKOUT
+
+
+class Checkout:
+    """A folder with the Makefile, a venv.sh that does nothing and a Python that notes its words."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        lay_out(root, "Makefile")
+        self.program("containers/venv.sh", 'echo "$@" >> set-up')
+        self.noted = root / "noted"
+        # -S, because starting Python is all that the stand-in does.
+        words = f"open({str(self.noted)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')"
+        self.program(
+            "an env/bin/python",
+            f"""{sys.executable} -IS -c "import json, sys; {words}" "$@"
+            exit "${{STATUS:-0}}" """,
+        )
+
+    def program(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def make(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        # Nothing of a make that runs these tests; HOME so that no file of the user matters.
+        settings = {"PATH": os.environ["PATH"], "HOME": str(self.root), "VENV": "an env"}
+        return waiting.run(["make", *arguments], cwd=self.root, env=settings | environment)
+
+    def words(self, *arguments: str, **environment: str) -> list[str]:
+        """The words of the one Python command that `make ARGUMENTS` runs."""
+        done = self.make(*arguments, **environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        [line] = self.noted.read_text(encoding="utf-8").splitlines()
+        self.noted.unlink()
+        words = json.loads(line)
+        assert isinstance(words, list)
+        return words
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Checkout) -> None:
+    done = checkout.make()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == checkout.make("help").stdout
+    text = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE))
+    listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
+    # What sets up an environment is run by the others; it is for people only where it says so.
+    silent = {"setup", "setup-train", "setup-dev"}
+    targets = [target for target in phony.split() if target not in silent]
+    variables = (
+        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
+        "PLAN FORMAT NODE DRILL CMD PORT Q"
+    )
+    assert sorted(listed) == sorted([*targets, *variables.split()])
+    assert not (checkout.root / "set-up").exists(), "help needs no environment"
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("target", ["dry-run", "run", "fetch"])
+def test_a_training_target_makes_the_environment_and_hands_the_job_on(
+    checkout: Checkout, target: str
+) -> None:
+    words = checkout.words(target)
+    assert words[:2] == ["-m", "cluster.run"]
+    assert "--job=tinyllama" in words
+    assert not [word for word in words if word.startswith(("--accel", "--name", "--run="))]
+    # What trains is added by the command itself, if it is to run on the host.
+    assert (checkout.root / "set-up").read_text(encoding="utf-8") == "--base\n"
+
+
+def test_every_value_arrives_as_one_word(checkout: Checkout) -> None:
+    value = """it's "a $HOME; `name` \\ *"""
+    words = checkout.words("run", f"NAME={value.replace('$', '$$')}", "RUN=a/b", "ACCEL=zero2")
+    assert {f"--name={value}", "--run=a/b", "--accel=zero2"} <= set(words)
+
+
+def test_args_are_split_as_the_user_wrote_them(checkout: Checkout) -> None:
+    words = checkout.words("run", """ARGS=--max_steps 5 --text "two words" --glob '*' """)
+    assert words[words.index("--") + 1 :] == [
+        "--max_steps", "5", "--text", "two words", "--glob", "*",
+    ]  # fmt: skip
+
+
+def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) -> None:
+    words = checkout.words("run", NAME="LAPTOP-7", TIME="%E", ACCEL="zero1")
+    assert not [word for word in words if word.startswith(("--name", "--time"))]
+    assert "--accel=zero1" in words
+    assert checkout.words("status", FORMAT="%E") == ["-m", "cluster.jobs", "status"]
+    assert checkout.words("logs", NODE="LAPTOP-7", RUN="x")[-1] == "--run=x"
+
+
+def test_a_run_without_a_name_is_refused(checkout: Checkout) -> None:
+    # It would be taken for a new one.
+    for target in ("submit", "run"):
+        done = checkout.make(target, "RUN=")
+        assert done.returncode == 2
+        assert "RUN= is empty: name the run" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not checkout.noted.exists()
+
+
+def test_a_failure_is_passed_on(checkout: Checkout) -> None:
+    done = checkout.make("run", STATUS="3")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, "make's own line, and no other"
+
+
+def test_no_training_starts_when_the_environment_cannot_be_made(checkout: Checkout) -> None:
+    checkout.program("containers/venv.sh", "echo 'error: no' >&2; exit 2")
+    done = checkout.make("dry-run")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no\n")
+    assert not checkout.noted.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        # Without a folder: pyproject.toml names that of the fast tests.
+        ("test", "--dist loadfile --no-loadscope-reorder --numprocesses auto"),
+        (
+            "test-real",
+            "--dist loadfile --no-loadscope-reorder --numprocesses 6 -o testpaths=tests/real",
+        ),
+        ("drills", "-o testpaths=tests/drills"),
+    ],
+)
+def test_the_tests_get_their_tools_their_folder_and_their_arguments(
+    checkout: Checkout, target: str, words: str
+) -> None:
+    expected = ["-m", "pytest", *words.split(), "-k", "checkpoint"]
+    assert checkout.words(target, "ARGS=-k checkpoint") == expected
+    assert (checkout.root / "set-up").read_text(encoding="utf-8") == "--dev\n"
+    for word in words.split():
+        if word.startswith("testpaths="):
+            assert (CHECKOUT / word.partition("=")[2]).is_dir()

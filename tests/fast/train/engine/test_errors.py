@@ -1,0 +1,49 @@
+"""How a script ends: its exit codes, and a reader that has left."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.shared import CHECKOUT
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise UserError('data: is\\n empty')", 2, "error: data: is empty\n"),
+        ("raise RunFailed('disk full')", 1, "error: disk full\n"),
+        ("return 75", 75, ""),
+    ],
+)
+def test_a_script_ends_with_one_line_and_its_code(body: str, code: int, said: str) -> None:
+    done = run(body)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = shlex.join([sys.executable, "-c", program("for _ in range(100_000): print('text')")])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "text\n", "")
+
+
+def program(body: str) -> str:
+    return (
+        "from train.engine.errors import RunFailed, UserError, run_to_exit\n"
+        f"def main(argv):\n    {body}\n    return 0\n"
+        "run_to_exit(main)\n"
+    )
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program(body)]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)

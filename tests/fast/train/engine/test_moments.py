@@ -1,0 +1,160 @@
+"""Named points: a process stops where it is told to, and nobody waits for a point that is not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import plan
+from tests.moments import Pause, is_stopped
+from tests.shared import CHECKOUT
+from tests.waiting import finish
+from train.engine import moments
+from train.engine.errors import UserError
+
+sys.path.append(str(CHECKOUT / "slurm"))
+import preflight
+
+# Comes five times to a moment, in the thread that writes checkpoints or in the first.
+PROGRAM = """
+import sys, threading
+from train.engine.moments import reached
+def come():
+    for number in range(5):
+        print(number, flush=True)
+        reached("in-shard")
+        reached("after-step")
+thread = threading.Thread(target=come)
+if sys.argv[1] == "thread":
+    thread.start(), thread.join()
+else:
+    come()
+"""
+
+
+def start(pause: Pause | None, where: str = "first") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, where],
+        cwd=CHECKOUT,
+        env=os.environ | (pause.variable if pause else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("where", ["first", "thread"])
+def test_a_process_stops_at_its_moment_and_goes_on_when_it_is_told(
+    tmp_path: Path, where: str
+) -> None:
+    pause = Pause(tmp_path, "after-step", time=3)
+    process = start(pause, where)
+    assert process.stdout is not None
+    assert pause.wait(lambda: process.poll() is None) == process.pid
+    assert is_stopped(process.pid)
+    # All that it has printed: it is not on its way to the next moment.
+    os.set_blocking(process.stdout.fileno(), False)
+    assert os.read(process.stdout.fileno(), 100) == b"0\n1\n2\n"
+    os.set_blocking(process.stdout.fileno(), True)
+    pause.go_on()
+    done = finish(process)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n4\n", "")
+    # Of the processes of a run only the first stops there; nothing else is left in the folder.
+    assert finish(start(pause)).stdout == "0\n1\n2\n3\n4\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["after-step@3"]
+
+
+def test_a_name_without_a_number_is_the_first_time(tmp_path: Path) -> None:
+    pause = Pause(tmp_path, "after-step")
+    pause.path = tmp_path / "after-step"
+    with start(pause) as process:
+        pause.wait(lambda: process.poll() is None)
+        process.kill()
+        assert process.stdout is not None
+        assert process.stdout.read() == "0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("before-renam", "'before-renam' is not a moment, or one with @NUMBER; did you mean 'befo"),
+        ("after-step@0", "'after-step@0' is not a moment, or one with @NUMBER"),
+        ("after-step@x", "'after-step@x' is not a moment, or one with @NUMBER"),
+    ],
+)
+def test_what_names_no_moment_is_refused(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_PAUSE_AT", str(tmp_path / name))
+    for come in (
+        moments.check,
+        lambda: moments.reached("after-step"),
+        lambda: preflight._reached("in-preflight"),
+    ):
+        with pytest.raises(UserError, match=f"^SLUICE_PAUSE_AT: {said}"):
+            come()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_PAUSE_AT", str(tmp_path / "nowhere/after-step"))
+    with pytest.raises(UserError, match=r"^SLUICE_PAUSE_AT: .*nowhere is not a folder$"):
+        moments.check()
+
+
+def test_the_preflight_comes_to_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops: list[int] = []
+    monkeypatch.setenv("SLUICE_PAUSE_AT", str(tmp_path / "in-preflight"))
+    monkeypatch.setattr(moments.signal, "pthread_kill", lambda *_: stops.append(1))
+    preflight._reached("in-preflight")
+    assert stops == [1]
+    assert (tmp_path / "in-preflight").read_text() == f"{os.getpid()}\n"
+
+
+def test_every_moment_is_a_place_in_the_product_and_no_other_is() -> None:
+    files = [*CHECKOUT.glob("train/**/*.py"), *CHECKOUT.glob("slurm/**/*.py")]
+    found = {name for file in files for name in re.findall(r'reached\("(.*?)"\)', file.read_text())}
+    assert found == set(moments.MOMENTS)
+
+
+def test_the_variable_reaches_a_job_of_slurms() -> None:
+    assert plan.PASSED.fullmatch(moments.VARIABLE)
+
+
+def test_the_variable_reaches_a_container_with_its_folder(tmp_path: Path) -> None:
+    # Stands for apptainer: prints what it was to bind, and what is seen inside.
+    fake = tmp_path / "apptainer"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"; env\n')
+    fake.chmod(0o755)
+    for name in ("run", "datasets", "scratch", "pauses"):
+        (tmp_path / name).mkdir()
+    program = 'cd "$0" && set -- && . slurm/environment.sh && exec "${python[@]}" x.py'
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SLUICE_APPTAINER": str(fake),
+        "SLUICE_IMAGE": "image.sif",
+        "SLUICE_RUN_FOLDER": str(tmp_path / "run"),
+        "SLUICE_DATASETS": str(tmp_path / "datasets"),
+        "SLUICE_SCRATCH": str(tmp_path / "scratch"),
+        "SLUICE_DEVICE": "cpu",
+        "SLUICE_THREADS": "1",
+        "SLUICE_PAUSE_AT": str(tmp_path / "pauses/after-step@3"),
+    }
+    done = subprocess.run(
+        ["bash", "-euc", program, CHECKOUT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = done.stdout.splitlines()
+    assert f"APPTAINERENV_SLUICE_PAUSE_AT={tmp_path}/pauses/after-step@3" in told
+    pauses = tmp_path / "pauses"
+    assert f'type=bind,"source={pauses}","destination={pauses}"' in told

@@ -1,0 +1,40 @@
+"""What test_launcher.py has launched in the place of a script, without torch.
+
+accelerate launch ... -m tests.real.train.worker_launched FOLDER CODE_OF_RANK_0 CODE_OF_RANK_1
+
+Each rank leaves its environment and its PID, and ends with its code; a negative one is a signal
+that it sends itself, and `wait` ends by a signal only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tests.waiting import wait_until
+from train.engine import signals
+from train.engine.durable import write_atomically
+
+
+def main(folder: str, *codes: str) -> int:
+    """End as this rank was told to."""
+    rank = os.environ["RANK"]
+    code = codes[int(rank)]
+    signals.die_with_launcher()
+    left = {"pid": os.getpid(), "environment": dict(os.environ)}
+    write_atomically(Path(folder, f"rank-{rank}.json"), json.dumps(left))
+    # The launcher ends all when the first has ended.
+    files = [Path(folder, f"rank-{number}.json") for number in range(len(codes))]
+    wait_until(lambda: all(file.exists() for file in files), "all have begun")
+    while code == "wait":
+        signal.pause()
+    if int(code) < 0:
+        os.kill(os.getpid(), -int(code))
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
