@@ -44,8 +44,12 @@ NEEDS = {
 }
 
 # Examples that are new in each run belong to the drills; a clock decides nothing.
-hypothesis.settings.register_profile("gate", derandomize=True, deadline=None, database=None)
-hypothesis.settings.register_profile("drills", print_blob=True, deadline=None, max_examples=2000)
+NO_CLOCK: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("gate", derandomize=True, database=None, **NO_CLOCK)
+hypothesis.settings.register_profile("drills", print_blob=True, max_examples=2000, **NO_CLOCK)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

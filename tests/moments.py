@@ -55,5 +55,8 @@ def is_stopped(pid: int) -> bool:
     """Return whether every thread of a process has stopped."""
     states = []
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        states.append(stat.read_text().rpartition(") ")[2][0])
+        try:
+            states.append(stat.read_text().rpartition(") ")[2][0])
+        except OSError:
+            return False  # This one has just ended, so that others may still do something.
     return bool(states) and set(states) <= {"T", "t"}

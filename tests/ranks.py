@@ -206,7 +206,8 @@ class Forked:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._code is None:
+        # Of one that has ended, the number may be another process's by now.
+        if self.is_alive():
             started = descendants(self.pid)
             with contextlib.suppress(OSError):
                 self._server.send(b"kill")

@@ -383,7 +383,7 @@ SCENES = [
             Situation("over before the maintenance", FITS, sizes={"time": "20"}),
         ],
         nodes=1,
-        reserved="service users=root starttime=now+30minutes flags=maint",
+        reserved="service users=root starttime=now+60minutes flags=maint",
     ),
     Scene(
         [
@@ -802,7 +802,8 @@ def test_exit_codes_of_the_command_and_of_make(
     check = (sys.executable, "-m", "cluster.jobs", "check", "--job=tinyllama")
     done = on_this_machine(clean.cluster, *check)
     assert done.returncode == 1
-    assert re.search(r"will wait, until [\d: A-Z]+ as Slurm expects", done.stdout)
+    # Before midnight with the day: Tue 00:04.
+    assert re.search(r"will wait, until [\w: -]+ as Slurm expects", done.stdout)
     # Only what can never be is a failure to make.
     done = on_this_machine(clean.cluster, *make)
     assert (done.returncode, done.stderr) == (0, "")

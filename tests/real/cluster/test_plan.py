@@ -41,6 +41,8 @@ variant = "cpu"
 
 
 MANIFEST = "sluice-cpu.json"
+# Without those that are just ending, and without how long each has run.
+QUEUE = ("squeue", "--noheader", "--states=PENDING,RUNNING", "-o", "%i")
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Situation:
     def left(self) -> tuple[str, list[str]]:
         """Return the queue, and all that lies in the runs folder."""
         runs = sorted(str(path) for path in (self.desk.checkout / "runs").glob("*/*"))
-        return self.desk.cluster.output("squeue", "--noheader"), runs
+        return self.desk.cluster.output(*QUEUE), runs
 
     def image(self, **changes: str) -> Path:
         """Return a file that looks like an image; that nothing is run in it saves a second."""
@@ -118,7 +120,7 @@ def situation(
 
 
 def test_a_plan_shows_the_job_and_the_command_that_would_queue_it(desk: Desk) -> None:
-    before = desk.cluster.output("squeue", "--noheader")
+    before = desk.cluster.output(*QUEUE)
     done = desk.make("submit", "NODES=2", "GPUS=1", "ACCEL=zero2", "PLAN=1", "ARGS=--dry_run")
     assert done.returncode == 0, done.stderr
     assert "2 nodes x (1 GPU, 1 process), 2 CPUs each, at most 04:00:00" in done.stdout
@@ -129,7 +131,7 @@ def test_a_plan_shows_the_job_and_the_command_that_would_queue_it(desk: Desk) ->
     folder = re.search(r"--chdir=(\S+)", shown[1])
     assert folder
     assert not Path(folder[1]).exists()
-    assert desk.cluster.output("squeue", "--noheader") == before
+    assert desk.cluster.output(*QUEUE) == before
 
 
 def test_what_the_script_refuses_in_its_image_is_one_line(situation: Situation) -> None:

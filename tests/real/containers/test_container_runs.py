@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -333,15 +333,19 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
+    def see(self, data: bytes) -> None:
+        # Together with what came before: a line's end may come in two parts.
+        self.seen = (self.seen + data.decode(errors="replace")).replace("\r\n", "\n")
+
     def wait_for(self, text: str) -> None:
         while text not in self.seen:
-            self.seen += os.read(self.master, 65536).decode(errors="replace").replace("\r\n", "\n")
+            self.see(os.read(self.master, 65536))
 
     def end(self) -> int:
         """Read to the end; return the exit code."""
         try:
             while data := os.read(self.master, 65536):
-                self.seen += data.decode(errors="replace").replace("\r\n", "\n")
+                self.see(data)
         except OSError:
             pass  # the terminal's other side was closed
         os.close(self.master)
@@ -352,23 +356,30 @@ class Terminal:
         return Path(re.findall(r"^run folder (\S+) ", self.seen, re.MULTILINE)[0])
 
 
-def running(processes: dict[int, str]) -> dict[int, str]:
-    """Return which of these still run."""
-    return {pid: name for pid, name in processes.items() if _runs(pid)}
+def started_by(pid: int) -> dict[int, tuple[str, str]]:
+    """Return the processes below one: the name of each, and when it began."""
+    return {found: (name, began(found)) for found, name in descendants(pid).items()}
 
 
-def _runs(pid: int) -> bool:
+def running(processes: dict[int, tuple[str, str]]) -> dict[int, str]:
+    """Return which of these still run; a number may be another process's by now."""
+    return {pid: name for pid, (name, at) in processes.items() if at and began(pid) == at}
+
+
+def began(pid: int) -> str:
+    """Return when a process began, in ticks; nothing if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
-        return False
+        return ""
+    return fields[18] if state != "Z" else ""
 
 
 @pytest.mark.computes(2)
 def test_ctrl_c_in_a_terminal_saves_first(image: Path, own: User) -> None:
     run = Terminal(own, image)
     run.wait_for("step     12 ")
-    processes = descendants(run.process.pid)
+    processes = started_by(run.process.pid)
     os.write(run.master, b"\x03")
     assert run.end() == 75, run.seen
     assert "Traceback" not in run.seen
@@ -389,9 +400,10 @@ def test_signals_reach_the_launcher_and_with_apptainer_killed_nothing_goes_on_un
     for number in (signal.SIGUSR1, signal.SIGTERM):
         run.process.send_signal(number)
         run.wait_for(f"got {number.name}\n")
-    processes = descendants(run.process.pid)
-    assert "python" in processes.values(), processes
-    launched = [pid for pid, name in processes.items() if name.startswith(("apptainer", "starter"))]
+    processes = started_by(run.process.pid)
+    names = {pid: name for pid, (name, _) in processes.items()}
+    assert "python" in names.values(), names
+    launched = [pid for pid, name in names.items() if name.startswith(("apptainer", "starter"))]
     os.kill(launched[0], signal.SIGKILL)
     assert run.end() == 128 + signal.SIGKILL, run.seen
 
@@ -402,4 +414,6 @@ def test_signals_reach_the_launcher_and_with_apptainer_killed_nothing_goes_on_un
 
     wait_until(lambda: not others(), "the end of all that ran in the image")
     for pid in running(processes):
-        os.kill(pid, signal.SIGKILL)
+        # It ends by itself, too.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.needs("unshare", "apptainer")
 
 
 @pytest.fixture
-def tiny(builder: Account, apptainer: str) -> Path:
+def tiny(builder: Account, apptainer: str, tmp_path: Path) -> Path:
     """Return an image with its manifest, in a folder of the ordinary user's."""
-    folder = builder.home / "signed images"
+    folder = builder.home / f"signed images, {tmp_path.name}"
     tree = folder / "tree"
     tree.mkdir(parents=True)
     (tree / "file").write_bytes(b"".join(bytes([number]) * 999 for number in range(256)))
@@ -79,3 +79,20 @@ def test_an_image_without_a_signature_or_of_another_signer_starts_nothing(
     assert len(done.stderr.splitlines()) == 2, "the error, and make's own line"
     assert "its bytes are not those of its manifest" in done.stderr
     assert not runs.exists()
+
+
+def test_apptainers_own_keyring_signs_and_verifies(
+    builder: Account, builder_checkout: Path, tiny: Path, apptainer: str
+) -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *words, f"IMAGE={tiny}", "KEY=keyring"]
+        return builder.run(*command, cwd=builder_checkout, environment={"APPTAINER": apptainer})
+
+    assert "does not vouch for it" in make("verify-image").stderr
+    who = ["--name", "A", "--email", "a@example.org", "--comment", "tests", "--password", ""]
+    made = builder.run(apptainer, "key", "newpair", *who, "--push=false", "--bit-length", "2048")
+    assert made.returncode == 0, made.stderr
+    signed = make("sign-image")
+    assert signed.returncode == 0, signed.stderr
+    verified = make("verify-image")
+    assert verified.returncode == 0, verified.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import read_metrics
 from tests.moments import Pause
@@ -48,7 +49,9 @@ def test_a_lab_runs_on_two_nodes_is_stopped_and_continues(
 
     # Lab 2 can go on elsewhere: on one node, with another strategy.
     moved = ["NODES=1", "GPUS=0", "ACCEL=zero2", "NPROC=2"] if job == "causal_lm" else []
-    done = desk.make("submit", f"RUN={run.name}", *moved)
+    # And lab 1 is told to end sooner.
+    shortened = ["ARGS=--max_steps 12"] if job == "ag_news" else []
+    done = desk.make("submit", f"RUN={run.name}", *moved, *shortened)
     assert done.returncode == 0, done.stderr
     finished = desk.wait(run).outcomes()[-1]
     assert finished["outcome"] == "finished", run.logs()
@@ -58,7 +61,10 @@ def test_a_lab_runs_on_two_nodes_is_stopped_and_continues(
     steps = [line["step"] for line in read_metrics(run.folder)]
     assert steps == sorted(set(steps)), "a step was logged twice, or out of order"
     assert (run.folder / "checkpoints" / finished["checkpoint"]).is_dir()
-    assert finished["step"] > stopped["step"]
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert finished["step"] == config["max_steps"] > stopped["step"]
+    if shortened:
+        assert finished["step"] == 12
     if moved:
         assert_same_curve(run.folder, desk, arguments)
 

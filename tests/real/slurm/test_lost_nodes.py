@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def desk(own_desk: Desk) -> Desk:
 
 
 def test_preemption_saves_and_gives_way(desk: Desk, tmp_path: Path) -> None:
+    # A busy machine may take longer to save than the 20 s of slurm/local/login.sh.
+    patient = ["sacctmgr", "--immediate", "modify", "qos", "normal", "set", "GraceTime=120"]
+    desk.cluster.output(*patient)
     pause, site = Pause(tmp_path, "after-step", 7), desk.site(save_s=120)
     run = desk.pausing(pause).submit("ACCEL=zero2", "NODES=2", "ARGS=--dry_run", site=site)
     with paused(desk, run, pause):
@@ -74,7 +78,9 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
     with paused(desk, run, pause):
         pause.path.unlink()
         for pid in pids_of(run, rank=1):
-            os.kill(pid, signal.SIGKILL)
+            # A child of it has ended with it.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     desk.wait_until((run.folder / "attempts/2/node-0.log").exists, run)
     with paused(desk, run, pause):
         # As Slurm would start it, had the first attempt asked for it and srun had to wait.

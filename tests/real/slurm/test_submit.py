@@ -25,8 +25,10 @@ def test_two_jobs_share_their_nodes_and_one_goes_on_after_its_time_limit(
     desk: Desk, tmp_path: Path
 ) -> None:
     pause, site = Pause(tmp_path, "after-latest"), desk.site(save_s=170)
+    # Its processes wait for the one that is paused as long as the other job takes.
     limited = desk.pausing(pause).submit(
-        *("ACCEL=zero1", "NODES=2", "GPUS=0", "TIME=30", "NAME=limited", "ARGS=--dry_run"),
+        *("ACCEL=zero1", "NODES=2", "GPUS=0", "TIME=30", "NAME=limited"),
+        "ARGS=--dry_run --timeout_s 86400",
         site=site,
     )
     with paused(desk, limited, pause):
@@ -52,7 +54,9 @@ def test_two_jobs_share_their_nodes_and_one_goes_on_after_its_time_limit(
     # They met at ports of their own, and leave nothing on the nodes.
     assert other.slurm()[0]["master"] != limited.slurm()[0]["master"]
     for node in ("node1", "node2"):
-        left = desk.cluster.output("find", "/var/tmp", "-name", "sluice-*", node=node)
+        # Not into what other jobs make and delete there meanwhile.
+        find = ("find", "/var/tmp", "-ignore_readdir_race", "-name", "sluice-*", "-prune")
+        left = desk.cluster.output(*find, "-print", node=node)
         jobs = {path.rpartition("-")[2] for path in left.splitlines()}
         assert not jobs & {other.job_id, limited.job_id}
 
@@ -119,6 +123,8 @@ modules = ["nearby"]
 interface = "eth0"
 [preflight]
 all_reduce_floor_mb_per_second = 1
+timeout_s = 600
+max_clock_skew_s = 600
 [environment]
 SCRATCH_OF_THE_NODE = "/var/tmp"
 NCCL_DEBUG = "WARN"

@@ -383,3 +383,17 @@ def test_other_data_is_refused(train: Train, a_run: tuple[Path, Path], tmp_path:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "was made with seed 42, not 43" in line
+
+
+@pytest.mark.computes(2)
+def test_a_loss_that_is_not_finite_ends_two_processes_with_one_error(
+    clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = settings_for(tmp_path, "--optimizer.lr", "1e25", "--schedule.warmup_steps", "0")
+    done = ranks.run("ddp", 2, "train.tinyllama", *words, environment=clean_environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "is not finite (rank 0, positions " in done.stderr
+    assert "Traceback" not in done.stderr
+    # Nothing of it was trained on.
+    found = losses(tmp_path)
+    assert 1 in found and all(loss < 1e30 for loss in found.values())

@@ -123,7 +123,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(
         (error,) = said
         assert "is not finite (rank 0, positions " in error, combination
         # What diverged was not trained on: every line that was logged is finite.
-        assert all(line["loss"] < 1e30 for line in read_metrics(run)[1:]), combination
+        trained = read_metrics(run)[1:]
+        assert trained and all(line["loss"] < 1e30 for line in trained), combination
 
 
 Train = Callable[..., list[dict[str, Any]]]

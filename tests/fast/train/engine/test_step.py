@@ -1,0 +1,67 @@
+"""One optimizer step: its loss is the mean over all target tokens, not the mean of means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch.nn import functional
+
+from train import tinyllama
+from train.engine import model, strategy
+from train.engine.loss import TokenLoss
+from train.engine.settings import OptimizerSettings
+from train.engine.staging import staged_path
+from train.engine.step import take_step
+
+LENGTH = 16
+# Targets of the four rows, two micro batches of two; a mean of means would be another number.
+TARGETS = (16, 3, 1, 9)
+
+
+class Ragged:
+    """Rows of which each has its own number of targets, in the shape that packed blocks have."""
+
+    num_full = len(TARGETS)
+
+    def __init__(self) -> None:
+        tokens = np.random.default_rng(7).integers(3, 500, (len(TARGETS), LENGTH + 1))
+        self.inputs, self.labels = tokens[:, :-1], tokens[:, 1:].copy()
+        for row, count in enumerate(TARGETS):
+            self.labels[row, count:] = -100
+
+    def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return self.inputs[indices], self.labels[indices]
+
+
+def test_each_target_token_counts_once_however_the_micro_batches_are_cut(
+    config: tinyllama.Config, device: torch.device
+) -> None:
+    assert config.staged is not None
+    loss = TokenLoss(
+        model.build(config, staged_path(config.staged.tokenizer), seed=1), device, False
+    )
+    ragged: Any = Ragged()
+    inputs, labels = (torch.from_numpy(part) for part in (ragged.inputs, ragged.labels))
+    logits = loss.model(input_ids=inputs).logits
+    expected = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    expected.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in loss.model.parameters()])
+    loss.zero_grad(set_to_none=True)
+
+    wrapped = strategy.prepare(
+        loss,
+        OptimizerSettings(lr=1e-3),
+        name="ddp",
+        device=device,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        resume=None,
+    )
+    done = take_step(wrapped, ragged, config, step=0, position=0, writing=False)
+    assert done.tokens == sum(TARGETS)
+    assert done.loss == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert done.grad_norm == pytest.approx(float(norm), rel=1e-5)
