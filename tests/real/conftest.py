@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator
@@ -16,7 +15,7 @@ from tests.conftest import has
 from tests.real import accounts, whole_image
 from tests.real.accounts import IS_ROOT, Account
 from tests.real.desk import Desk, environment
-from tests.real.private_slurm import Cluster, new_cluster
+from tests.real.private_slurm import Cluster, new_cluster, start_cluster
 from tests.shared import CHECKOUT, at_end, once
 
 # ---- the order of the tests, and what of a failure is kept -----------------------------------
@@ -126,20 +125,6 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def start(folder: Path, users: tuple[str, ...]) -> Cluster:
-    """Return a private Slurm with two nodes, which is up.
-
-    SLUICE_TEST_ROOTFS names a system whose Slurm it is, for a look at another release.
-    """
-    made = new_cluster(folder, users)
-    options = ["--users", ",".join(users)] if users else []
-    if rootfs := os.environ.get("SLUICE_TEST_ROOTFS"):
-        options += ["--rootfs", rootfs]
-    done = made.local("up.sh", *options)
-    assert done.returncode == 0, done.stderr
-    return made
-
-
 @pytest.fixture(scope="session")
 def users(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Return who else may submit jobs to a private Slurm: as root, an ordinary user."""
@@ -153,7 +138,7 @@ def cluster(users: tuple[str, ...]) -> Cluster:
     def make() -> str:
         path = Path(tempfile.mkdtemp(prefix="sluice-cluster-", dir="/tmp"))
         path.chmod(0o755)
-        made = start(path / "c", users)
+        made = start_cluster(path / "c", users)
         at_end("rm", "-rf", path)
         at_end(CHECKOUT / "slurm/local/down.sh", environment=made.environment)
         return str(made.folder)
@@ -164,7 +149,7 @@ def cluster(users: tuple[str, ...]) -> Cluster:
 @pytest.fixture(scope="session")
 def own_cluster(short_folder: Path, users: tuple[str, ...]) -> Iterator[Cluster]:
     """Return a private Slurm of this worker's, for tests that set limits or pull plugs."""
-    made = start(short_folder / "c", users)
+    made = start_cluster(short_folder / "c", users)
     yield made
     done = made.local("down.sh")
     assert done.returncode == 0, done.stderr

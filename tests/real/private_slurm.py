@@ -88,3 +88,17 @@ def new_cluster(folder: Path, users: tuple[str, ...] = ()) -> Cluster:
         if not key.startswith(("SLUICE_", "SLURM_", "MAKE", "MFLAGS")) and key != "ARGS"
     }
     return Cluster(folder, kept | {"SLUICE_CLUSTER": str(folder)}, users)
+
+
+def start_cluster(folder: Path, users: tuple[str, ...], *options: str) -> Cluster:
+    """Return a cluster that is up, in `folder`; `options` are those of up.sh.
+
+    SLUICE_TEST_ROOTFS names a system whose Slurm it is, for a look at another release.
+    """
+    made = new_cluster(folder, users)
+    words = [*options, *(("--users", ",".join(users)) if users else ())]
+    if rootfs := os.environ.get("SLUICE_TEST_ROOTFS"):
+        words += ["--rootfs", rootfs]
+    done = made.local("up.sh", *words)
+    assert done.returncode == 0, done.stderr
+    return made

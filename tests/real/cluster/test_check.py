@@ -28,7 +28,7 @@ from cluster.errors import UserError
 from cluster.request import Request, Sizes
 from cluster.site import PRIVATE, Site
 from tests import waiting
-from tests.real.private_slurm import LOCAL, Cluster, Result, new_cluster
+from tests.real.private_slurm import LOCAL, Cluster, Result, start_cluster
 from tests.shared import CHECKOUT
 from tests.waiting import wait_until
 
@@ -41,13 +41,8 @@ NUM_NODES = 16
 @pytest.fixture(scope="module")
 def cluster(short_folder: Path, users: tuple[str, ...]) -> Iterator[Cluster]:
     """Return a Slurm with many nodes, whose limits nobody else needs."""
-    made = new_cluster(short_folder / "check", users)
-    options = ["--nodes", str(NUM_NODES), "--ssh-port", "0"]
-    options += ["--users", ",".join(users)] if users else []
-    if rootfs := os.environ.get("SLUICE_TEST_ROOTFS"):
-        options += ["--rootfs", rootfs]
-    done = made.local("up.sh", *options)
-    assert done.returncode == 0, done.stderr
+    size = ("--nodes", str(NUM_NODES), "--ssh-port", "0")
+    made = start_cluster(short_folder / "check", users, *size)
     yield made
     done = made.local("down.sh")
     assert done.returncode == 0, done.stderr
