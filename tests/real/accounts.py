@@ -16,7 +16,6 @@ from tests.checkout import lay_out
 from tests.shared import at_end, once
 
 IS_ROOT = os.geteuid() == 0
-ORDINARY = "sluice-test"
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,12 @@ def ordinary_user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
 
     def make() -> str:
-        if ORDINARY not in {entry.pw_name for entry in pwd.getpwall()}:
-            # With its lines in /etc/subuid and /etc/subgid, which useradd writes.
-            subprocess.run(["useradd", "--create-home", ORDINARY], check=True)
-            at_end("userdel", "--remove", "--force", ORDINARY)
-        return ORDINARY
+        # Of this run alone: another run on this machine removes its own at its end.
+        name = f"sluice-test-{os.getpid()}"
+        # With its lines in /etc/subuid and /etc/subgid, which useradd writes.
+        subprocess.run(["useradd", "--create-home", name], check=True)
+        at_end("userdel", "--remove", "--force", name)
+        return name
 
     return once("ordinary_user", make)
 
