@@ -59,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
     config.addinivalue_line("markers", "computes(processes): takes its turn with this many")
+    config.addinivalue_line("markers", "as_root: only root can do it; nobody else has such a test")
     hypothesis.settings.load_profile("gate")
     # A shell's background jobs ignore Ctrl+C and Ctrl+\, and those of nohup a closed terminal; all
     # that these tests start would, too.
@@ -102,6 +103,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with turn(shared() / "turns", *marker.args):
         return (yield)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    roots = [item for item in items if item.get_closest_marker("as_root")]
+    items[:] = [item for item in items if item not in roots]
+    config.hook.pytest_deselected(items=roots)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +58,10 @@ def test_the_manifest_is_one_that_sha256sum_believes(here: Path, tmp_path: Path)
     (here / "a name, *odd* ü.txt").write_text("x")
     parcel = packed()
     there = tmp_path / "there"
-    with tarfile.open(fileobj=io.BytesIO(parcel.packed(set(parcel.contents)))) as archive:
-        archive.extractall(there, filter="data")
+    there.mkdir()
+    # As the far side does; and Debian 12's own Python 3.11 knows no filter for its extractall.
+    parts = parcel.packed(set(parcel.contents))
+    subprocess.run(["tar", "--extract", "--file=-"], input=parts, cwd=there, check=True)
     (tmp_path / "manifest").write_text(parcel.manifest)
     words = ["sha256sum", "--check", "--strict", "--quiet", tmp_path / "manifest"]
     subprocess.run(words, cwd=there, check=True)

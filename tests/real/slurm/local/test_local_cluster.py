@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import waiting
-from tests.real.accounts import IS_ROOT, Account, make_account
+from tests.real.accounts import Account, make_account
 from tests.real.private_slurm import LOCAL, Cluster, Result, new_cluster
 from tests.waiting import wait_until
 
@@ -183,7 +183,7 @@ def test_limits_are_kept(cluster: Cluster, options: list[str], refusal: str | No
         assert refusal in done.stderr
 
 
-@pytest.mark.skipif(not IS_ROOT, reason="only root's cluster has other users")
+@pytest.mark.as_root  # whose cluster has other users
 def test_other_users_run_jobs_as_themselves(cluster: Cluster) -> None:
     name = cluster.users[0]
     assert cluster.output("srun", "id", "--user", "--name", user=name) == name
