@@ -195,7 +195,7 @@ class Library:
         self._embedder = rag.load_embedder(config, device)
         made_of = rag.identity(config, self._embedder)
         self._index = index.load(run_folder / "index", made_of)
-        self._embedder(["the first text of all is slow"])
+        self._embedder.queries(["the first text of all is slow"])
         self.prompt_tokens = options.max_prompt_tokens
         if generator is None:
             self.count = self._embedder.count
@@ -205,7 +205,7 @@ class Library:
     def find(self, question: str, k: int) -> tuple[list[Hit], float, float]:
         """Return the best `k` passages, and the seconds in the encoder and in the index."""
         began = time.perf_counter()
-        vectors = self._embedder([question])
+        vectors = self._embedder.queries([question])
         embedded = time.perf_counter()
         hits = index.search(self._index, vectors, self._owners, k)[0]
         return hits, embedded - began, time.perf_counter() - embedded
@@ -219,16 +219,20 @@ class Library:
 
     def _load_generator(self, folder: Path, options: Options, device: Any) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from train.engine import model as models
 
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            model: Any = models.from_folder(folder)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "generator.name", 1)) from None
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"generator.name: {folder} cannot be loaded: {reason}") from None
-        model.to(device).eval()
-        context = int(getattr(model.config, "max_position_embeddings", 2048))
+        model.to(device)
+        context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
         self.prompt_tokens = min(options.max_prompt_tokens, context - options.max_new_tokens)
         if self.prompt_tokens < 1:
             raise UserError(

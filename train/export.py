@@ -7,6 +7,7 @@ python -m train.export runs/tinyllama/20261122-153402-ab12cd --dtype bfloat16
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,11 @@ def export(
 
     # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     from train.engine import lora
-    from train.engine.checkpoint import read_state
+    from train.engine.checkpoint import GENERATION, read_state
 
     disable_progress_bar()
     dtype = dtype or torch.float32
@@ -50,23 +52,34 @@ def export(
     else:
         model = _full_model(checkpoint, dtype)
     model.config.dtype = dtype
-    model.config.use_cache = True
     with folder_at_once(output) as folder:
+        known = checkpoint / GENERATION
+        if known.exists():
+            # As the base had it: transformers would refuse to save some that it loads.
+            model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size="5GB")
+        if known.exists():
+            shutil.copyfile(known, folder / GENERATION)
         tokenizer.copy(tokenizer_folder, folder)
 
 
 def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from train.engine.checkpoint import reader
+    from train.engine.checkpoint import read_buffers, reader
     from train.engine.model import empty
 
     read, names = reader(checkpoint)
     model = empty(checkpoint)
     weights = {name: read(name, "weight").to(dtype) for name in names}
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    weights |= read_buffers(checkpoint)
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     assert not unexpected, unexpected
-    assert not any(p.is_meta for p in model.parameters()), missing
+    lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if lacking:
+        raise UserError(
+            f"{checkpoint}: lacks {lacking[0]}, which checkpoints of an earlier version did not "
+            "hold; go on with the run for a step and export again"
+        )
     return model
 
 

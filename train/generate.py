@@ -56,11 +56,13 @@ def main(argv: list[str]) -> int:
     model.to(device)
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    # None: a model whose positions are computed, without an end.
+    context = getattr(model.config, "max_position_embeddings", None)
+    room = options.max_new_tokens
+    if context is not None:
+        room = context - inputs["input_ids"].shape[1]
     if room < 1:
-        raise UserError(
-            f"PROMPT: is longer than the {model.config.max_position_embeddings} tokens of the model"
-        )
+        raise UserError(f"PROMPT: is longer than the {context} tokens of the model")
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}

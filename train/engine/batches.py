@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from train.engine.data import Piece
 from train.engine.errors import UserError
 from train.engine.tokenizer import LoadedTokenizer
 
-FORMAT = 1
+FORMAT = 2
+# More bytes a token than this on average, and the tokenizer left text out: the longest tokens of
+# the field stand for some 80 spaces, and a text is not made of them.
+MAX_BYTES_PER_TOKEN = 64
 _MASK = (1 << 64) - 1
 
 
@@ -35,6 +39,27 @@ class PackedText:
     num_documents: int
     num_bytes: int
     vocab_size: int
+    """One more than the largest id among the tokens; in format 1, that of the tokenizer."""
+    num_unknown: int = 0
+    """Tokens that stand for what the tokenizer does not know."""
+    spelled: dict[str, int] = field(default_factory=dict)
+    """How often the text spells a special token that only we place: it was taken as text."""
+
+    def describe(self) -> str:
+        """Return what was made of the text, in a line."""
+        plural = "" if self.num_documents == 1 else "s"
+        told = [
+            f"{self.num_documents:,} document{plural}, {self.num_bytes:,} bytes, "
+            f"{self.num_tokens:,} tokens ({self.num_bytes / self.num_tokens:.2f} bytes a token)"
+        ]
+        if self.num_unknown:
+            told.append(f"{self.num_unknown / self.num_tokens:.2%} unknown to the tokenizer")
+        told += [
+            f"'{token}' stands {count:,} times in it and is taken as text "
+            "(for the token: --data.parse_special_tokens true)"
+            for token, count in self.spelled.items()
+        ]
+        return "; ".join(told)
 
 
 def pack(
@@ -42,13 +67,16 @@ def pack(
 ) -> PackedText:
     """Tokenize `pieces` into `folder`: tokens.bin, one document after the other, and meta.json.
 
-    A document is framed by the tokenizer's bos and eos where it has them.
+    A document is framed by the tokenizer's bos and eos where it has them, once: one that begins
+    or ends with them already is left as it is.
 
     Raises:
-        UserError: there is no text.
+        UserError: there is no text, or the tokenizer leaves most of it out.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    num_tokens = num_documents = num_bytes = 0
+    num_tokens = num_documents = num_bytes = num_unknown = largest = 0
+    spelled: Counter[str] = Counter()
+    starts, ends, unknown = tokenizer.starts, tokenizer.ends, tokenizer.unknown_id
     is_blank = True
     with (folder / "tokens.bin").open("wb") as stream:
         # A few pieces at a time keep the tokenizer's threads busy and its memory small.
@@ -58,19 +86,25 @@ def pack(
                 [piece.text for piece in batch], add_special_tokens=False
             )
             for piece, encoding in zip(batch, encoded, strict=True):
-                ids = list(encoding.ids)
-                if piece.starts and tokenizer.bos_id is not None:
-                    ids.insert(0, tokenizer.bos_id)
-                if piece.ends and tokenizer.eos_id is not None:
-                    ids.append(tokenizer.eos_id)
+                ids = encoding.ids
+                if piece.starts and ids[:1] != starts:
+                    ids = starts + ids
+                if piece.ends and ids[-1:] != ends:
+                    ids = ids + ends
+                tokens = np.asarray(ids, dtype=dtype)
                 # Not tofile, which says of a full disk only that it wrote too little.
-                stream.write(np.asarray(ids, dtype=dtype).tobytes())
+                stream.write(tokens.tobytes())
                 num_tokens += len(ids)
                 num_documents += piece.ends
                 num_bytes += len(piece.text.encode("utf-8"))
+                num_unknown += (
+                    int(np.count_nonzero(tokens == unknown)) if unknown is not None else 0
+                )
+                largest = max(largest, int(tokens.max(initial=0)))
+                spelled.update({token: piece.text.count(token) for token in tokenizer.literal})
                 is_blank = is_blank and not piece.text.strip()
             # An encoding takes about 100 bytes a character; two batches at once would double it.
-            del batch, encoded, piece, encoding, ids
+            del batch, encoded, piece, encoding, ids, tokens
         stream.flush()
         os.fsync(stream.fileno())
     if is_blank or num_tokens == 0:
@@ -81,8 +115,15 @@ def pack(
         num_tokens=num_tokens,
         num_documents=num_documents,
         num_bytes=num_bytes,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=largest + 1,
+        num_unknown=num_unknown,
+        spelled={token: count for token, count in spelled.items() if count},
     )
+    if num_bytes > MAX_BYTES_PER_TOKEN * num_tokens:
+        raise UserError(
+            f"{source}: {packed.describe()}: the tokenizer leaves text out; give another with "
+            "--model.tokenizer"
+        )
     (folder / "meta.json").write_text(json.dumps(asdict(packed), indent=2) + "\n")
     return packed
 

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or not there: written aside, hashed, then published by rank 0.
 
 A checkpoint is the same whatever the strategy and the number of processes: for each parameter that
-trains its fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank. So a
-run goes on under another strategy or world size, and `export` needs neither.
+trains its fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank, and
+the buffers that belong to the model's state. So a run goes on under another strategy or world
+size, and `export` needs neither.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from train.engine.distributed import (
     barrier,
@@ -36,6 +37,9 @@ from train.engine.shard import save_file
 from train.engine.strategy import STATES, Strategy
 
 FORMAT = 1
+# Beside the states of the parameters; as the model has it, in its own type of number.
+BUFFER = "buffer"
+GENERATION = "generation_config.json"
 
 
 class Checkpoints:
@@ -72,10 +76,13 @@ class Checkpoints:
                 full = strategy.full(parameter, key)
                 if owners[name] == rank():
                     mine[f"{key}/{name}"] = full.to("cpu", copy=True).contiguous()
+        if is_main_process():
+            for name, buffer in strategy.buffers():
+                mine[f"{BUFFER}/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
         self._report = {}
         self._pending = (step, unpublished)
         state = {"format": FORMAT, "step": step, **state}
-        arguments = (unpublished, mine, state, strategy.model_config)
+        arguments = (unpublished, mine, state, strategy.model_config, strategy.generation_config)
         if self.settings.asynchronous:
             self._writer = threading.Thread(target=self._write, args=arguments)
             self._writer.start()
@@ -89,14 +96,19 @@ class Checkpoints:
         tensors: dict[str, torch.Tensor],
         state: dict[str, Any],
         config: PretrainedConfig,
+        generation: GenerationConfig | None,
     ) -> None:
         try:
             files = [_shard(rank(), world_size())]
             save_file(tensors, folder / files[0])
             if is_main_process():
                 config.save_pretrained(folder)
-                write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
                 files += ["config.json", "state.json"]
+                if generation is not None:
+                    # Not save_pretrained, which refuses what many models of the field come with.
+                    generation.to_json_file(folder / GENERATION)
+                    files.append(GENERATION)
+                write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
             self._report = {"files": {name: describe(folder / name) for name in files}}
         except Exception as error:
             # Whatever it is, the other ranks must hear of it: they wait for this one's report.
@@ -290,9 +302,23 @@ def reader(folder: Path) -> tuple[Callable[[str, str], torch.Tensor], list[str]]
     return read, [key.partition("/")[2] for key in where if key.startswith("weight/")]
 
 
+def read_buffers(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the buffers of a checkpoint by their names."""
+    found = {}
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.startswith(f"{BUFFER}/"):
+                    found[key.removeprefix(f"{BUFFER}/")] = file.get_tensor(key)
+    return found
+
+
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy a checkpoint's weights into what trains of a model of the same shape."""
+    """Copy a checkpoint's weights and buffers into what trains of a model of the same shape."""
     read, names = reader(folder)
+    buffers = dict(model.named_buffers())
+    for name, value in read_buffers(folder).items():
+        buffers[name].copy_(value)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(names) == set(parameters), set(names) ^ set(parameters)
     with torch.no_grad():

@@ -1,20 +1,19 @@
-"""Where text comes from: local files, and the embedded sample; hub.py has the datasets.
+"""Text out of local files, and the embedded sample; hub.py has the datasets.
 
 Text streams through here in pieces, so that memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.engine.errors import UserError
-from train.engine.rows import as_text, not_utf8, read_rows
+from train.engine import characters
+from train.engine.datafiles import suffix_of
+from train.engine.rows import as_text, read_rows
 
 SAMPLES = Path(__file__).parent.parent / "samples"
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 PIECE_CHARACTERS = 64 * 1024
 
 
@@ -27,34 +26,6 @@ class Piece:
     ends: bool
 
 
-def text_files(path: Path, setting: str) -> list[Path]:
-    """Return the text files that `path` (a file or a folder) stands for, in a fixed order.
-
-    Raises:
-        UserError: there is none, or its kind is unknown.
-    """
-    path = path.expanduser()
-    if path.is_dir():
-        # Editors and notebooks keep copies in hidden folders.
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not files:
-            raise UserError(f"{setting}: {path} holds no {', '.join(SUFFIXES)} file")
-        return files
-    if not path.exists():
-        raise UserError(f"{setting}: {path} does not exist")
-    if path.suffix not in SUFFIXES:
-        raise UserError(
-            f"{setting}: {path} is of no kind that is read; convert it to {', '.join(SUFFIXES)}"
-        )
-    return [path]
-
-
 def pieces(files: Iterable[Path], *, text_column: str, join_rows: bool) -> Iterator[Piece]:
     """Yield the text of local files.
 
@@ -65,8 +36,8 @@ def pieces(files: Iterable[Path], *, text_column: str, join_rows: bool) -> Itera
         UserError: a file that is not what its name says, or lacks the column; with its line.
     """
     for file in files:
-        if file.suffix == ".txt":
-            yield from running_text(_characters(file))
+        if suffix_of(file) == ".txt":
+            yield from running_text(characters.read(file))
         else:
             rows = read_rows(file, {"text_column": text_column})
             texts = (as_text(text, where, text_column) for where, (text,) in rows)
@@ -101,25 +72,3 @@ def running_text(stretches: Iterable[str]) -> Iterator[Piece]:
             held, starts = held[cut:], False
     if held or not starts:
         yield Piece(held, starts=starts, ends=True)
-
-
-def _characters(file: Path) -> Iterator[str]:
-    """Yield a file's text with every byte of it, line ends too, so that bits per byte hold."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    try:
-        with file.open("rb") as stream:
-            data = b"first"
-            while data:
-                data = stream.read(64 * 1024)
-                stretch = decoder.decode(data, final=not data)
-                if "\x00" in stretch:
-                    line += stretch[: stretch.index("\x00")].count("\n")
-                    raise UserError(f"{file}:{line}: is not text: it holds a zero byte")
-                line += stretch.count("\n")
-                yield stretch
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        raise not_utf8(f"{file}:{line}", error) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None

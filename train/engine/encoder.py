@@ -1,4 +1,4 @@
-"""An encoder: texts in, one vector for each out, by the mean over its tokens."""
+"""An encoder: texts in, one vector for each out, pooled as its folder says."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from train.engine import model as models
+from train.engine import pooling
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
 from train.engine.presets import TINY_ENCODER_LAYERS, TINY_ENCODER_POSITIONS
+from train.engine.rehearsal import ENCODER
 
 
 def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
@@ -28,8 +30,9 @@ def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedMo
     vocab_size = tokenizers.load(tokenizer_folder).vocab_size
     if folder is None:
         return BertModel(tiny_shape(vocab_size), add_pooling_layer=False)
-    model = from_folder(AutoModel, folder, vocab_size)
-    # The head on [CLS], which mean pooling leaves out: without a gradient DDP would wait for it.
+    model: Any = from_folder(folder, vocab_size)
+    model.pooling = pooling.read(folder)
+    # The head on [CLS], which pooling leaves out: without a gradient DDP would wait for it.
     if getattr(model, "pooler", None) is not None:
         setattr(model, "pooler", None)  # noqa: B010 (mypy takes it for a module always)
     return model
@@ -61,23 +64,19 @@ def tiny_shape(vocab_size: int) -> BertConfig:
     )
 
 
-def from_folder(kind: Any, folder: Path, vocab_size: int, **config: Any) -> PreTrainedModel:
-    """Return the model of a folder as an auto class reads it (AutoModel), in fp32, on the CPU.
+def from_folder(folder: Path, vocab_size: int) -> PreTrainedModel:
+    """Return the encoder of a folder, without a head, in fp32, on the CPU.
 
     Raises:
         UserError: the folder holds none, or one that knows fewer tokens than `vocab_size`.
     """
     quiet()
-    # Without dtype the weights would come in the precision they were stored in.
-    try:
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, **config)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name: {folder} cannot be loaded as an encoder: {reason}") from None
-    if vocab_size > model.config.vocab_size:
+    model = models.from_folder(folder, ENCODER)
+    known = model.config.vocab_size
+    if vocab_size > known:
         raise UserError(
             f"model.name: the tokenizer of {folder} has {vocab_size} tokens, but its weights know "
-            f"only {model.config.vocab_size}; download the model again"
+            f"only {known}; download the model again"
         )
     return model
 
@@ -109,6 +108,17 @@ def pad(rows: Iterable[Sequence[int]], pad_id: int = 0) -> tuple[torch.Tensor, t
     return ids, mask
 
 
+def pooling_of(model: Any) -> pooling.Pooling:
+    """Return what the folder of a model of `load` says; the mean for one of random weights."""
+    found: pooling.Pooling = getattr(model, "pooling", pooling.Pooling())
+    return found
+
+
+def pool(mode: str, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return each text's vector, (B, D): the mean over its tokens, or the first one's (cls)."""
+    return hidden_BTD[:, 0] if mode == "cls" else mean_pool(hidden_BTD, mask_BT)
+
+
 def mean_pool(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """Return the mean of each text's token vectors, (B, D), padding left out.
 
@@ -119,14 +129,15 @@ def mean_pool(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return (hidden_BTD * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def embed(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the pooled vectors, (B, D), of token ids and mask of (B, T)."""
-    return mean_pool(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+    hidden_BTD = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return pool(pooling_of(model).mode, hidden_BTD, mask)
 
 
 @torch.no_grad()
 def embed_all(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], *, batch_size: int, device: torch.device
+    model: Any, rows: Sequence[Sequence[int]], *, batch_size: int, device: torch.device
 ) -> torch.Tensor:
     """Return the vectors, (N, D) on the CPU, of tokenized texts in their order; dropout off.
 

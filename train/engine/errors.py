@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 import traceback
@@ -34,6 +35,9 @@ def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
     in the clean-up of its process group, and the threads of a group that is alive have been seen
     to abort the interpreter's exit and so make a finished run a failed one.
     """
+    # A locale that lacks a letter must not end a run at the line that has it, at each resume again.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -129,6 +129,8 @@ def add_adapters(
     torch.manual_seed(seed)
     # peft asks transformers by a name that this has renamed; not for the user to mend.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # Of its own settings for experts, which it makes and then does not use.
+    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
@@ -136,6 +138,36 @@ def add_adapters(
     # get_peft_model writes where the model was loaded from, which is this machine's business.
     config.base_model_name_or_path, config.revision = name, revision
     return adapted
+
+
+def describe_adapted(model: Any) -> str:
+    """Return which layers have adapters, and which matrices beside them have none, in words.
+
+    peft's all-linear takes the stacked matrices of experts, and then leaves out others that it
+    takes elsewhere (DeepSeek-V3's shared experts). Empty for a model without adapters.
+    """
+    adapted: set[str] = set()
+    left: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            # A tensor of experts has a wrapper of its own around those of the others.
+            last = name.replace(".base_layer", "").rpartition(".")[2]
+            of = getattr(module, "parameter_name", None)
+            adapted.add(last if of in (None, "weight") else f"{last}.{of}")
+    if not adapted:
+        return ""
+    # The layers are numbered; embedding and head are left alone on purpose.
+    layer = re.compile(r"\.\d+\.(.+)$")
+    for name, parameter in model.named_parameters():
+        place = layer.search(name)
+        if place and parameter.ndim > 1 and "lora_" not in name and "base_layer" not in name:
+            plain = re.sub(r"\.\d+\.", ".", place[1]).removesuffix(".weight")
+            left[plain] = left.get(plain, 0) + parameter.numel()
+    told = f"; adapters on {', '.join(sorted(adapted))}"
+    if left:
+        total = sum(p.numel() for p in model.parameters())
+        told += f"; none on {', '.join(sorted(left))} ({sum(left.values()) / total:.0%} of all)"
+    return told
 
 
 def describe(settings: LoraSettings) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def evaluate(
 
     Every target token counts once at any number of processes: ranks take turns at batches, and
     those past the end score nothing but still take part in the collectives of a sharded model.
+    Leaves the model in eval mode.
     """
     module.eval()
     num_blocks = blocks.num_all
@@ -127,10 +128,8 @@ def evaluate(
         reached("in-evaluation")
         # Asking costs a collective and, on a GPU, a wait: every tenth batch is soon enough.
         if turn % 10 == 9 and agree(signals.received() is not None, device=device)[0]:
-            module.train()
             return None
     dist.all_reduce(total)
-    module.train()
     nats, num_tokens = (float(value) for value in total.tolist())
     loss = nats / num_tokens
     bytes_scored = blocks.packed.num_bytes * num_tokens / (blocks.packed.num_tokens - 1)

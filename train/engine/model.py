@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
 from train.engine.presets import PRESETS
+from train.engine.rehearsal import (
+    ENCODER,
+    LANGUAGE_MODEL,
+    auto_class,
+    check_loaded,
+    not_read,
+    read_config,
+)
 from train.engine.settings import TrainingConfig
 from train.engine.staging import staged_path
 
@@ -38,19 +46,64 @@ def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrain
         model = from_folder(staged_path(config.staged.model))
     else:
         model = from_preset(config.model.preset, tokenizer_folder, seed)
-    model.config.use_cache = False
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
 
 
-def from_folder(folder: Path) -> PreTrainedModel:
-    """Return the model of a Hugging Face folder, in fp32 on the CPU."""
+def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
+    """Return the model of a Hugging Face folder, in fp32 on the CPU and in eval mode.
+
+    Raises:
+        UserError: it cannot be loaded, is not causal, or its files lack a weight or hold one that
+            is not finite.
+    """
     disable_progress_bar()
-    # Without dtype the weights would come in the precision they were stored in.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    set_verbosity_error()
+    config = read_config(folder)
+    try:
+        # Without dtype the weights would come in the precision they were stored in.
+        model, loading = auto_class(kind).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever transformers and what it calls raise
+        raise not_read(folder, kind, config, error) from None
+    check_loaded(folder, kind, model, loading)
+    _check_sees(folder, kind, model)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     return model
+
+
+@torch.no_grad()
+def _check_sees(folder: Path, kind: str, model: PreTrainedModel) -> None:
+    """Raise `UserError` if a language model looks ahead, or an encoder does not.
+
+    Changes the last token of a text and looks at what the model makes of those before it.
+    """
+    embedding: Any = model.get_input_embeddings()
+    vocab_size = int(embedding.weight.shape[0])
+    first = torch.arange(12)[None] * 7 % vocab_size
+    second = first.clone()
+    second[0, -1] = (first[0, -1] + vocab_size // 2) % vocab_size
+    one, other = (model(input_ids=ids)[0][0, :-1].float() for ids in (first, second))
+    # Experts see batches of other sizes, and sum in another order.
+    looks_ahead = bool((one - other).abs().max() > 1e-4 * one.abs().max())
+    kinds = f"model.name: {folder}: a {model.config.model_type}"
+    if kind == LANGUAGE_MODEL and looks_ahead:
+        raise UserError(
+            f"{kinds} whose tokens see what comes after them, so that it would learn to copy; give "
+            "a causal language model, such as a Llama or GPT-2 (or is_decoder in its config.json)"
+        )
+    if kind == ENCODER and not looks_ahead:
+        raise UserError(
+            f"{kinds} whose tokens see only what comes before them; give an encoder, such as "
+            "sentence-transformers/all-MiniLM-L6-v2"
+        )
 
 
 def from_preset(preset: str, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
@@ -97,7 +150,7 @@ def empty(config_folder: Path) -> PreTrainedModel:
     """Return the model of a config.json without weights (on the meta device)."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(config_folder), dtype=torch.float32
+            AutoConfig.from_pretrained(config_folder, local_files_only=True), dtype=torch.float32
         )
 
 

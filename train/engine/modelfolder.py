@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: what shape it has, and whether it is whole; read without torch."""
+"""A Hugging Face model folder: whether it is whole, and what shape it has; torch only once each."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from train.engine.errors import UserError
+from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
 
-# What GPT-2 and DistilBERT call differently from all the others, as transformers' configs map it.
-_ALIASES = {
-    "n_layer": "num_hidden_layers",
-    "n_layers": "num_hidden_layers",
-    "n_positions": "max_position_embeddings",
-}
+# Counts up when `rehearsal` asks more, so that folders are asked again.
+FORMAT = 1
 
 
-def read_shape(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model folder, its shape by the names that most models use.
-
-    Raises:
-        UserError: there is none, or it is not of a language model.
-    """
-    path = folder / "config.json"
-    try:
-        shape: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shape = {_ALIASES[key]: shape[key] for key in _ALIASES.keys() & shape} | shape
-        shape["vocab_size"], shape["num_hidden_layers"]
-    except FileNotFoundError:
-        raise UserError(f"model.name: {folder} holds no config.json; give a model folder") from None
-    except KeyError as error:
-        raise UserError(f"model.name: {path} is not of a language model: no {error}") from None
-    except TypeError:
-        raise UserError(f"model.name: {path} holds no JSON object") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {path} cannot be read: {error}") from None
-    return shape
-
-
-def check(folder: Path) -> None:
-    """Raise `UserError` unless the folder holds a language model with all of its weights."""
-    read_shape(folder)
+def check_whole(folder: Path) -> None:
+    """Raise `UserError` if config.json or the weights of a folder are missing or cut short."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"model.name: {folder} holds no config.json; give a model folder")
     for file in _weights(folder):
         if problem := _find_damage(file):
             raise UserError(f"model.name: {file} {problem}; download the model again")
+
+
+def read_shape(folder: Path, kind: str) -> dict[str, Any]:
+    """Return the shape of a model folder as `rehearsal.rehearse` found it, now or before.
+
+    Raises:
+        UserError: it is no model of this kind.
+    """
+    path = folder / "config.json"
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            raise UserError(f"model.name: {path} holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {path} cannot be read: {error}") from None
+
+    def make(unfinished: Path) -> None:
+        from train.engine.rehearsal import rehearse
+
+        (unfinished / "shape.json").write_text(json.dumps(rehearse(folder, kind), indent=2) + "\n")
+
+    made_of = (FORMAT, kind, fingerprint([path, *_weights(folder)]))
+    record = named_by_content(datasets_folder() / "shapes", *made_of)
+    make_once(record, make, f"the shape of {folder.name}")
+    shape: dict[str, Any] = json.loads((record / "shape.json").read_text())
+    return shape
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -58,7 +59,7 @@ def _weights(folder: Path) -> list[Path]:
     except FileNotFoundError:
         raise UserError(
             f"model.name: {folder} holds neither {whole.name} nor {index.name}; convert its "
-            "weights first"
+            "weights: load them with transformers where you trust them, and save_pretrained"
         ) from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"model.name: {index} is damaged; download the model again") from None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from train.engine.errors import UserError, check_writable_folder
 from train.engine.moments import reached
@@ -14,6 +18,22 @@ from train.engine.moments import reached
 
 class CutOff(UserError):
     """A download ended before its end; the next one need not start afresh."""
+
+
+def datasets_folder() -> Path:
+    """Return the folder for datasets: $SLUICE_DATASETS, or `datasets` in the current folder."""
+    return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+
+
+def fingerprint(files: Iterable[Path]) -> list[Any]:
+    """Return what tells files from others, and from themselves once changed; unread."""
+    stats = [(str(file.absolute()), file.stat()) for file in files]
+    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+
+
+def named_by_content(parent: Path, *made_of: Any) -> Path:
+    """Return the folder below `parent` whose name follows from what it is made of (JSON)."""
+    return parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 def make_once(

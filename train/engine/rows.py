@@ -1,22 +1,28 @@
-"""Rows of jsonl, csv and parquet files: the columns that are asked for, one row at a time."""
+"""Rows of files of every kind: the columns that are asked for, one row at a time."""
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.engine import csvrows, jsonrows
+from train.engine.datafiles import suffix_of
 from train.engine.errors import UserError
 
 # Where a row stands (file and line, where there are lines), and its values in the order asked for.
 Row = tuple[str, tuple[Any, ...]]
 
+# Another number when files are read to other rows: what was staged before is not found again.
+FORMAT = 2
+
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
+
 
 def read_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    """Yield the rows of a .jsonl, .csv or .parquet file.
+    """Yield the rows of a file of `datafiles.SUFFIXES` that has rows (all but .txt).
 
     `columns` maps the setting that names a column, as it is below `data.`, to the column:
     {"text_column": "text"}. A message about a column that is missing names that setting.
@@ -24,7 +30,7 @@ def read_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     Raises:
         UserError: a file that is not what its name says, or lacks a column; with its line.
     """
-    yield from _READERS[file.suffix](file, columns)
+    yield from _READERS[suffix_of(file) or file.suffix](file, columns)
 
 
 def as_text(value: Any, where: str, column: str) -> str:
@@ -45,88 +51,129 @@ def as_text(value: Any, where: str, column: str) -> str:
 
 
 def check_columns(where: str, columns: Mapping[str, str], found: Iterable[str]) -> None:
-    """Raise `UserError` if a column is not among those `found`, which it names."""
+    """Raise `UserError` if a column is not among those `found`, which it names, or is twice."""
     names = [str(name) for name in found]
     for setting, column in columns.items():
         if column not in names:
             shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             hint = f"; choose from {shown} with --data.{setting}" if names else ""
             raise UserError(f"{where}: has no column '{column}'{hint}")
+        if names.count(column) > 1:
+            raise UserError(f"{where}: has {names.count(column)} columns '{column}'; rename one")
 
 
-def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
-    """Return the error for a file that is not UTF-8."""
-    return UserError(
-        f"{where}: is not UTF-8 text ({error.reason}); convert it, such as with iconv -t UTF-8"
-    )
+def _csv_rows(file: Path, columns: Mapping[str, str], delimiter: str = ",") -> Iterator[Row]:
+    rows = csvrows.read(file, delimiter)
+    _, header = next(rows, ("", []))
+    if not header:
+        raise UserError(f"{file}: is empty; its first line names the columns")
+    # Who writes "label, text" means the columns label and text.
+    names = [name.strip() for name in header]
+    wanted = {setting: column.strip() for setting, column in columns.items()}
+    if not set(wanted.values()) <= set(names):
+        _check_header(file, names, list(wanted.values()))
+    check_columns(str(file), wanted, names)
+    places = [names.index(column) for column in wanted.values()]
+    for where, fields in rows:
+        yield where, tuple(fields[place] for place in places)
 
 
-def _jsonl_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    where = str(file)
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                where = f"{file}:{number}"
-                if not line.strip():
-                    continue
-                row = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(row, dict):
-                    shape = json.dumps(dict.fromkeys(columns.values(), "..."), ensure_ascii=False)
-                    raise UserError(f"{where}: is not an object such as {shape}")
-                check_columns(where, columns, row)
-                yield where, tuple(row[column] for column in columns.values())
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise not_utf8(where, error) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON that can be read: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+def _tsv_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    yield from _csv_rows(file, columns, "\t")
 
 
-def _csv_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    where = str(file)
-    try:
-        # Spreadsheets begin a file with a mark (BOM) that is not part of the first column's name.
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if not reader.fieldnames:
-                raise UserError(f"{file}: is empty; its first line names the columns")
-            check_columns(str(file), columns, reader.fieldnames)
-            for row in reader:
-                where = f"{file}:{reader.line_num}"
-                values = tuple(row[column] for column in columns.values())
-                if None in values:
-                    raise UserError(f"{where}: has fewer columns than the first line")
-                yield where, values
-    except UnicodeDecodeError as error:
-        raise not_utf8(str(file), error) from None
-    except csv.Error as error:
-        raise UserError(f"{where}: is not CSV: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+def _check_header(file: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise `UserError` if a first line without the columns is none, or has other separators."""
+    missing = f"{file}: has no column '{next(name for name in wanted if name not in names)}'"
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        shown = "tabs" if mark == "\t" else f"'{mark}'"
+        step = "name it .tsv" if mark == "\t" else "save it with commas, or with tabs as .tsv"
+        raise UserError(f"{missing}: its columns are separated by {shown}; {step}")
+    if any(_NUMBER.fullmatch(name) or len(name.split()) > 3 for name in names):
+        raise UserError(
+            f"{missing}: its first line looks like a row, not like the names of its {len(names)} "
+            f"columns; put a line with the names on top, such as {','.join(wanted)}"
+        )
+
+
+def _json_lines(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    for where, row in jsonrows.read_lines(file):
+        yield where, _picked(where, row, columns)
+
+
+def _json_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    for where, row in jsonrows.read_document(file, columns.values()):
+        yield where, _picked(where, row, columns)
+
+
+def _picked(where: str, row: Any, columns: Mapping[str, str]) -> tuple[Any, ...]:
+    if not isinstance(row, dict):
+        shape = json.dumps(dict.fromkeys(columns.values(), "..."), ensure_ascii=False)
+        hint = "; a list of rows is read from a file named .json" if isinstance(row, list) else ""
+        raise UserError(f"{where}: is not an object such as {shape}{hint}")
+    check_columns(where, columns, row)
+    return tuple(row[column] for column in columns.values())
 
 
 def _parquet_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
+    # Otherwise it reads a whole row group ahead, which can be the whole file.
+    yield from _table_rows(
+        file,
+        columns,
+        lambda: pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20),
+        lambda table: table.schema_arrow,
+        lambda table: table.iter_batches(batch_size=1000, columns=list(columns.values())),
+    )
+
+
+def _arrow_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    import pyarrow
+
+    def open_either() -> Any:
+        try:
+            return pyarrow.ipc.open_stream(pyarrow.OSFile(str(file)))
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(pyarrow.OSFile(str(file)))
+
+    def batches(table: Any) -> Iterator[Any]:
+        if hasattr(table, "num_record_batches"):
+            return (table.get_batch(i) for i in range(table.num_record_batches))
+        return iter(table)
+
+    yield from _table_rows(file, columns, open_either, lambda table: table.schema, batches)
+
+
+def _table_rows(
+    file: Path,
+    columns: Mapping[str, str],
+    open_table: Callable[[], Any],
+    schema_of: Callable[[Any], Any],
+    batches_of: Callable[[Any], Iterable[Any]],
+) -> Iterator[Row]:
+    import pyarrow
+
     try:
-        # Otherwise it reads a whole row group ahead, which can be the whole file.
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
-        check_columns(str(file), columns, table.schema_arrow.names)
-        names = list(columns.values())
-        for batch in table.iter_batches(batch_size=1000, columns=names):
-            lists = (batch.column(name).to_pylist() for name in names)
-            for values in zip(*lists, strict=True):
-                yield str(file), values
+        table = open_table()
+        check_columns(str(file), columns, schema_of(table).names)
+        for batch in batches_of(table):
+            for start in range(0, batch.num_rows, 1000):
+                part = batch.slice(start, 1000)
+                lists = (part.column(name).to_pylist() for name in columns.values())
+                for values in zip(*lists, strict=True):
+                    yield str(file), values
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: is damaged, or not a parquet file: {reason}") from None
+        raise UserError(f"{file}: is damaged, or not a {file.suffix[1:]} file: {reason}") from None
 
 
-_READERS = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_READERS: dict[str, Callable[[Path, Mapping[str, str]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}

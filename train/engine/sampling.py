@@ -67,7 +67,8 @@ def continue_prompts(
 ) -> list[str] | None:
     """Return what the model (a wrapped `TokenLoss`) makes of each prompt, or None if asked to stop.
 
-    Collective; every rank returns the same. Ends at the tokenizer's end of a document.
+    Collective; every rank returns the same. Ends at the tokenizer's end of a document. Leaves the
+    model in eval mode.
     """
     import torch
     import torch.distributed as dist
@@ -89,7 +90,6 @@ def continue_prompts(
     with torch.no_grad():
         for _ in range(settings.max_new_tokens):
             if agree(signals.received() is not None, device=device)[0]:
-                module.train()
                 return None
             logits = module(tokens)[range(len(rows)), [end - 1 for end in ends]].float().cpu()
             if settings.temperature > 0:
@@ -107,8 +107,4 @@ def continue_prompts(
                     unfinished.remove(row)
             if not unfinished:
                 break
-    module.train()
-    return [
-        tokenizer.tokenizer.decode(tokens[row, :end].tolist(), skip_special_tokens=True)
-        for row, end in enumerate(ends)
-    ]
+    return [tokenizer.decode(tokens[row, :end].tolist()) for row, end in enumerate(ends)]

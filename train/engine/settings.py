@@ -76,13 +76,16 @@ class DataSettings:
     revision: str | None = "b08601e04326c79dfdd32d625aee71d232d685c3"
     """The commit of the dataset."""
     train: str | None = None
-    """Local text instead of `name`: a txt, jsonl, csv or parquet file, or a folder of them."""
+    """Local text instead of `name`: a file or a folder of them; docs/data.md lists the kinds."""
     validation: str | None = None
     """Local text to evaluate on; needed with `train`."""
     text_column: str = "text"
-    """The column of jsonl, csv, parquet and hub rows that holds the text."""
+    """The column of rows (of files or the hub) that holds the text."""
     join_rows: bool = False
     """Rows are lines of one running text (as in WikiText), not documents of their own."""
+    parse_special_tokens: bool = False
+    """Take `</s>` and the like in the text for the tokens that they spell. Else they are text, as
+    in HTML, but for the tokens that the model's chat template writes."""
     sequence_length: int | None = None
     """Tokens in a block; default: the model's context, at most 2048."""
 

@@ -7,28 +7,24 @@ and appears there by a rename, so that nobody ever reads half of it.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.engine import batches, hub, modelfolder, tokenizer
-from train.engine.data import SAMPLES, Piece, from_rows, pieces, text_files
+from train.engine import batches, hub, modelfolder, pooling, texts, tokenizer
 from train.engine.errors import UserError
-from train.engine.once import make_once
+from train.engine.once import datasets_folder, make_once, named_by_content
 from train.engine.presets import PRESETS
-from train.engine.rows import as_text
+from train.engine.rehearsal import LANGUAGE_MODEL
 from train.engine.settings import StagedPaths, TrainingConfig
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-
-
-def datasets_folder() -> Path:
-    """Return the folder for datasets: $SLUICE_DATASETS, or `datasets` in the current folder."""
-    return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    *pooling.FILES,
+)
 
 
 def staged_path(name: str) -> Path:
@@ -53,10 +49,13 @@ def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
             would have to be downloaded and `online` is False.
     """
     try:
-        staged = config.staged
+        staged, sources = config.staged, None
         if staged is None or not all(staged_path(name).exists() for name in _names(staged)):
-            staged = _stage(config, online)
+            sources = texts.find(config)
+            staged = _stage(config, sources, online)
         _check_lengths(config, staged)
+        if sources:
+            _say_what_was_read(sources, staged, online)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{error.filename}: {reason}" if error.filename else reason) from None
@@ -64,16 +63,16 @@ def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
 
 
 def model_shape(config: TrainingConfig, model: Path | None) -> dict[str, Any]:
-    """Return vocab_size and max_position_embeddings of the preset or of the model's config.json."""
+    """Return vocab_size, max_position_embeddings, ... of the preset or of the model's folder."""
     if config.model.preset:
         return vars(PRESETS[config.model.preset])
     assert model is not None
-    return modelfolder.read_shape(model)
+    return modelfolder.read_shape(model, LANGUAGE_MODEL)
 
 
 def sequence_length(config: TrainingConfig, model: Path | None) -> int:
     """Return the tokens of a block: as set, or the model's context up to 2048."""
-    context = int(model_shape(config, model).get("max_position_embeddings", 2048))
+    context = model_shape(config, model)["max_position_embeddings"] or 2048
     return config.data.sequence_length or min(context, 2048)
 
 
@@ -83,38 +82,57 @@ def _names(staged: StagedPaths) -> list[str]:
     ]
 
 
-def _stage(config: TrainingConfig, online: bool) -> StagedPaths:
+def _stage(config: TrainingConfig, sources: dict[str, texts.Source], online: bool) -> StagedPaths:
     root = datasets_folder()
     model = None
     if config.model.preset is None:
-        model = stage_model(config.model.name, config.model.revision, online=online)
-    tokenizer_folder = _stage_tokenizer(config, model, root, online)
-    texts = {}
-    for split in ("train", "validation"):
-        source = _source(config, split)
+        model = stage_model(
+            config.model.name,
+            config.model.revision,
+            LANGUAGE_MODEL,
+            online=online,
+            tokenizer_source=config.model.tokenizer,
+        )
+    tokenizer_folder = _stage_tokenizer(config, model, root, sources["train"], online)
+    packed = {}
+    for split, source in sources.items():
         folder = named_by_content(
-            root / "packed", batches.FORMAT, tokenizer_folder.name, source.fingerprint
+            root / "packed",
+            batches.FORMAT,
+            tokenizer_folder.name,
+            config.data.parse_special_tokens,
+            source.made_of,
         )
 
-        def make(unfinished: Path, source: _Source = source) -> None:
-            loaded = tokenizer.load(tokenizer_folder)
-            _check_vocabulary(config, model, loaded.vocab_size)
+        def make(unfinished: Path, source: texts.Source = source) -> None:
+            loaded = tokenizer.load(
+                tokenizer_folder, parse_special_tokens=config.data.parse_special_tokens
+            )
+            _check_vocabulary(config, model, loaded.text_vocab_size)
             batches.pack(source.read(), loaded, unfinished, source.name)
 
-        texts[split] = make_once(folder, make, source.name, online=online or source.is_local)
+        packed[split] = make_once(folder, make, source.name, online=online or source.is_local)
 
     return StagedPaths(
         model=relative_to_datasets(model) if model else None,
         tokenizer=relative_to_datasets(tokenizer_folder),
-        train=relative_to_datasets(texts["train"]),
-        validation=relative_to_datasets(texts["validation"]),
+        train=relative_to_datasets(packed["train"]),
+        validation=relative_to_datasets(packed["validation"]),
     )
+
+
+def _say_what_was_read(sources: dict[str, texts.Source], staged: StagedPaths, online: bool) -> None:
+    for split, source in sources.items():
+        if not texts.is_sample(source):
+            packed = batches.Blocks(staged_path(getattr(staged, split)), 1).packed
+            texts.say(source.describe(packed.describe()))
+    texts.say_overlap(sources, online=online)
 
 
 def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
     model = staged_path(staged.model) if staged.model else None
     length = sequence_length(config, model)
-    context = int(model_shape(config, model).get("max_position_embeddings", length))
+    context = model_shape(config, model)["max_position_embeddings"] or length
     if length > context:
         raise UserError(
             f"data.sequence_length: {length} is more than the {context} positions of the model; "
@@ -125,12 +143,12 @@ def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
     num_tokens = blocks.packed.num_tokens
     if blocks.num_full == 0:
         raise UserError(
-            f"{_source(config, 'train').name} has {num_tokens} tokens, but a block takes "
+            f"{texts.name_of(config, 'train')} has {num_tokens} tokens, but a block takes "
             f"{length + 1}; give more text or a smaller --data.sequence_length"
         )
     if batches.Blocks(staged_path(staged.validation), length).num_all == 0:
         raise UserError(
-            f"{_source(config, 'validation').name} has a single token, which leaves none to "
+            f"{texts.name_of(config, 'validation')} has a single token, which leaves none to "
             "predict; give more text"
         )
 
@@ -140,22 +158,35 @@ def _check_vocabulary(config: TrainingConfig, model: Path | None, vocab_size: in
     if model is None or vocab_size <= (known := model_shape(config, model)["vocab_size"]):
         return
     raise UserError(
-        f"model.tokenizer: has {vocab_size} tokens, but the model {config.model.name} knows only "
-        f"{known}; leave it out to use the model's own"
+        f"model.tokenizer: gives ids up to {vocab_size - 1}, but the model {config.model.name} "
+        f"knows only {known} tokens; "
+        + (
+            "leave it out to use the model's own"
+            if config.model.tokenizer
+            else "take what was added out of its tokenizer files, or resize its embedding"
+        )
     )
 
 
-def stage_model(name: str, revision: str | None, *, online: bool) -> Path:
-    """Return the folder of a model: a folder as it is, a hub id downloaded once.
+def stage_model(
+    name: str,
+    revision: str | None,
+    kind: str,
+    *,
+    online: bool,
+    tokenizer_source: str | None = None,
+) -> Path:
+    """Return the folder of a model of a `kind`: a folder as it is, a hub id downloaded once.
+
+    `tokenizer_source` is where its tokenizer is, if not there.
 
     Raises:
-        UserError: it is neither, or not whole; or it would have to be downloaded and `online` is
-            False.
+        UserError: it is neither, or not a whole model of this kind with a tokenizer; or it would
+            have to be downloaded and `online` is False.
     """
     local = Path(name).expanduser()
     if local.is_dir():
-        modelfolder.check(local)
-        return local.absolute()
+        return _checked(local.absolute(), kind, tokenizer_source)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UserError(f"model.name: {name} is neither a folder nor a hub id such as owner/name")
     stem = f"{name}@{revision[:12] if revision else 'main'}".replace("/", "--")
@@ -163,24 +194,32 @@ def stage_model(name: str, revision: str | None, *, online: bool) -> Path:
     def download(unfinished: Path) -> None:
         hub.download_model(name, revision, unfinished, [*MODEL_FILES, *tokenizer.FILES])
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
-        modelfolder.check(unfinished)
+        modelfolder.check_whole(unfinished)
 
     folder = datasets_folder() / "models" / stem
-    return make_once(folder, download, f"model.name: {name}", online=online, goes_on=True)
+    make_once(folder, download, f"model.name: {name}", online=online, goes_on=True)
+    return _checked(folder, kind, tokenizer_source)
 
 
-def _stage_tokenizer(config: TrainingConfig, model: Path | None, root: Path, online: bool) -> Path:
+def _checked(folder: Path, kind: str, tokenizer_source: str | None) -> Path:
+    modelfolder.check_whole(folder)
+    tokenizer.check(Path(tokenizer_source).expanduser() if tokenizer_source else folder)
+    for note in modelfolder.read_shape(folder, kind)["notes"]:
+        print(f"note: {note}", flush=True)
+    return folder
+
+
+def _stage_tokenizer(
+    config: TrainingConfig, model: Path | None, root: Path, text: texts.Source, online: bool
+) -> Path:
     given = config.model.tokenizer
     source = Path(given).expanduser() if given else model
     if source is not None:
-        if not source.exists():
-            raise UserError(f"model.tokenizer: {source} does not exist")
         return place_tokenizer(source, given or config.model.name)
     assert config.model.preset is not None
     vocab_size = PRESETS[config.model.preset].vocab_size
-    text = _source(config, "train")
     return make_once(
-        named_by_content(root / "tokenizers", "trained", vocab_size, text.fingerprint),
+        named_by_content(root / "tokenizers", "trained", vocab_size, text.made_of),
         lambda out: tokenizer.train(text.read(), vocab_size, out, text.name),
         f"a tokenizer trained on {text.name}",
         online=online or text.is_local,
@@ -196,62 +235,11 @@ def place_tokenizer(source: Path, name: str) -> Path:
     home = source if source.is_dir() else source.parent
     hashes = [
         hashlib.sha256((home / file).read_bytes()).hexdigest()
-        for file in tokenizer.FILES
+        for file in (*tokenizer.FILES, "config.json")
         if (home / file).is_file()
     ]
     return make_once(
-        named_by_content(datasets_folder() / "tokenizers", source.name, hashes),
+        named_by_content(datasets_folder() / "tokenizers", tokenizer.FORMAT, source.name, hashes),
         lambda out: tokenizer.place(source, out),
         f"the tokenizer of {name}",
     )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The text of a split: its name in messages, what it is made of, and the way to read it."""
-
-    name: str
-    fingerprint: list[Any]
-    """Cheap to compute, and another when the text is."""
-    read: Callable[[], Iterator[Piece]]
-    is_local: bool
-
-
-def _source(config: TrainingConfig, split: str) -> _Source:
-    data, given = config.data, getattr(config.data, split)
-    if given is None and not config.dry_run:
-        assert data.name is not None
-        hub_id, column = data.name, data.text_column
-        return _Source(
-            f"data.name: {hub_id} ({split})",
-            [hub_id, data.config, data.revision, split, column, data.join_rows],
-            lambda: from_rows(
-                (
-                    as_text(text, where, column)
-                    for where, (text,) in hub.dataset_rows(
-                        hub_id, data.config, data.revision, split, {"text_column": column}
-                    )
-                ),
-                join_rows=data.join_rows,
-            ),
-            is_local=False,
-        )
-    setting = f"data.{split}"
-    files = text_files(Path(given), setting) if given else [SAMPLES / f"{split}.txt"]
-    return _Source(
-        f"{setting}: {given}" if given else f"the embedded sample ({split})",
-        [fingerprint(files), data.text_column, data.join_rows],
-        lambda: pieces(files, text_column=data.text_column, join_rows=data.join_rows),
-        is_local=True,
-    )
-
-
-def fingerprint(files: Iterable[Path]) -> list[Any]:
-    """Return what tells files from others, and from themselves once changed; unread."""
-    stats = [(str(file.absolute()), file.stat()) for file in files]
-    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-
-
-def named_by_content(parent: Path, *made_of: Any) -> Path:
-    """Return the folder below `parent` whose name follows from what it is made of (JSON)."""
-    return parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -60,6 +60,9 @@ def take_step(
     """
     started = time.perf_counter()
     device = wrapped.device
+    # Here and nowhere else, as a step needs it: a model comes from its folder in eval mode, and an
+    # evaluation or a sample leaves it so. Dropout and gradient checkpointing hang on it.
+    wrapped.module.train()
     # Dropout, if a model has any, follows from seed, step and rank: nothing to save, and no two
     # of them share a value (a step below a million, a rank below 65,537).
     torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)

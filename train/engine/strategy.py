@@ -147,6 +147,8 @@ class Strategy:
     ) -> None:
         self.settings = settings
         self.model_config = loss.model.config
+        # How the model ends a text, for one; a base model's own, or made of its config.
+        self.generation_config = getattr(loss.model, "generation_config", None)
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -194,7 +196,17 @@ class Strategy:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            yield name.rpartition("module.")[2].removeprefix("model."), parameter
+            yield _plain(name), parameter
+
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the name (as in the model) and the tensor of each buffer that belongs to its state.
+
+        Such as the bias that corrects an expert's score (DeepSeek-V3); whole on every rank.
+        """
+        for prefix, part in self.module.named_modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                if name not in part._non_persistent_buffers_set:
+                    yield _plain(f"{prefix}.{name}"), buffer
 
     def full(self, parameter: Any, state: str) -> torch.Tensor:
         """Return one state of a parameter, gathered to its full shape; collective."""
@@ -236,6 +248,11 @@ class Strategy:
             weight_decay=self.settings.weight_decay,
             fused=self.device.type == "cuda",
         )
+
+
+def _plain(name: str) -> str:
+    """Return what the model calls a parameter or buffer of what wraps it."""
+    return name.rpartition("module.")[2].removeprefix("model.")
 
 
 class _Ddp(Strategy):

@@ -255,7 +255,8 @@ def _sizes(model: Any) -> str:
     """Return how many of a model's parameters train, in words; before a strategy splits them."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
+    sizes = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
+    return sizes + lora.describe_adapted(model)
 
 
 def _wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strategy:

@@ -23,6 +23,7 @@ from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSett
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
 from train.engine.presets import TINY_ENCODER_LAYERS
+from train.engine.rehearsal import ENCODER
 from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
@@ -107,7 +108,7 @@ def phases_of(config: Config) -> list[Phase]:
     assert config.staged is not None
     num_layers = TINY_ENCODER_LAYERS
     if config.staged.model:
-        shape = modelfolder.read_shape(staging.staged_path(config.staged.model))
+        shape = modelfolder.read_shape(staging.staged_path(config.staged.model), ENCODER)
         num_layers = int(shape["num_hidden_layers"])
     phases = unfreezing.plan(
         config.freeze, config.unfreezing, max_steps=config.max_steps, num_blocks=num_layers + 1

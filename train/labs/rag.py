@@ -128,12 +128,16 @@ def load_embedder(config: Config, device: torch.device) -> Embedder:
 
 def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
     """Return what vectors are made of; those of another identity are not compared with ours."""
+    from train.engine.encoder import pooling_of
     from train.engine.model import weights_sha256
 
     assert config.staged is not None
     model = config.model
     is_of_the_hub = model.preset is None and not Path(model.name).is_dir()
+    pooling = pooling_of(embedder.model)
     return {
+        # What every encoder of an older index had is not mentioned in it.
+        **({} if pooling == type(pooling)() else {"pooling": repr(pooling)}),
         "encoder": f"{model.preset}, random weights" if model.preset else model.name,
         "revision": model.revision if is_of_the_hub else None,
         "weights_sha256": weights_sha256(embedder.model),
@@ -199,7 +203,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         broken = 0.0
         if step + rank() < max_steps:
             batch = batches[step + rank()]
-            found = embedder([texts[chunks[i].passage].stretch(chunks[i]) for i in batch])
+            found = embedder.documents([texts[chunks[i].passage].stretch(chunks[i]) for i in batch])
             broken = float(not np.isfinite(found).all())
             unsaved |= dict(zip(batch, found, strict=True))
         stops, broken = agree(signals.received() is not None, broken, device=device)

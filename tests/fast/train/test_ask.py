@@ -99,6 +99,7 @@ def test_no_passage_steers_the_terminal(said: Ask) -> None:
 
 def test_an_answer_is_made_where_there_is_a_model(said: Ask, generator: Path) -> None:
     words = ["--generator.name", str(generator), "--max_new_tokens", "8", "--threshold", "-1"]
+    said("What?", *words)  # once, the model is looked at
     first = said("What?", *words)
     assert re.search(r"\nanswer \(\d+\.\d s, passages 1 to [123]\):\n.+", first)
     without_times = [re.sub(r"\d+\.?\d* m?s", "", text) for text in (first, said("What?", *words))]

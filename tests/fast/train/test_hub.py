@@ -61,6 +61,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     LlamaForCausalLM(shape).save_pretrained(folder)
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
     tokenizer.train(text, 512, folder, "the sample")
+    (folder / tokenizer.FRAME).unlink()
     model = {path.name: path.read_bytes() for path in folder.iterdir()}
     # What is not asked for: these weights are for another library.
     model["pytorch_model.bin"] = b"x" * 1000

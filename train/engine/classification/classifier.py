@@ -47,7 +47,22 @@ def load(
         shape = encoder.tiny_shape(vocab_size)
         shape.update(names)
         return BertForSequenceClassification(shape)
-    model = encoder.from_folder(AutoModelForSequenceClassification, folder, vocab_size, **names)
+    base = encoder.from_folder(folder, vocab_size)
+    base.config.update(names)
+    # A head of the folder's own, of a model that was tuned, says other classes by these numbers.
+    torch.manual_seed(seed)
+    try:
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            base.config, dtype=torch.float32
+        )
+    except ValueError:
+        raise UserError(
+            f"model.name: {folder}: transformers has no classifier of a {base.config.model_type}; "
+            "choose an encoder, such as sentence-transformers/all-MiniLM-L6-v2"
+        ) from None
+    inside = model.base_model.state_dict()
+    known = base.state_dict()
+    model.base_model.load_state_dict({name: known[name] for name in inside})
     if model.config.pad_token_id is None:
         raise UserError(
             f"model.name: {folder} has no padding token, so that texts of different lengths make "

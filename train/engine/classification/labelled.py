@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from train.engine import hub, staging, tokenizer
-from train.engine.data import Piece, text_files
+from train.engine import datafiles, hub, overlap, pooling, staging, texts, tokenizer
+from train.engine.data import Piece
+from train.engine.datafiles import DataFiles
 from train.engine.errors import UserError, did_you_mean
-from train.engine.once import make_once
+from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
+from train.engine.rehearsal import ENCODER
+from train.engine.rows import FORMAT as READ_FORMAT
 from train.engine.rows import Row, as_text, read_rows
 from train.engine.settings import EncoderSettings
 
-FORMAT = 1
+FORMAT = 2
+_DECIMAL = re.compile(r"([+-]?\d+)\.(\d*)")
 SPLITS = ("train", "test")
 # Of the tokenizer that goes with random weights.
 TINY_VOCABULARY = 1024
@@ -37,13 +44,13 @@ class LabelledDataSettings:
     revision: str | None = None
     """The commit of the dataset."""
     train: str | None = None
-    """Local rows instead of `name`: a jsonl, csv or parquet file, or a folder of them."""
+    """Local rows instead of `name`: a jsonl, json, csv, tsv, parquet or arrow file, or a folder."""
     test: str | None = None
     """Local rows to test on, once, at the end; needed with `train`."""
     text_column: str = "text"
     """The column that holds the text."""
     label_column: str = "label"
-    """The column that holds the class: a name or a whole number."""
+    """The column that holds the class: a name, a whole number, or true and false."""
     title_column: str | None = None
     """A column whose text is put before the text, where the rows have one."""
     class_names: tuple[str, ...] | None = None
@@ -142,20 +149,41 @@ def _is_there(name: str) -> bool:
 def _stage(
     model: EncoderSettings, data: LabelledDataSettings, sample: Path | None, online: bool
 ) -> StagedLabelled:
-    rows = {split: _stage_rows(data, split, sample, online) for split in SPLITS}
+    files: dict[str, DataFiles | None] = dict.fromkeys(SPLITS)
+    if data.train is not None and data.test is not None:
+        files["train"], files["test"] = datafiles.apart(
+            datafiles.find_rows(data.train, "data.train"),
+            datafiles.find_rows(data.test, "data.test"),
+        )
+    rows = {split: _stage_rows(data, split, files[split], sample, online) for split in SPLITS}
     place = staging.relative_to_datasets
     if model.preset is None:
-        folder = staging.stage_model(model.name, model.revision, online=online)
+        folder = staging.stage_model(model.name, model.revision, ENCODER, online=online)
+        pooling.read(folder)
         tokenizer_folder = staging.place_tokenizer(folder, model.name)
     else:
         folder = None
         tokenizer_folder = train_tokenizer(rows["train"], "text", "the training rows")
-    return StagedLabelled(
+    staged = StagedLabelled(
         model=place(folder) if folder else None,
         tokenizer=place(tokenizer_folder),
         train=place(rows["train"]),
         test=place(rows["test"]),
     )
+    _say_what_was_read(staged, files)
+    return staged
+
+
+def _say_what_was_read(staged: StagedLabelled, files: dict[str, DataFiles | None]) -> None:
+    classes, train, test = read(staged)
+    for split, rows in (("train", train), ("test", test)):
+        if found := files[split]:
+            texts.say(found.describe(f"{len(rows):,} rows"))
+    if files["train"]:
+        texts.say(f"data.label_column: {len(classes)} classes: {_some(classes)}")
+    share = overlap.share_of_texts(train.texts, test.texts)
+    if line := overlap.warning(share, "data.test", "data.train", "texts are"):
+        texts.say(line)
 
 
 def train_tokenizer(rows: Path, column: str, name: str) -> Path:
@@ -166,21 +194,24 @@ def train_tokenizer(rows: Path, column: str, name: str) -> Path:
             yield Piece(text, starts=True, ends=True)
 
     return make_once(
-        staging.named_by_content(
-            staging.datasets_folder() / "tokenizers", "trained", TINY_VOCABULARY, rows.name
-        ),
+        named_by_content(datasets_folder() / "tokenizers", "trained", TINY_VOCABULARY, rows.name),
         lambda out: tokenizer.train(pieces(), TINY_VOCABULARY, out, name),
         f"a tokenizer trained on {name}",
     )
 
 
-def _stage_rows(data: LabelledDataSettings, split: str, sample: Path | None, online: bool) -> Path:
+def _stage_rows(
+    data: LabelledDataSettings,
+    split: str,
+    files: DataFiles | None,
+    sample: Path | None,
+    online: bool,
+) -> Path:
     columns = {"text_column": data.text_column, "label_column": data.label_column}
     if data.title_column is not None:
         columns["title_column"] = data.title_column
-    given: str | None = getattr(data, split)
     rows: Iterator[Row]
-    if given is None and sample is None:
+    if files is None and sample is None:
         if not data.name:
             raise UserError(
                 "data.name: is empty; give a dataset's hub id, or data.train and data.test"
@@ -189,24 +220,17 @@ def _stage_rows(data: LabelledDataSettings, split: str, sample: Path | None, onl
         made_of: list[Any] = [data.name, data.config, data.revision, split]
         rows = hub.dataset_rows(data.name, data.config, data.revision, split, columns)
     else:
-        if given is None:
+        if files is None:
             assert sample is not None
             name, columns = f"the embedded sample ({split})", {"text": "text", "label": "label"}
-            files = [sample / f"{split}.jsonl"]
+            paths = [sample / f"{split}.jsonl"]
         else:
-            name = f"data.{split}: {given}"
-            files = text_files(Path(given), f"data.{split}")
-            if texts := [file for file in files if file.suffix == ".txt"]:
-                raise UserError(
-                    f"data.{split}: {texts[0]} has no columns; give jsonl, csv or parquet"
-                )
-        made_of = staging.fingerprint(files)
-        rows = (row for file in files for row in read_rows(file, columns))
+            name, paths = f"data.{split}: {getattr(data, split)}", files.files
+        made_of = [READ_FORMAT, *fingerprint(paths)]
+        rows = (row for file in paths for row in read_rows(file, columns))
 
-    folder = staging.named_by_content(
-        staging.datasets_folder() / "rows", FORMAT, made_of, list(columns.values())
-    )
-    is_local = given is not None or sample is not None
+    folder = named_by_content(datasets_folder() / "rows", FORMAT, made_of, list(columns.values()))
+    is_local = files is not None or sample is not None
     return make_once(
         folder, lambda out: _write_rows(out, rows, columns, name), name, online=online or is_local
     )
@@ -232,12 +256,25 @@ def _write_rows(folder: Path, rows: Iterator[Row], columns: dict[str, str], name
 
 
 def _class_name(label: object, where: str, column: str) -> str:
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        kind = "missing" if label is None else f"not a name or a number but {label!r}"
-        raise UserError(f"{where}: '{column}' is {kind}")
+    """Return the name of a class, the same one however a file writes it: 1, 1.0, "1" or "1.0"."""
+    if label is None or label != label:  # NaN stands for what is missing as well
+        raise UserError(f"{where}: '{column}' is missing")
+    if not isinstance(label, str | int | float | Decimal):
+        raise UserError(f"{where}: '{column}' is not a name or a number but {label!r}")
     name = str(label).strip()
     if not name:
         raise UserError(f"{where}: '{column}' is empty")
+    if name.lower() in ("true", "false"):
+        name = name.lower()
+    elif number := _DECIMAL.fullmatch(name):
+        if number[2].strip("0"):
+            raise UserError(
+                f"{where}: '{column}' is {name}, not a class; the labs tell classes apart and "
+                "predict no quantities: make classes of the numbers, or give them names"
+            )
+        name = str(int(number[1]))
+    elif not isinstance(label, str | int):
+        raise UserError(f"{where}: '{column}' is {name}, not a class")
     if name == "-1":
         raise UserError(f"{where}: '{column}' is -1, which stands for no class")
     return name
@@ -267,6 +304,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
             f"data.train: class '{rarest}' has a single row, which cannot be trained on and kept "
             "for validation; give it more rows or leave it out"
         )
+    _check_distinct(classes)
     if len(classes) > 1000:
         raise UserError(
             f"data.label_column: has {len(classes)} different values; it does not hold classes"
@@ -286,6 +324,21 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
         for split in SPLITS
     )
     return classes, train, test
+
+
+def _check_distinct(classes: list[str]) -> None:
+    """Raise `UserError` if two classes look like one that was written in two ways."""
+    alike: dict[str, str] = {}
+    for name in classes:
+        # Of several spaces, of capitals, of accents in one character or two, of leading zeros.
+        folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        folded = str(int(folded)) if folded.isdecimal() else folded
+        other = alike.setdefault(folded, name)
+        if other != name:
+            raise UserError(
+                f"data.label_column: the classes '{other}' and '{name}' differ only in how they "
+                "are written; write them as one, or name them apart"
+            )
 
 
 def named(classes: list[str], names: Sequence[str] | None) -> list[str]:

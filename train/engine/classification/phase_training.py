@@ -49,6 +49,7 @@ class PhaseTraining(Strategy):
         """
         self.model = model.to(device)
         self.model_config = model.encoder.config
+        self.generation_config = None
         self.phase = phase
         self.settings = optimizer
         self.device = device
@@ -122,6 +123,10 @@ class PhaseTraining(Strategy):
             loss = nn.functional.cross_entropy(logits_BC, labels_B, reduction="sum") * scale
             loss.backward()
         return loss.detach()
+
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield nothing: encoders that keep state in buffers are not known to the lab."""
+        return iter(())
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and the parameter of what a checkpoint holds."""

@@ -98,9 +98,9 @@ def export(
 ) -> None:
     """Write encoder, head.safetensors, classifier.json and tokenizer to `output`.
 
-    The head takes the mean of the token vectors as it comes; classifier.json names the classes in
-    the order of its logits, and the tokens that are read of a text. The folder of an earlier
-    export is replaced.
+    The head takes the pooled token vectors as they come; classifier.json names the classes in the
+    order of its logits, the tokens that are read of a text, and how they are pooled. The folder of
+    an earlier export is replaced.
 
     Raises:
         RunFailed: it could not be written.
@@ -112,7 +112,11 @@ def export(
         model.encoder.save_pretrained(folder)
         head = {name: tensor.cpu().contiguous() for name, tensor in model.head.folded().items()}
         save_file(head, folder / "head.safetensors")
-        description = {"classes": classes, "max_length": max_length}
+        description = {
+            "classes": classes,
+            "max_length": max_length,
+            "pooling": encoders.pooling_of(model.encoder).mode,
+        }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (folder / "classifier.json").write_text(text, encoding="utf-8")
         tokenizer.copy(tokenizer_folder, folder)

@@ -9,11 +9,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.engine import modelfolder, staging, tokenizer
+from train.engine import modelfolder, pooling, staging, tokenizer
 from train.engine.classification import labelled
 from train.engine.errors import UserError
-from train.engine.once import make_once
+from train.engine.once import datasets_folder, make_once, named_by_content
 from train.engine.presets import TINY_ENCODER_POSITIONS
+from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL
 from train.engine.retrieval import chunks, passages
 from train.engine.retrieval.chunks import Chunk, ChunkSettings
 from train.engine.retrieval.passages import PassageDataSettings
@@ -61,7 +62,7 @@ def stage(
     else:
         rows = passages.stage_rows(data, sample, online)
         if model.preset is None:
-            folder = staging.stage_model(model.name, model.revision, online=online)
+            folder = staging.stage_model(model.name, model.revision, ENCODER, online=online)
             tokenizer_folder = staging.place_tokenizer(folder, model.name)
         else:
             folder = None
@@ -74,7 +75,7 @@ def stage(
         )
     made_of = (FORMAT, rows.name, tokenizer_folder.name, settings.length, settings.overlap)
     cut_folder = make_once(
-        staging.named_by_content(staging.datasets_folder() / "chunks", *made_of),
+        named_by_content(datasets_folder() / "chunks", *made_of),
         lambda out: _write_chunks(rows, tokenizer_folder, settings, out),
         f"chunks of {settings.length} tokens",
     )
@@ -94,7 +95,7 @@ def stage_generator(name: str, revision: str | None, *, online: bool) -> Path:
         UserError: as `staging.stage_model`.
     """
     try:
-        folder = staging.stage_model(name, revision, online=online)
+        folder = staging.stage_model(name, revision, LANGUAGE_MODEL, online=online)
         if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
             raise UserError(f"model.name: {folder} holds no tokenizer; give a whole model folder")
     except UserError as error:
@@ -124,11 +125,11 @@ def max_positions(folder: Path | None) -> int:
     """Return the tokens that the encoder of a model folder reads at most; as encoder.max_length."""
     if folder is None:
         return TINY_ENCODER_POSITIONS
-    shape = modelfolder.read_shape(folder)
-    positions = int(shape.get("max_position_embeddings", 8192))
-    if "roberta" in shape.get("model_type", ""):
-        positions -= int(shape.get("pad_token_id") or 0) + 1
-    return positions
+    shape = modelfolder.read_shape(folder, ENCODER)
+    positions = int(shape["max_position_embeddings"] or 8192)
+    if "roberta" in shape["model_type"]:
+        positions -= int(shape["pad_token_id"] or 0) + 1
+    return min(positions, pooling.read(folder).max_length or positions)
 
 
 def _write_chunks(

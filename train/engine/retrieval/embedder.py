@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from train.engine import encoder, tokenizer
+from train.engine.errors import UserError
 from train.engine.retrieval import index
 
 
@@ -27,13 +28,27 @@ class Embedder:
         self.device = device
         self.dimension: int = model.config.hidden_size
         self._tokenizer = tokenizer.load(tokenizer_folder).tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(encoder.max_length(model, length))
         self._counter = tokenizer.load(tokenizer_folder).tokenizer
-        self._counter.no_truncation()
+        pooling = encoder.pooling_of(model)
+        self._query_prompt, self._document_prompt = pooling.query_prompt, pooling.document_prompt
+        prompt_tokens = max(map(self.count, (self._query_prompt, self._document_prompt)))
+        room = encoder.max_length(model, length + prompt_tokens)
+        if room < length + prompt_tokens and prompt_tokens:
+            raise UserError(
+                f"chunks.length: {length} tokens and the encoder's prompt of {prompt_tokens} are "
+                f"more than its {room}; try --chunks.length {room - prompt_tokens}"
+            )
+        self._tokenizer.enable_truncation(room)
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors of texts, (B, D), float32, of length one; in one forward pass."""
+    def documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of passages, (B, D), float32, of length one; in one forward pass."""
+        return self._embed([self._document_prompt + text for text in texts])
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of questions, as `documents` does those of passages."""
+        return self._embed([self._query_prompt + text for text in texts])
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         # A text without a token, such as of control characters alone, is nothing to the encoder.
         rows = [ids or [0] for ids in rows]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.engine import hub, staging
-from train.engine.data import text_files
+from train.engine import hub, texts
+from train.engine.datafiles import DataFiles, find_rows
 from train.engine.errors import UserError
-from train.engine.once import make_once
+from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
 from train.engine.retrieval.chunks import Chunk, titled
+from train.engine.rows import FORMAT as READ_FORMAT
 from train.engine.rows import Row, as_text, read_rows
 
 FORMAT = 1
@@ -37,8 +38,8 @@ class PassageDataSettings:
     split: str = "validation"
     """The dataset's split."""
     passages: str | None = None
-    """Local rows instead of `name`: a jsonl, csv or parquet file, or a folder of them. A passage
-    that is there twice counts once."""
+    """Local rows instead of `name`: a jsonl, json, csv, tsv, parquet or arrow file, or a folder.
+    A passage that is there twice counts once."""
     questions: str | None = None
     """Local rows of questions, to measure the search with; it may be the same file."""
     title_column: str | None = "title"
@@ -158,7 +159,8 @@ def stage_rows(data: PassageDataSettings, sample: Path | None, online: bool) -> 
             name,
             online=online,
         )
-    if data.passages is None:
+    is_sample = data.passages is None
+    if is_sample:
         assert sample is not None
         data = PassageDataSettings(
             passages=str(sample / "passages.jsonl"),
@@ -170,12 +172,13 @@ def stage_rows(data: PassageDataSettings, sample: Path | None, online: bool) -> 
     else:
         name = f"data.passages: {data.passages}"
     assert data.passages is not None
-    files = _files(data.passages, "data.passages")
-    asked = _files(data.questions, "data.questions") if data.questions else []
+    given = find_rows(data.passages, "data.passages")
+    questions = find_rows(data.questions, "data.questions") if data.questions else None
+    files, asked = given.files, questions.files if questions else []
     columns = _columns(data, "title", "text", "id")
     wanted = ("question", "passage") if data.passage_column else ("question", "title", "text")
     question_columns = _columns(data, *wanted) if asked else {}
-    made_of = (*staging.fingerprint(files), *staging.fingerprint(asked), columns, question_columns)
+    read_from = (READ_FORMAT, fingerprint(files), fingerprint(asked))
 
     def write(folder: Path) -> None:
         with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
@@ -195,7 +198,17 @@ def stage_rows(data: PassageDataSettings, sample: Path | None, online: bool) -> 
                     row = _named(values, question_columns)
                     _write_question(row, where, question_columns, numbers, stream)
 
-    return make_once(_place(*made_of), write, name)
+    folder = make_once(_place(*read_from, columns, question_columns), write, name)
+    if not is_sample:
+        _say_what_was_read(folder, given, questions)
+    return folder
+
+
+def _say_what_was_read(folder: Path, given: DataFiles, questions: DataFiles | None) -> None:
+    for files, name, what in ((given, "rows", "passages"), (questions, "questions", "questions")):
+        if files:
+            with (folder / f"{name}.jsonl").open("rb") as stream:
+                texts.say(files.describe(f"{sum(1 for _ in stream):,} {what}"))
 
 
 def _write_together(rows: Iterator[Row], columns: dict[str, str], folder: Path, name: str) -> None:
@@ -264,12 +277,5 @@ def _id(
     return str(value).strip()
 
 
-def _files(given: str, setting: str) -> list[Path]:
-    files = text_files(Path(given), setting)
-    if texts := [file for file in files if file.suffix == ".txt"]:
-        raise UserError(f"{setting}: {texts[0]} has no columns; give jsonl, csv or parquet")
-    return files
-
-
 def _place(*made_of: Any) -> Path:
-    return staging.named_by_content(staging.datasets_folder() / "passages", FORMAT, *made_of)
+    return named_by_content(datasets_folder() / "passages", FORMAT, *made_of)

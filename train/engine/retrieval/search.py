@@ -67,7 +67,7 @@ def find_all(
         if number < len(share(len(starts))):
             start = starts[share(len(starts))[number]]
             began = time.perf_counter()
-            queries = embedder([q.text for q in questions[start : start + batch_size]])
+            queries = embedder.queries([q.text for q in questions[start : start + batch_size]])
             embedded = time.perf_counter()
             hits = index.search(approximate, queries, owners, depth)
             search_s += time.perf_counter() - embedded

@@ -110,7 +110,7 @@ def test_asynchronous_and_synchronous_saves_write_the_same_bytes(
         saving.finish()
     one, other = (tmp_path / name / "step-00000001" for name in ("sync", "async"))
     assert names(one) == names(other)
-    assert len(names(one)) == 4
+    assert len(names(one)) == 5
     for name in names(one):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -186,7 +186,7 @@ def test_files_and_folders_have_the_modes_that_the_umask_says(
     finally:
         os.umask(before)
     paths = [tmp_path / "checkpoints", *(tmp_path / "checkpoints").rglob("*")]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         full = 0o777 if path.is_dir() else 0o666
         assert oct(stat.S_IMODE(path.stat().st_mode)) == oct(full & ~umask), path

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.engine import data
-from train.engine.data import Piece, from_rows, pieces, running_text, text_files
+from train.engine.data import Piece, from_rows, pieces, running_text
+from train.engine.datafiles import SUFFIXES
 from train.engine.errors import UserError
 
 ROWS = ["one\n", "", " zwei, drei\r\n", 'a "quoted" word', "   ", "語"]
@@ -25,13 +26,21 @@ texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 def write(path: Path, rows: list[str], column: str = "text", **options: Any) -> Path:
     """Write rows as the kind of file that the suffix says."""
-    if path.suffix == ".jsonl":
+    table = pa.table({"id": [1] * len(rows), column: rows})
+    if path.suffix in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps({"id": 1, column: row}) + "\n" for row in rows))
-    elif path.suffix == ".csv":
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"id": 1, column: row} for row in rows]))
+    elif path.suffix in (".csv", ".tsv"):
         with path.open("w", encoding="utf-8", newline="") as stream:
-            csv.writer(stream).writerows([["id", column], *([1, row] for row in rows)])
+            dialect = "excel" if path.suffix == ".csv" else "excel-tab"
+            csv.writer(stream, dialect).writerows([["id", column], *([1, row] for row in rows)])
+    elif path.suffix == ".arrow":
+        # A stream, as save_to_disk of `datasets` writes it.
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
     else:
-        pq.write_table(pa.table({"id": [1] * len(rows), column: rows}), path, **options)
+        pq.write_table(table, path, **options)
     return path
 
 
@@ -83,7 +92,7 @@ def test_pieces_are_cut_at_an_end_of_line_or_else_at_a_space(
     ]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".txt"])
 def test_rows_are_documents_of_their_own_or_lines_of_one(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"rows{suffix}", ROWS)
     assert documents(read(path)) == [row for row in ROWS if row.strip()]
@@ -133,7 +142,7 @@ def test_the_line_of_a_bad_byte_is_right_wherever_it_lies(
     assert refusal(path).startswith(f"{path}:{before // 7 + 1}: is not ")
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".ndjson"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
     row = "word " * 200
     before = peak = pa.total_allocated_bytes()
@@ -155,30 +164,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
         tracemalloc.stop()
     assert characters == 20_000 * len(row + "\n")
     assert taken < characters / 2
-
-
-# ---- files ----
-
-
-def test_a_folder_stands_for_its_text_files_in_order_and_not_for_hidden_ones(
-    tmp_path: Path,
-) -> None:
-    for name in ("b.txt", "a/z.jsonl", "c.md", ".git/d.txt", ".e.txt", "f.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = text_files(tmp_path, "data.train")
-    assert [str(file.relative_to(tmp_path)) for file in found] == ["a/z.jsonl", "b.txt", "f.csv"]
-
-
-def test_what_holds_no_text_is_refused_by_its_setting(tmp_path: Path) -> None:
-    (tmp_path / "a.md").touch()
-    for path, said in (
-        (tmp_path, "holds no .txt"),
-        (tmp_path / "none.txt", "does not exist"),
-        (tmp_path / "a.md", "is of no kind that is read; convert it to .txt, .jsonl"),
-    ):
-        with pytest.raises(UserError, match=f"^data.train: {path} {said}"):
-            text_files(path, "data.train")
 
 
 # ---- rows that are wrong ----
@@ -217,18 +202,6 @@ def test_a_null_is_a_row_without_text(tmp_path: Path) -> None:
     path.write_text('{"text": null}\n{"text": "a"}\n')
     pq.write_table(pa.table({"text": [None, "a"]}), tmp_path / "a.parquet")
     assert documents(read(path)) == documents(read(tmp_path / "a.parquet")) == ["a"]
-
-
-def test_wrong_csv_is_named_by_its_line_or_columns(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("id,text\n1,a\n2\n")
-    assert refusal(path) == f"{path}:3: has fewer columns than the first line"
-    path.write_text("id;text\n1;a\n")
-    assert "has no column 'text'; choose from id;text with" in refusal(path)
-    path.write_text("")
-    assert "is empty; its first line names the columns" in refusal(path)
-    path.write_bytes(b"text\n\xff\n")
-    assert "is not UTF-8 text" in refusal(path)
 
 
 def test_damaged_parquet_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:

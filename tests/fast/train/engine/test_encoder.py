@@ -99,7 +99,7 @@ def test_weights_of_half_precision_are_read_in_full(
 
 
 def test_a_folder_that_is_no_encoder_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.name: .* cannot be loaded as an encoder"):
+    with pytest.raises(UserError, match=r"model.name: .* holds no config.json"):
         encoder.load(tmp_path, tokenizer_folder, seed=1)
     small = BertConfig(
         vocab_size=50,

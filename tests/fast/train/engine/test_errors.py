@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -47,3 +48,14 @@ def program(body: str) -> str:
 def run(body: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program(body)]
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+
+
+def test_what_the_locale_cannot_print_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", program(r"print('caf\xe9 \u8a9e'); return 0")],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        cwd=CHECKOUT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\\xe9 \\u8a9e\n", b"")

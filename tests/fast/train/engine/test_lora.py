@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from train.engine import lora, model
 from train.engine.lora import LoraSettings
@@ -78,3 +85,27 @@ def test_recomputing_activations_does_not_change_the_adapters_gradients(
         assert torch.equal(plain, recomputed)
     # All A are still (their B are zeros), every B moves.
     assert sum(bool(g.any()) for g in gradients[0]) == len(gradients[0]) // 2
+
+
+def test_what_has_an_adapter_and_what_has_none_is_said(tied_model_folder: Path) -> None:
+    shape = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    found = adapted(MixtralForCausalLM(shape), rank=2)
+    assert lora.describe_adapted(found) == (
+        "; adapters on experts.down_proj, experts.gate_up_proj, gate, k_proj, o_proj, q_proj, v_proj"
+    )
+    found = adapted(MixtralForCausalLM(shape), rank=2, target_modules="q_proj,v_proj")
+    total = sum(p.numel() for p in found.parameters())
+    left = 2 * (4 * 3 * 16 * 24 + 4 * 16 + 2 * 16 * 16)
+    assert lora.describe_adapted(found) == (
+        "; adapters on q_proj, v_proj; none on mlp.experts.down_proj, mlp.experts.gate_up_proj, "
+        f"mlp.gate, self_attn.k_proj, self_attn.o_proj ({left / total:.0%} of all)"
+    )
+    assert "none on" not in lora.describe_adapted(adapted(model.from_folder(tied_model_folder)))

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
+from tests.models import write_tied_model
 from tests.moments import Pause
 from tests.shared import CHECKOUT
 from tests.waiting import finish
-from train.engine import staging, tokenizer
+from train.engine import rows, staging, tokenizer
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES, Piece
 from train.engine.errors import UserError
@@ -45,14 +44,9 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model folder of a few bytes, with a tokenizer as large as its vocabulary."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shape = {"vocab_size": 300, "num_hidden_layers": 1, "max_position_embeddings": 64}
-    (folder / "config.json").write_text(json.dumps(shape))
-    save_file({"a": np.ones(3, np.float32)}, folder / "model.safetensors")
-    tokenizer.train([Piece(TEXT, starts=True, ends=True)], 300, folder, "it")
-    return folder
+    """A very small model folder, with a tokenizer as large as its vocabulary."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    return write_tied_model(tmp_path / "model", vocab_size=300, max_position_embeddings=64, **shape)
 
 
 def configure(texts: Path, model: ModelSettings = TINY, **data: Any) -> TrainingConfig:
@@ -80,14 +74,17 @@ def packed(datasets: Path) -> list[str]:
 # ---- found again ----
 
 
-def test_the_second_time_nothing_is_said_and_nothing_is_touched(
+def test_the_second_time_the_same_is_said_of_the_data_and_nothing_is_touched(
     texts: Path, datasets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = stage(configure(texts))
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert len([line for line in said if line.startswith("staging ")]) == 4
     before = {path: path.stat().st_mtime_ns for path in datasets.rglob("*")}
     assert stage(configure(texts)) == first
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.splitlines() == [
+        line for line in said if not line.startswith("staging ")
+    ]
     assert {path: path.stat().st_mtime_ns for path in datasets.rglob("*")} == before
     assert Blocks(staging.staged_path(first.train), 32).packed.num_bytes == len(TEXT)
 
@@ -145,6 +142,53 @@ def test_a_folder_is_packed_anew_when_a_file_joins_it(tmp_path: Path, texts: Pat
     assert stage(config).train != before.train
 
 
+def read_by(staged: StagedPaths) -> tuple[int, int]:
+    """Return the bytes of the training text and of the validation text."""
+    folders = (staging.staged_path(name) for name in (staged.train, staged.validation))
+    train, validation = (Blocks(folder, 8).packed.num_bytes for folder in folders)
+    return train, validation
+
+
+def test_validation_text_within_the_training_folder_is_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "val.txt").write_text(TEXT[:900].upper())
+    # A copy by another name is the same text.
+    (folder / "old-val.txt").write_text(TEXT[:900].upper())
+    data = DataSettings(train=str(folder), validation=str(folder / "val.txt"))
+    staged = stage(TrainingConfig(model=TINY, data=data))
+    assert read_by(staged) == (len(TEXT), 900)
+    said = capsys.readouterr().out
+    assert "left out: old-val.txt (it is in data.validation)" in said
+    assert "warning: " not in said
+
+
+@pytest.mark.parametrize(("part", "share"), [(0, None), (1, "50.0%"), (2, "all")])
+def test_the_share_of_validation_text_that_is_trained_on_is_said_on_each_run(
+    tmp_path: Path, texts: Path, part: int, share: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"Line {n:03} of a text, as long as any other line.\n" for n in range(100)]
+    (texts / "train.txt").write_text(TEXT + "".join(lines[: 50 * part]))
+    (texts / "validation.txt").write_text("".join(lines))
+    for _ in range(2):
+        stage(configure(texts))
+        warnings = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+        ]
+        assert [line.split()[2] for line in warnings] == ([share] if share else [])
+
+
+def test_what_was_packed_before_files_were_read_otherwise_is_not_found_again(
+    texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stage(configure(texts))
+    monkeypatch.setattr(rows, "FORMAT", rows.FORMAT + 1)
+    assert stage(configure(texts)).train != before.train
+
+
 def test_a_model_folder_is_read_where_it_lies(texts: Path, model: Path) -> None:
     found = stage(configure(texts, ModelSettings(name=str(model))))
     assert found.model == str(model)
@@ -198,7 +242,12 @@ def test_a_text_that_fits_no_block_or_no_target_is_refused(texts: Path, model: P
     assert said.startswith(f"data.train: {texts}/train.txt has ")
     assert "but a block takes 65; give more text or a smaller --data.sequence_length" in said
     assert stage(configure(texts, settings, sequence_length=2)).train
+    # Without frames a letter is a single token.
     (model / "tokenizer_config.json").write_text("{}")
+    (model / "generation_config.json").unlink()
+    shape = json.loads((model / "config.json").read_text())
+    shape |= {"bos_token_id": None, "eos_token_id": None}
+    (model / "config.json").write_text(json.dumps(shape))
     (texts / "validation.txt").write_text("T")
     said = refusal(configure(texts, settings, sequence_length=2))
     assert said.startswith(f"data.validation: {texts}/validation.txt has a single token")
@@ -221,8 +270,8 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused_before_and_aft
     tokenizer.train([Piece(TEXT, starts=True, ends=True)], 310, larger, "it")
     settings = ModelSettings(name=str(model), tokenizer=str(larger))
     said = refusal(configure(texts, settings))
-    assert said.startswith("model.tokenizer: has 310 tokens, but the model")
-    assert "knows only 300; leave it out" in said
+    assert said.startswith("model.tokenizer: gives ids up to 309, but the model")
+    assert "knows only 300 tokens; leave it out" in said
     assert packed(datasets) == []
     # A preset grows with its tokenizer; what it packed is not for this model either.
     stage(configure(texts, ModelSettings(preset="tiny", tokenizer=str(larger))))
@@ -298,7 +347,7 @@ def test_processes_that_stage_the_same_at_once_make_it_once(texts: Path) -> None
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len({said[-1] for said in lines}) == 1
     staged = [line for said in lines for line in said if line.startswith("staging ")]
-    assert len(staged) == len(set(staged)) == 3
+    assert len(staged) == len(set(staged)) == 4
 
 
 def test_killed_while_it_packs_it_leaves_no_packed_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from train import tinyllama
 from train.engine import model, strategy
+from train.engine.batches import block_at
 from train.engine.loss import TokenLoss
 from train.engine.settings import OptimizerSettings
 from train.engine.staging import staged_path
@@ -65,3 +67,48 @@ def test_each_target_token_counts_once_however_the_micro_batches_are_cut(
     assert done.tokens == sum(TARGETS)
     assert done.loss == pytest.approx(float(expected.detach()), rel=1e-6)
     assert done.grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("left_in", ["training", "eval"])
+def test_a_step_has_its_dropout_and_its_checkpointing_whatever_came_before(
+    config: tinyllama.Config, device: torch.device, left_in: str
+) -> None:
+    assert config.staged is not None
+    config = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
+    built.config.attention_dropout = 0.5
+    for layer in model.layers(built):
+        layer.self_attn.attention_dropout = 0.5
+    wrapped = strategy.prepare(
+        TokenLoss(built, device, False),
+        OptimizerSettings(lr=1e-3),
+        name="ddp",
+        device=device,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        resume=None,
+    )
+    wrapped.module.train(left_in == "training")
+    calls: list[bool] = []
+    # Once forward, and once more in the backward pass where activations are not kept.
+    model.layers(built)[0].mlp.register_forward_pre_hook(lambda m, _: calls.append(m.training))
+    ragged: Any = Ragged()
+    done = take_step(wrapped, ragged, config, step=0, position=0, writing=False)
+    assert calls == [True] * 4
+    rows = [
+        [block_at(p, num_blocks=4, seed=config.seed) for p in part] for part in ((0, 1), (2, 3))
+    ]
+    fresh = model.build(config, staged_path(config.staged.tokenizer), seed=1).train()
+    for layer in model.layers(fresh):
+        layer.self_attn.attention_dropout = 0.5
+    torch.manual_seed((config.seed * 1_000_003 * 65_537) % 2**63)
+    total = sum(
+        functional.cross_entropy(
+            fresh(input_ids=inputs).logits.flatten(0, 1),
+            labels.flatten(),
+            ignore_index=-100,
+            reduction="sum",
+        )
+        for inputs, labels in (map(torch.from_numpy, ragged.rows(part)) for part in rows)
+    )
+    assert done.loss == pytest.approx(float(total) / sum(TARGETS), rel=1e-6)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from train.engine import encoder, signals, tokenizer
 from train.engine.classification import classifier
@@ -75,15 +80,39 @@ def test_an_export_says_the_names_of_the_classes_and_replaces_an_earlier_one(
     classifier.export(model, tokenizer_folder, 50, output)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert not (output / "stale").exists()
-    again = classifier.load(output, tokenizer_folder, CLASSES, seed=9)
+    again = AutoModelForSequenceClassification.from_pretrained(output)
     assert again.config.id2label == dict(enumerate(CLASSES))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
 
 
+@pytest.mark.parametrize("classes", [CLASSES, ["one", "more", *CLASSES]])
+def test_a_tuned_classifier_gives_its_encoder_and_never_its_head(
+    model: BertForSequenceClassification,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    classes: list[str],
+) -> None:
+    classifier.export(model, tokenizer_folder, 50, tmp_path / "export")
+    one, other = (
+        classifier.load(tmp_path / "export", tokenizer_folder, classes, seed) for seed in (9, 10)
+    )
+    for again in (one, other):
+        expected = model.base_model.state_dict()
+        found = again.base_model.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert again.config.id2label == dict(enumerate(classes))
+        assert again.classifier.weight.shape == (len(classes), model.config.hidden_size)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    if len(classes) == len(CLASSES):
+        assert not torch.equal(one.classifier.weight, model.classifier.weight)
+
+
 def test_a_model_without_a_padding_token_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    shape = GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1, bos_token_id=0)
-    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    shape = encoder.tiny_shape(tokenizer.load(tokenizer_folder).vocab_size)
+    BertModel(shape).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
     with pytest.raises(UserError, match=r"has no padding token.*choose an encoder, such as"):
         classifier.load(tmp_path, tokenizer_folder, CLASSES, seed=1)

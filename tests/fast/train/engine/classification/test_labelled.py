@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +49,81 @@ def test_classes_that_are_numbers_are_in_their_order(environment: None, tmp_path
     assert train.labels == [2, 1, 0, 2, 1, 0]
     assert test.labels == [1, 2]
     assert train.texts == [f"text {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "classes"),
+    [
+        ([0, 1, "0", "1"], [0.0, "1.0", 1, "0"], ["0", "1"]),
+        ([1.0, 2.0, 1, 2], ["1", "2."], ["1", "2"]),
+        ([True, False] * 2, ["True", "FALSE", "false", True], ["true", "false"]),
+        ([-2, -3, "-2.0", -3.0], [-2], ["-2", "-3"]),
+        ([-0.0, 1, "0", 1], ["-0.0"], ["0", "1"]),
+    ],
+)
+def test_a_class_is_the_same_however_a_file_writes_it(
+    environment: None, tmp_path: Path, train: list[Any], test: list[Any], classes: list[str]
+) -> None:
+    files = write(tmp_path, rows(*train), rows(*test))
+    found, _, tested = labelled.read(stage(LabelledDataSettings(**files)))
+    assert found == classes
+    assert len(tested) == len(test)
+
+
+def test_the_same_labels_in_a_table_and_in_csv_are_the_same_classes(
+    environment: None, tmp_path: Path
+) -> None:
+    labels = [0.0, 1.0, 0.0, 1.0]
+    table = pyarrow.table({"text": list("abcd"), "label": pyarrow.array(labels, "float32")})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "test.csv").write_text("text,label\ne,0\nf,1\n")
+    files = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / "test.csv")}
+    classes, train, test = labelled.read(stage(LabelledDataSettings(**files)))
+    assert (classes, train.labels, test.labels) == (["0", "1"], [0, 1, 0, 1], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["0.5", 1, 0, 1], r"train.jsonl:1: 'label' is 0.5, not a class"),
+        ([0, 1, 0, 3.25], r"train.jsonl:4: 'label' is 3.25, not a class"),
+        ([0, 1, 0, float("nan")], r"train.jsonl:4: 'label' is missing"),
+        ([0, 1, 0, float("inf")], r"train.jsonl:4: 'label' is inf, not a class"),
+        ([0, 1, 0, [1]], r"train.jsonl:4: 'label' is not a name or a number but \[1\]"),
+        ([0, 1, -1.0, 1], r"train.jsonl:3: 'label' is -1, which stands for no class"),
+        (["Sport", "sport", "art", "art"] * 2, "'Sport' and 'sport' differ only in how"),
+        (["new  york", "new york", "art"] * 2, "'new york' and 'new  york' differ only in how"),
+        (["caf\u00e9", "cafe\u0301", "art"] * 2, "differ only in how"),
+        (["01", "1", "2"] * 2, "'01' and '1' differ only in how"),
+    ],
+)
+def test_a_label_that_is_no_class_or_two_spellings_of_one_is_refused(
+    environment: None, tmp_path: Path, labels: list[Any], said: str
+) -> None:
+    files = write(tmp_path, rows(*labels), rows(0))
+    with pytest.raises(UserError, match=said):
+        stage(LabelledDataSettings(**files))
+
+
+def test_rows_classes_and_test_texts_that_are_trained_on_are_said(
+    environment: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = [{"text": "text  1", "label": "b"}, {"text": "another", "label": "a"}]
+    files = write(tmp_path, rows("a", "b") * 2, seen)
+    stage(LabelledDataSettings(**files))
+    said = capsys.readouterr().out
+    assert "data.train: 1 file, 4 rows\n" in said
+    assert "data.label_column: 2 classes: a, b\n" in said
+    assert "warning: data.test: 50.0% of its texts are in data.train as well" in said
+
+
+def test_test_rows_within_the_training_folder_are_not_trained_on(
+    environment: None, tmp_path: Path
+) -> None:
+    files = write(tmp_path, rows("a", "b") * 2, [{"text": "another", "label": "a"}])
+    data = LabelledDataSettings(train=str(tmp_path), test=files["test"])
+    _, train, test = labelled.read(stage(data))
+    assert (len(train), test.texts) == (4, ["another"])
 
 
 def test_a_title_comes_before_the_text_where_there_is_one(

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.engine import hub, staging
+from train.engine import hub, modelfolder, staging
 from train.engine.errors import UserError
 from train.engine.retrieval import corpus, passages
 from train.engine.retrieval.chunks import ChunkSettings
@@ -86,6 +86,20 @@ def test_rows_of_questions_with_their_passage_are_both(
 ) -> None:
     file = write(tmp_path / f"rows.{suffix}", SQUAD)
     assert read(stage(passages=file, questions=file)) == (DISTINCT, ASKED)
+
+
+def test_a_folder_of_passages_is_read_whole_and_what_is_left_out_is_said(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    write(folder / "a.jsonl", SQUAD[:1])
+    (folder / "b.JSON").write_text(json.dumps({"data": SQUAD[1:]}))
+    (folder / "README.txt").write_text("About them.")
+    found, _ = read(stage(passages=str(folder)))
+    assert found == DISTINCT
+    said = "data.passages: 2 files, 3 passages; left out: README.txt\n"
+    assert said in capsys.readouterr().out
 
 
 def test_the_rows_of_a_dataset_of_the_hub_are_both(
@@ -193,10 +207,11 @@ def test_a_chunk_longer_than_the_encoder_reads_is_refused(stage: Stage, tmp_path
         stage(passages=file, length=257)
 
 
-def test_the_positions_of_a_roberta_begin_after_its_padding(tmp_path: Path) -> None:
-    shape = {"vocab_size": 9, "num_hidden_layers": 1, "max_position_embeddings": 514}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+def test_the_positions_of_a_roberta_begin_after_its_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"model_type": "bert", "max_position_embeddings": 514, "pad_token_id": 1}
+    monkeypatch.setattr(modelfolder, "read_shape", lambda folder, kind: shape)
     assert corpus.max_positions(tmp_path) == 514
-    shape |= {"model_type": "xlm-roberta", "pad_token_id": 1}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    shape["model_type"] = "xlm-roberta"
     assert corpus.max_positions(tmp_path) == 512

@@ -1,0 +1,119 @@
+"""pooling.py: an encoder's vectors are what its sentence-transformers files say, or it is refused.
+
+The files are as version 6.2.0 of that library writes them, and as older ones did; its own vectors
+were compared with ours once (docs/log.md), by hand here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertModel
+
+from train.engine import encoder, pooling, tokenizer
+from train.engine.data import Piece
+from train.engine.errors import UserError
+from train.engine.retrieval.embedder import Embedder
+
+TEXTS = ["The rain came down.", "She won the last race of the long, cold season.", "No rain."]
+PROMPTS = {"query": "search: ", "document": "text: "}
+OLDER = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An encoder's folder without a word about pooling."""
+    pieces = (Piece(text, starts=True, ends=True) for text in (*TEXTS, *PROMPTS.values()))
+    tokenizer.train(pieces, 300, tmp_path, "the texts")
+    torch.manual_seed(5)
+    shape = encoder.tiny_shape(tokenizer.load(tmp_path).vocab_size)
+    BertModel(shape, add_pooling_layer=False).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def describe(folder: Path, settings: dict[str, Any], *more: str, **files: Any) -> None:
+    kinds = ("base.modules.transformer.Transformer", "modules.pooling.Pooling", *more)
+    modules = [
+        {"idx": i, "name": str(i), "path": "1_Pooling" if i == 1 else "", "type": f"st.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps(settings))
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("prompts", [{}, PROMPTS])
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("mean", {"pooling_mode": "mean", "include_prompt": True}),
+        ("cls", {"pooling_mode": "cls", "embedding_dimension": 64}),
+        ("mean", OLDER | {"pooling_mode_mean_tokens": True}),
+        ("cls", OLDER | {"pooling_mode_cls_token": True, "include_prompt": True}),
+    ],
+)
+def test_a_vector_is_pooled_and_prompted_as_the_folder_says(
+    folder: Path, mode: str, settings: dict[str, Any], prompts: dict[str, str]
+) -> None:
+    describe(
+        folder,
+        settings,
+        "modules.normalize.Normalize",
+        config_sentence_transformers={"prompts": prompts, "default_prompt_name": None},
+        sentence_bert_config={"max_seq_length": 40, "do_lower_case": False},
+    )
+    model = encoder.load(folder, folder, 1)
+    embedder = Embedder(model, folder, 24, torch.device("cpu"))
+    plain = tokenizer.load(folder).tokenizer
+    for found, prompt in (
+        (embedder.queries(TEXTS), prompts.get("query", "")),
+        (embedder.documents(TEXTS), prompts.get("document", "")),
+    ):
+        for vector, text in zip(found, TEXTS, strict=True):
+            with torch.no_grad():
+                hidden_TD = model(torch.tensor([plain.encode(prompt + text).ids]))[0][0]
+            expected = hidden_TD.mean(0) if mode == "mean" else hidden_TD[0]
+            torch.testing.assert_close(torch.from_numpy(vector), expected / expected.norm())
+    assert pooling.read(folder).max_length == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "named"),
+    [
+        ({"pooling_mode": "mean"}, ["modules.Dense"], "Dense"),
+        ({"pooling_mode": "max"}, [], "max"),
+        ({"pooling_mode": "lasttoken"}, [], "lasttoken"),
+        ({"pooling_mode": "cls+mean"}, [], "cls+mean"),
+        (OLDER | {"pooling_mode_weightedmean_tokens": True}, [], "weightedmean"),
+        (dict.fromkeys(OLDER, True), [], "cls_token, pooling_mode_mean_tokens"),
+        ({"pooling_mode": "mean", "include_prompt": False}, [], "include_prompt: false"),
+        ({}, [], "none"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(
+    folder: Path, settings: dict[str, Any], more: list[str], named: str
+) -> None:
+    describe(folder, settings, *more)
+    with pytest.raises(UserError) as raised:
+        pooling.read(folder)
+    assert "asks for" in str(raised.value) and named in str(raised.value)
+
+
+def test_a_folder_that_says_nothing_is_pooled_by_the_mean(folder: Path) -> None:
+    assert pooling.read(folder) == pooling.Pooling(mode="mean")
+
+
+def test_a_prompt_must_leave_room_for_a_chunk(folder: Path) -> None:
+    describe(
+        folder,
+        {"pooling_mode": "mean"},
+        config_sentence_transformers={"prompts": {"query": "search: " * 20}},
+    )
+    with pytest.raises(UserError, match=r"chunks.length: 256 tokens and the encoder's prompt"):
+        Embedder(encoder.load(folder, folder, 1), folder, 256, torch.device("cpu"))

@@ -1,0 +1,144 @@
+"""The bytes of a file as characters: UTF-8, or refused with the command that converts the file."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.engine.datafiles import opened
+from train.engine.errors import UserError
+
+_PIECE = 64 * 1024
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_COMPRESSORS = {
+    ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd", ".lz4": "lz4",
+}  # fmt: skip
+_MAGIC = (
+    (b"\x1f\x8b", ".gz"),
+    (b"BZh", ".bz2"),
+    (b"\xfd7zXZ", ".xz"),
+    (b"\x28\xb5\x2f\xfd", ".zst"),
+)
+_UTF8_SEQUENCE = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)
+
+
+def read(file: Path) -> Iterator[str]:
+    """Yield a file's text with every byte of it, line ends too, so that bits per byte hold.
+
+    Raises:
+        UserError: it is not UTF-8 text, with the line; or as `datafiles.opened`.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with opened(file) as stream:
+        data = b"first"
+        while data:
+            data = stream.read(_PIECE)
+            try:
+                stretch = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise _not_utf8(file, line, error.object) from None
+            if "\x00" in stretch:
+                line += stretch[: stretch.index("\x00")].count("\n")
+                raise _zero_byte(file, line)
+            line += stretch.count("\n")
+            yield stretch
+
+
+def refusal(file: Path) -> UserError:
+    """Return what is wrong with a file that was found not to be UTF-8 text, with the line."""
+    try:
+        for _ in read(file):
+            pass
+    except UserError as error:
+        return error
+    return UserError(f"{file}: changed while it was read; run it again")
+
+
+def _zero_byte(file: Path, line: int) -> UserError:
+    if encoding := _wide_encoding(_head(file)):
+        return _convert(file, line, encoding)
+    return UserError(f"{file}:{line}: is not text: it holds a zero byte")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Return the encoding of several bytes a character that a file begins in, by its look."""
+    if encoding := next((name for mark, name in _MARKS if head.startswith(mark)), None):
+        return encoding
+    evens, odds = head[::2].count(0), head[1::2].count(0)
+    # Without a mark: a letter of Latin script has a zero byte, after it or before.
+    if max(evens, odds) > len(head) / 5 and min(evens, odds) < max(evens, odds) / 4:
+        return "UTF-16LE" if odds > evens else "UTF-16BE"
+    return None
+
+
+def _not_utf8(file: Path, line: int, around: bytes) -> UserError:
+    head = _head(file)
+    if encoding := _wide_encoding(head):
+        return _convert(file, line, encoding)
+    if suffix := next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), None):
+        name = shlex.quote(file.name + suffix)
+        return UserError(f"{file}:{line}: is not text but compressed; name it {name}")
+    # A file that is cut short ends in a piece of a few bytes.
+    around = head + around
+    high = sum(byte >= 0x80 for byte in around)
+    valid = sum(len(found) for found in _UTF8_SEQUENCE.findall(around))
+    if valid > high / 2:
+        return UserError(
+            f"{file}:{line}: is not UTF-8 text, unlike the text around it; mend that line, or "
+            f"drop the bytes that are wrong: {_command(file, 'UTF-8', '-c ')}"
+        )
+    # One letter in five at most has an accent in any language that it is made for.
+    if high < len(around) / 5 and _is_cp1252(around):
+        return _convert(file, line, "WINDOWS-1252")
+    return UserError(
+        f"{file}:{line}: is not UTF-8 text; find out its encoding (`file -i {_quoted(file)}` "
+        "guesses) and convert it with iconv -f ENCODING -t UTF-8"
+    )
+
+
+def _convert(file: Path, line: int, encoding: str) -> UserError:
+    return UserError(
+        f"{file}:{line}: is not UTF-8 text but {encoding}, it seems; convert it: "
+        + _command(file, encoding)
+    )
+
+
+def _command(file: Path, encoding: str, options: str = "") -> str:
+    """Return the command that converts a file where it lies; the original stays beside it."""
+    name, original = _quoted(file), shlex.quote(f"{file}.orig")
+    convert = f"iconv {options}-f {encoding} -t UTF-8"
+    if program := _COMPRESSORS.get(file.suffix.lower()):
+        convert = f"{program} -dc < {original} | {convert} | {program} -c > {name}"
+    else:
+        convert = f"{convert} {original} > {name}"
+    return f"mv {name} {original} && {convert}"
+
+
+def _quoted(file: Path) -> str:
+    return shlex.quote(str(file))
+
+
+def _head(file: Path) -> bytes:
+    with opened(file) as stream:
+        return stream.read(4096)
+
+
+def _is_cp1252(data: bytes) -> bool:
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return True

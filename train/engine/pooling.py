@@ -1,0 +1,127 @@
+"""How an encoder's token vectors become one: as its folder says, in sentence-transformers' files.
+
+A folder without modules.json is pooled by the mean over its tokens, as sentence-transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.engine.errors import UserError
+
+MODULES = "modules.json"
+PROMPTS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
+FILES = (MODULES, PROMPTS, TRANSFORMER, "*_Pooling/config.json")
+MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """What sentence-transformers would do around an encoder."""
+
+    mode: str = "mean"
+    """mean: over all tokens. cls: the first one's vector."""
+    query_prompt: str = ""
+    """Stands before a text that asks."""
+    document_prompt: str = ""
+    """Stands before a text that is looked for."""
+    default_prompt: str = ""
+    """Stands before a text that is neither."""
+    max_length: int | None = None
+    """Tokens that are read of a text; None: as many as there are positions."""
+
+
+def read(folder: Path | None) -> Pooling:
+    """Return the pooling of an encoder's folder.
+
+    Raises:
+        UserError: it asks for something else than the mean or the first token, or a text.
+    """
+    if folder is None:
+        return Pooling()
+    prompts = _object(folder / PROMPTS)
+    named: dict[str, str] = prompts.get("prompts") or {}
+    default = named.get(prompts.get("default_prompt_name") or "", "")
+    transformer = _object(folder / TRANSFORMER)
+    if transformer.get("do_lower_case"):
+        raise UserError(
+            f"model.name: {folder / TRANSFORMER} asks for do_lower_case, which is not supported; "
+            "set it in the tokenizer, or choose another encoder"
+        )
+    return Pooling(
+        mode=_mode(folder),
+        # As encode_query and encode_document choose.
+        query_prompt=named.get("query", default),
+        document_prompt=next(
+            (named[name] for name in ("document", "passage", "corpus") if name in named), default
+        ),
+        default_prompt=default,
+        max_length=_max_length(folder, transformer),
+    )
+
+
+def _max_length(folder: Path, transformer: dict[str, Any]) -> int | None:
+    if not (folder / MODULES).exists():
+        return None
+    # Newer folders have it in the tokenizer's file, where a huge number means none.
+    found = transformer.get("max_seq_length")
+    found = found or _object(folder / "tokenizer_config.json").get("model_max_length")
+    return int(found) if found and found < 1e6 else None
+
+
+def _mode(folder: Path) -> str:
+    modules = _list(folder / MODULES)
+    # A vector of length one is made where vectors are compared, with Normalize and without.
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    for module, kind in zip(modules, kinds, strict=True):
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            raise UserError(
+                f"model.name: {folder / MODULES} asks for a module {kind} ({module.get('path')}), "
+                "which is not supported; choose an encoder of Transformer, Pooling and Normalize"
+            )
+    if modules and "Pooling" not in kinds:
+        raise UserError(
+            f"model.name: {folder / MODULES} has no module Pooling, so that a text has no one "
+            "vector; choose a sentence encoder"
+        )
+    if not modules:
+        return "mean"
+    path = folder / str(modules[kinds.index("Pooling")].get("path", "")) / "config.json"
+    settings = _object(path)
+    # Older files say a mode each; newer ones a name, or several joined by +.
+    chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    if "pooling_mode" in settings:
+        chosen = [f"pooling_mode_{settings['pooling_mode']}"]
+    names = MODES | {"pooling_mode_mean": "mean", "pooling_mode_cls": "cls"}
+    if len(chosen) != 1 or chosen[0] not in names or settings.get("include_prompt") is False:
+        said = ", ".join(chosen) or "none"
+        if settings.get("include_prompt") is False:
+            said += " without the prompt (include_prompt: false)"
+        raise UserError(
+            f"model.name: {path} asks for {said}; supported is the mean over all tokens "
+            "(pooling_mode_mean_tokens) or the first one (pooling_mode_cls_token)"
+        )
+    return names[chosen[0]]
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {path} cannot be read: {error}") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = _read(path)
+    return found if isinstance(found, dict) else {}
+
+
+def _list(path: Path) -> list[dict[str, Any]]:
+    found = _read(path)
+    return found if isinstance(found, list) else []

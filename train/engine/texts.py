@@ -1,0 +1,133 @@
+"""The text of each split: which files or dataset it is, what was left out, and what is in both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.engine import datafiles, hub, overlap, rows
+from train.engine.data import SAMPLES, Piece, from_rows, pieces
+from train.engine.datafiles import DataFiles
+from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
+from train.engine.rows import as_text
+from train.engine.settings import TrainingConfig
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The text of a split: its name in messages, what it is made of, and the way to read it."""
+
+    name: str
+    made_of: list[Any]
+    """Cheap to compute, and another when the text is."""
+    read: Callable[[], Iterator[Piece]]
+    files: DataFiles | None = None
+    """The files that the settings name; None for a dataset of the hub and the embedded sample."""
+    is_local: bool = True
+
+    def describe(self, what: str) -> str:
+        """Return the line that says what was read; `what` is the amount of it."""
+        return self.files.describe(what) if self.files else f"{self.name}: {what}"
+
+
+def name_of(config: TrainingConfig, split: str) -> str:
+    """Return what messages call the text of a split."""
+    given = getattr(config.data, split)
+    if given is not None:
+        return f"data.{split}: {given}"
+    if config.dry_run:
+        return f"the embedded sample ({split})"
+    return f"data.name: {config.data.name} ({split})"
+
+
+def find(config: TrainingConfig) -> dict[str, Source]:
+    """Return the text of each split; a file that both mean is in one of them.
+
+    Raises:
+        UserError: as `datafiles.find`.
+    """
+    data = config.data
+    if data.train is not None and data.validation is not None:
+        found = datafiles.apart(
+            datafiles.find(data.train, "data.train"),
+            datafiles.find(data.validation, "data.validation"),
+        )
+        return {
+            split: _local(config, split, files) for split, files in zip(SPLITS, found, strict=True)
+        }
+    return {
+        split: _sample(config, split) if config.dry_run else _of_hub(config, split)
+        for split in SPLITS
+    }
+
+
+def say_overlap(sources: dict[str, Source], *, online: bool) -> None:
+    """Say how much of the validation text is trained on; found once for each pair of texts."""
+    train, validation = (sources[split] for split in SPLITS)
+    folder = named_by_content(datasets_folder() / "overlaps", train.made_of, validation.made_of)
+    if is_sample(train) or not (folder.is_dir() or online or train.is_local):
+        return
+
+    def compare(unfinished: Path) -> None:
+        found = overlap.share(train.read, validation.read)
+        (unfinished / "share.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+    make_once(folder, compare, f"a comparison of {validation.name} with the training text")
+    share = json.loads((folder / "share.json").read_text(encoding="utf-8"))
+    if line := overlap.warning(share, "data.validation", "data.train", "text, line by line, is"):
+        say(line)
+
+
+def is_sample(source: Source) -> bool:
+    """Return whether a text is ours, so that nobody needs to be told of it."""
+    return source.is_local and source.files is None
+
+
+def say(line: str) -> None:
+    """Print a line about the data, from one process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def _local(config: TrainingConfig, split: str, files: DataFiles) -> Source:
+    return _of_files(config, split, files.files, files)
+
+
+def _sample(config: TrainingConfig, split: str) -> Source:
+    return _of_files(config, split, [SAMPLES / f"{split}.txt"], None)
+
+
+def _of_files(
+    config: TrainingConfig, split: str, paths: list[Path], files: DataFiles | None
+) -> Source:
+    data = config.data
+    return Source(
+        name=name_of(config, split),
+        made_of=[rows.FORMAT, fingerprint(paths), data.text_column, data.join_rows],
+        read=lambda: pieces(paths, text_column=data.text_column, join_rows=data.join_rows),
+        files=files,
+    )
+
+
+def _of_hub(config: TrainingConfig, split: str) -> Source:
+    data, column = config.data, config.data.text_column
+    assert data.name is not None
+    hub_id = data.name
+
+    def read() -> Iterator[Piece]:
+        found = hub.dataset_rows(hub_id, data.config, data.revision, split, {"text_column": column})
+        texts = (as_text(text, where, column) for where, (text,) in found)
+        yield from from_rows(texts, join_rows=data.join_rows)
+
+    return Source(
+        name=name_of(config, split),
+        made_of=[hub_id, data.config, data.revision, split, column, data.join_rows],
+        read=read,
+        is_local=False,
+    )
