@@ -45,7 +45,8 @@ endif
 quote = '$(subst ','\'',$(1))'
 flag = $(if $($(1)),--$(2)=$(call quote,$($(1))))
 
-python = $(call quote,$(VENV)/bin/python)
+# What the environment has for another Python, such as PYTHONPATH from a module, stays out.
+python = slurm/isolated.sh $(call quote,$(VENV)/bin/python)
 tool = $(call quote,$(VENV)/bin/$(1))
 sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
 options = $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) $(call flag,RUN,run)

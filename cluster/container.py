@@ -127,10 +127,9 @@ def call(
     # -P: the code of `code`, not that of the current folder.
     words = ["-P", "-m", module, *arguments]
     if runtime.image is None:
-        given = environment.get("PYTHONPATH")
-        path = f"{code}{os.pathsep}{given}" if given else str(code)
-        environment = {**environment, "PYTHONPATH": path}
-        return _call([sys.executable, *words], environment)
+        # Of the caller's Python variables none gets through but this one; as in the image.
+        start = ["slurm/isolated.sh", "env", f"PYTHONPATH={code}", sys.executable]
+        return _call([*start, *words], environment)
     needed = [Path.cwd(), code, *(certificates(environment) if online else [])]
     if (datasets := Path(environment["SLUICE_DATASETS"])).exists():
         needed.append(datasets)

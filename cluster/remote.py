@@ -29,7 +29,7 @@ def carry_out(site: Site, module: str, argv: list[str]) -> int:
     from cluster import transport
 
     with transport.connect(site) as login:
-        code = login.run(script(site, checkout(login, site), module, argv))
+        code = login.run(script(site, checkout(login, site), module, argv), site.ssh.modules)
     if code == transport.LOST:
         print("what was begun there goes on or was not begun: make status", file=sys.stderr)
     return code
@@ -39,8 +39,13 @@ def checkout(login: Transport, site: Site) -> str:
     """Return the folder on the cluster that holds the checkout as it is here."""
     from cluster import sync
 
-    # Its login node is on this machine.
-    return str(Path.cwd()) if site.is_private else sync.bring(login, site)
+    if not site.is_private:
+        return sync.bring(login, site)
+    # Its login node is on this machine. What the login files do to a script is found out before
+    # one that would have no place to tell it.
+    folder = str(Path.cwd())
+    login.ask(f"cd -- {shlex.quote(folder)}")
+    return folder
 
 
 def script(site: Site, folder: str, module: str, argv: list[str]) -> str:
@@ -51,9 +56,8 @@ def script(site: Site, folder: str, module: str, argv: list[str]) -> str:
         f"cd -- {shlex.quote(folder)} || exit 2",
         f'export {sites.ARRIVED}=1 VENV="$(readlink -f -- {venv})"',
     ]
-    lines += [f"module load {shlex.quote(name)} || exit 2" for name in site.ssh.modules]
     lines += [
         "containers/venv.sh --base || exit",
-        f'exec "$VENV/bin/python" -m {module} {shlex.join(argv)}',
+        f'exec slurm/isolated.sh "$VENV/bin/python" -m {module} {shlex.join(argv)}',
     ]
     return "\n".join(lines)

@@ -1,17 +1,14 @@
 """The way to a login node from a laptop: commands over one connection, with one sign-in.
 
-All that is wanted of the far side is sshd, bash and the usual small commands; no SFTP, which some
-sites have switched off.
+A script runs in a clean shell there (cluster/login.py). All that is wanted of the far side is sshd,
+bash and the usual small commands; no SFTP, which some sites have switched off.
 """
 
 from __future__ import annotations
 
-import base64
-import shlex
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol
-
-from cluster.errors import UserError, printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,9 +17,6 @@ if TYPE_CHECKING:
 
 # As ssh has it; a command's own 255 cannot be told from it.
 LOST = 255
-# Printed before a script's own words: what a .bashrc says without being asked comes before.
-MARK = "-- sluice --"
-BEGINNING = f"\n{MARK}\n".encode()
 
 
 class Running(Protocol):
@@ -69,13 +63,14 @@ class Transport(Protocol):
             UserError: it failed, with the last line that it said; or the connection was lost.
         """
 
-    def run(self, script: str) -> int:
+    def run(self, script: str, modules: Sequence[str] = ()) -> int:
         """Run a bash script with this terminal, or these streams; return its exit code.
 
+        `modules` are loaded before, in the login shell; one that is not there is said: 2.
         Without a terminal it has no input. 255: the connection was lost, and that was said.
         """
 
-    def start(self, script: str) -> Running:
+    def start(self, script: str, modules: Sequence[str] = ()) -> Running:
         """Start a bash script whose standard input stays open until `end`.
 
         Raises:
@@ -115,37 +110,3 @@ def _leave(number: int, _: object) -> NoReturn:
     for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
-
-
-def command(script: str) -> str:
-    """Return a command for any login shell, csh and fish too, that runs a bash script.
-
-    As in a login, because that is where sites put Slurm on the PATH. What the profile says goes to
-    stderr, and it does not get the script's input.
-    """
-    inner = 'exec <&4 >&3 3>&- 4<&-; s=$SLUICE_SCRIPT; unset SLUICE_SCRIPT; eval "$s"'
-    outer = f"export SLUICE_SCRIPT={shlex.quote(script)}; exec 3>&1 4<&0 >&2 </dev/null; "
-    outer += f"exec bash -lc {shlex.quote(inner)}"
-    packed = base64.b64encode(outer.encode()).decode()
-    # Between single quotes, and without the letters that mean something to some shell there.
-    return f"exec bash -c 'eval \"$(echo {packed} | base64 -d)\"'"
-
-
-def marked(script: str) -> str:
-    """Return a script that prints where its own words begin."""
-    return f"printf '\\n{MARK}\\n'; {script}"
-
-
-def answer(host: str, exit_code: int, output: bytes, errors: bytes) -> bytes:
-    """Return the words of a script that was `marked`.
-
-    Raises:
-        UserError: it failed.
-    """
-    _, found, words = output.partition(BEGINNING)
-    if exit_code == 0 and found:
-        return words
-    lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
-    said = lines[-1] if lines else f"exit code {exit_code}"
-    what = "a command failed there" if found else "no bash could be started there"
-    raise UserError(f"{host}: {what}: {printable(said)}")

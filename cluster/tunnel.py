@@ -78,9 +78,8 @@ def _listen(port: int) -> socket.socket:
 
 
 def _to_tensorboard(door: socket.socket, login: Transport, site: sites.Site, run: str) -> int:
-    board = login.start(
-        remote.script(site, remote.checkout(login, site), "cluster.board", ["--run", run])
-    )
+    script = remote.script(site, remote.checkout(login, site), "cluster.board", ["--run", run])
+    board = login.start(script, site.ssh.modules)
     try:
         while line := printable(board.read_line()):
             if found := re.fullmatch(rf"{LISTENS} ([A-Za-z0-9._:-]+) (\d+)", line):

