@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import container, history, runs, slurm
+from cluster import clusters, container, history, runs, slurm
 from cluster import site as sites
 from cluster.errors import Parser, UserError, printable, run_to_exit
 from cluster.plan import PASSED
@@ -74,13 +74,14 @@ def _place(folder: Path) -> tuple[str, list[str]]:
     made = [each for each in history.attempts(folder) if last and each.is_of(last[0].job_id)]
     # Where the folder tells that the job is over, Slurm need not answer.
     if last and not history.is_settled(last[0], made):
-        queue = slurm.of(sites.load())
-        job = history.job_of(folder, last[0].job_id, queue.jobs([last[0].job_id]))
+        queue = clusters.at(slurm.of(sites.load()), last[0].cluster)
+        job = clusters.look(queue, {folder: last[0]}).get(folder)
         if job is not None and job.state == "RUNNING" and made and made[-1].nodes:
             node = made[-1].nodes[0]
             shown = slurm.fields_of(queue.call("scontrol", "show", "node", node, "--oneliner"))
-            step = ["srun", f"--jobid={job.job_id}", "--overlap", "--nodes=1", "--ntasks=1"]
-            step += [f"--nodelist={node}", "--cpus-per-task=1", "--gpus=0", "--unbuffered"]
+            step = [*queue.words("srun", f"--jobid={job.job_id}"), "--overlap"]
+            step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpus-per-task=1"]
+            step += ["--gpus=0", "--unbuffered"]
             return shown.get("NodeAddr", node), [*queue.prefix, *step]
     return "127.0.0.1", []
 

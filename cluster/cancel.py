@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from cluster import history, progress, runs, site, slurm
+from cluster import clusters, history, progress, runs, site, slurm
 from cluster.errors import Parser, UserError
 from cluster.reasons import ACTIVE, WAITING
 
@@ -16,7 +16,8 @@ KILL_S = 120
 # What scancel says of a job that ended, or began, in the same moment; the next look tells.
 BETWEEN = ("invalid job id", "already complet", "pending execution", "not running", "no longer")
 MAX_REFUSALS = 5
-NOTHING_TO_SAVE = WAITING | {"CONFIGURING", "POWER_UP_NODE", "SUSPENDED", "STOPPED"}
+SUSPENDED = {"SUSPENDED", "STOPPED"}
+NOTHING_TO_SAVE = WAITING | SUSPENDED | {"CONFIGURING", "POWER_UP_NODE"}
 
 
 def main(argv: list[str]) -> int:
@@ -41,11 +42,11 @@ def main(argv: list[str]) -> int:
             "scancel ends one"
         )
     settings = site.load()
-    queue = slurm.of(settings)
     last = found[-1]
-    job = history.job_of(folder, last.job_id, queue.jobs([last.job_id]))
+    queue = clusters.at(slurm.of(settings), last.cluster)
+    job = clusters.look(queue, {folder: last}).get(folder)
     if job is None or job.state not in ACTIVE:
-        end = history.ending(last, history.attempts(folder), job)
+        end = history.ending(folder, last, history.attempts(folder), job)
         at = f" at step {end.step}" if end.step is not None else ""
         again = (
             "make status" if end.word == "finished" else f"make submit RUN={name} goes on with it"
@@ -100,6 +101,8 @@ class Cancellation:
         while self._is_there():
             now, state = time.monotonic(), self._job.state
             if state in NOTHING_TO_SAVE:
+                if state in SUSPENDED:
+                    self._say("is suspended, so that it cannot save; Slurm ends it")
                 if told != "end" and self._scancel():
                     told, kill_until = "end", now + KILL_S
             elif state == "COMPLETING":
@@ -169,6 +172,9 @@ class Cancellation:
         saved = progress.saved_step(self._folder)
         late = "" if saved_in_time else "; its save was not finished in time"
         serves = "no checkpoint, it starts anew" if saved is None else f"checkpoint step-{saved:08}"
+        came = progress.of(self._folder, made[-1]).step if made else None
+        if came is not None and (lost := came - (saved or 0)) > 0:
+            serves += f"; {lost} step{'s' if lost != 1 else ''} {'are' if lost != 1 else 'is'} lost"
         print(f"job {job_id} is cancelled{late}; continue with make submit RUN={name} ({serves})")
 
 

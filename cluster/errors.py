@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -29,6 +30,9 @@ def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def run_to_exit(main: Callable[[list[str]], int]) -> None:
     """Run a command's `main` and exit with its code; a `UserError` is one line and exit 2."""
+    # A locale that lacks a letter must not end a run at the line that has it, at each resume again.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

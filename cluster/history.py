@@ -22,6 +22,9 @@ from cluster.slurm import QueuedJob
 
 # A line of metrics.jsonl has some hundred bytes; a run of weeks, many megabytes.
 TAIL_BYTES = 65536
+# How Slurm says that the batch script did not even begin: in the queue, and in the accounting,
+# which keeps no reason but an exit code.
+CANNOT_LAUNCH = {"JobLaunchFailure", "0:53"}
 OUTCOMES = ("finished", "stopped", "failed", "unhealthy", "cancelled", "lost")
 
 
@@ -33,6 +36,8 @@ class Submission:
     submitted: str
     """ISO time."""
     num_nodes: int | None
+    cluster: str = ""
+    """Of several on one accounting; empty in records from before it was kept: the one at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,7 @@ def submissions(folder: Path) -> list[Submission]:
                     job_id=job_id,
                     submitted=text(content.get("submitted")),
                     num_nodes=number(content.get("num_nodes")),
+                    cluster=text(content.get("cluster")),
                 )
             )
     return found
@@ -152,7 +158,7 @@ def is_settled(last: Submission, made: list[Attempt]) -> bool:
     return is_final(last, made) or _outcome_of(last, made).get("next") == "stop"
 
 
-def ending(last: Submission, made: list[Attempt], job: QueuedJob | None) -> Ending:
+def ending(folder: Path, last: Submission, made: list[Attempt], job: QueuedJob | None) -> Ending:
     """Return how a job ended that is over, `job` being what Slurm still knows of it."""
     own = [attempt for attempt in made if attempt.is_of(last.job_id)]
     outcome = own[-1].outcome if own else None
@@ -169,13 +175,55 @@ def ending(last: Submission, made: list[Attempt], job: QueuedJob | None) -> Endi
     if outcome is not None:
         return Ending(word="?", step=None, why=f"{own[-1].folder / 'outcome.json'} is damaged")
     if state == "CANCELLED":
-        why = "without a save" if own else "before it started"
+        # Of the accounting, a time; of one that never began, None or Unknown.
+        began = own or (job is not None and job.exit_code and job.start[:1].isdecimal())
+        began = began or slurm_log(folder, last.job_id).exists()
+        why = "without a save" if began else "before it started"
         return Ending(word="cancelled", step=None, why=why)
+    last_words = "" if own else _last_words(folder, last.job_id)
     if state and state != "COMPLETED":
-        return Ending(word="failed", step=None, why=OVER.get(state, text(state)))
-    if own:
-        return Ending(word="lost", step=None, why="it ended without a word, and Slurm forgot it")
-    return Ending(word="lost", step=None, why="Slurm no longer knows it, and it never started")
+        why = _why_failed(folder, last.job_id, job) if job is not None else ""
+        return Ending(word="failed", step=None, why=why + last_words)
+    why = "it ended without a word" if own or state else ""
+    why += "" if state else f"{', and ' if why else ''}Slurm no longer knows it"
+    if not (own or state or last_words):
+        why += ", and it left no log: whether it ever started is unknown"
+    return Ending(word="lost", step=None, why=why + last_words)
+
+
+def slurm_log(folder: Path, job_id: int) -> Path:
+    """Return the log of a job's batch script, up to where its first attempt has its own."""
+    return folder / f"slurm-{job_id}.log"
+
+
+def _why_failed(folder: Path, job_id: int, job: QueuedJob) -> str:
+    log = slurm_log(folder, job_id)
+    if CANNOT_LAUNCH & {job.reason, job.exit_code}:
+        where = f" on {text(job.nodes)}" if job.nodes else ""
+        why = f"Slurm could not launch it{where} (JobLaunchFailure)"
+        return (
+            why
+            if log.exists()
+            else (
+                f"{why}: most often that node cannot open {text(str(log))}, because it has no such "
+                "folder, or not under this path"
+            )
+        )
+    why = OVER.get(job.state, text(job.state))
+    code = job.exit_code.partition(":")[0]
+    return f"{why} (exit code {code})" if job.state == "FAILED" and code.strip("0") else why
+
+
+def _last_words(folder: Path, job_id: int) -> str:
+    """Return what the log of a job without an attempt ends with, as the end of a sentence."""
+    log = slurm_log(folder, job_id)
+    if not log.exists():
+        return ""
+    lines = [text(line.decode(errors="replace")) for line in last_lines(log)]
+    lines = [line for line in lines if line.strip()]
+    said = next((line for line in reversed(lines) if "error" in line.lower()), None)
+    said = said or next(reversed(lines), "nothing")
+    return f"; {log.name} ends with: {said[:300]}"
 
 
 def command_of(outcome: dict[str, Any] | None, name: str) -> str:

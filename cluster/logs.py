@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import history, progress, resolve, runs, site, slurm
+from cluster import clusters, history, progress, resolve, runs, site, slurm
 from cluster.errors import Parser, UserError
 from cluster.reasons import ACTIVE, WAITING, waits
 from cluster.tail import Screen, Tail
@@ -59,6 +59,7 @@ class Queue:
         self._asked = -QUEUE_POLL_S
         self._said_silent = False
         self._over_since: float | None = None
+        self._there: tuple[str, slurm.Slurm] | None = None
         self.last = _newest(folder)
         self.job: slurm.QueuedJob | None = None
         self.absent: UserError | None = None
@@ -114,8 +115,10 @@ class Queue:
         return waited_s >= grace_s or history.is_settled(self.last, made)
 
     def _look(self) -> slurm.QueuedJob | None:
-        queue = slurm.of(site.load()).jobs([self.last.job_id])
-        return history.job_of(self._folder, self.last.job_id, queue)
+        if self._there is None or self._there[0] != self.last.cluster:
+            queue = clusters.at(slurm.of(site.load()), self.last.cluster)
+            self._there = self.last.cluster, queue
+        return clusters.look(self._there[1], {self._folder: self.last}).get(self._folder)
 
 
 class Follower:
@@ -191,7 +194,7 @@ class Follower:
     def _show_slurm_log(self) -> bool:
         job_id = self._queue.last.job_id
         if self._slurm_tail is None or self._slurm_tail[0] != job_id:
-            self._slurm_tail = (job_id, Tail(self._folder / f"slurm-{job_id}.log"))
+            self._slurm_tail = (job_id, Tail(history.slurm_log(self._folder, job_id)))
         return self._slurm_tail[1].show(self._screen)
 
     def _say_waiting(self) -> None:
@@ -207,9 +210,9 @@ class Follower:
 
     def _end(self) -> int:
         made = history.attempts(self._folder)
-        end = history.ending(self._queue.last, made, self._queue.job)
+        end = history.ending(self._folder, self._queue.last, made, self._queue.job)
         own = [attempt for attempt in made if attempt.is_of(self._queue.last.job_id)]
-        log = self._folder / f"slurm-{self._queue.last.job_id}.log"
+        log = history.slurm_log(self._folder, self._queue.last.job_id)
         if own:
             # What the preflight found, or a word of the batch script's, is in its own log.
             names = [f"node-{self._node}.log", "batch.log"]
@@ -286,4 +289,5 @@ def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
     if end.word == "cancelled":
         return f"cancelled{at}{reason}; {again}"
     said = "ended, nobody knows how" if end.word == "?" else end.word
-    return f"{said}{at}{reason}; log: {resolve.short(log)}; {again}"
+    where = f"; log: {resolve.short(log)}" if log.exists() else ""
+    return f"{said}{at}{reason}{where}; {again}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster import container, history, request, resolve, runs, slurm
+from cluster import clusters, container, history, request, resolve, runs, slurm
 from cluster import job as jobs
 from cluster import site as sites
 from cluster.check import limits
@@ -42,7 +42,10 @@ class Plan:
     command: list[str]
     environment: dict[str, str]
     remarks: list[str]
-    expected_start: str
+    trial: slurm.Trial
+    """What Slurm says of it without queueing it."""
+    cluster: str
+    """Where it is queued; empty where Slurm does not tell."""
     is_new: bool
 
 
@@ -99,7 +102,9 @@ def plan_continued(
     before = runs.submissions(folder)
     last = before[-1] if before else {}
     if last:
-        there = history.job_of(folder, last["job_id"], queue.jobs([last["job_id"]]))
+        cluster = str(last.get("cluster", ""))
+        known = clusters.at(queue, cluster).jobs([last["job_id"]])
+        there = history.job_of(folder, last["job_id"], known)
         if there is not None and there.state in ACTIVE:
             raise UserError(
                 f"RUN={options.run}: its job {there.job_id} is {there.state.lower()}; follow it "
@@ -136,7 +141,13 @@ def _plan(
     is_new: bool,
 ) -> Plan | int:
     jobs.strategy_file(accel)
-    remarks = limits.check(queue, site, wanted)
+    if "\\" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"{sites.folder_setting('runs')}: {folder}: Slurm cannot write a log there; choose a "
+            "place without a backslash or control characters in its name"
+        )
+    rules = limits.read(queue)
+    judged = limits.check(rules, site, wanted)
     code_folder = Path.cwd() if is_new else folder / "code"
     runtime = container.choose(
         options.runtime or "apptainer",
@@ -154,11 +165,12 @@ def _plan(
     if isinstance(config, int):
         return config
     name = f"sluice-{record['job']}"
-    batch_script = str((Path.cwd() / "slurm/train.sbatch") if is_new else folder / BATCH_SCRIPT)
+    batch_script = str((sites.here() / "slurm/train.sbatch") if is_new else folder / BATCH_SCRIPT)
     options_of_sbatch = request.sbatch(site, wanted, name=name, folder=folder)
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
     # The run's folder is not there yet: `sbatch --test-only` is asked about a job in this one.
-    trial = request.sbatch(site, wanted, name=name, folder=Path.cwd())
+    trial = request.sbatch(site, wanted, name=name, folder=sites.here())
+    trial += judged.for_trial
     return Plan(
         folder=folder,
         record=record,
@@ -171,8 +183,9 @@ def _plan(
         | _variables(site, wanted, runtime, folder, accel, record, yaml.safe_load(config))
         # For another question of that kind, by the job itself.
         | {"SLUICE_SBATCH_OPTIONS": "\n".join(trial[1:])},
-        remarks=remarks,
-        expected_start=queue.expected_start([*trial, batch_script], passed),
+        remarks=judged.notes,
+        trial=queue.trial([*trial, batch_script], passed),
+        cluster=rules.config.get("ClusterName", ""),
         is_new=is_new,
     )
 

@@ -55,7 +55,20 @@ class Request:
         each += f"{self.processes_per_node} process{many}"
         nodes = f"{self.num_nodes} node{'s' if self.num_nodes != 1 else ''}"
         cpus = f"{self.cpus_per_node} CPU{'s' if self.cpus_per_node != 1 else ''} each"
-        return f"{nodes} x ({each}), {cpus}, at most {self.time}"
+        return f"{nodes} x ({each}), {cpus}, at most {self.time} ({in_words(self.time)})"
+
+
+def in_words(time: str) -> str:
+    """Return a time limit as one says it: of 24:00 not everybody expects 24 minutes."""
+    seconds = slurm.seconds(time)
+    if seconds is None:
+        return "without limit"
+    parts = []
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, seconds = divmod(seconds, length)
+        if count:
+            parts.append(f"{count} {unit}{'s' if count != 1 else ''}")
+    return " ".join(parts) or "no time"
 
 
 def resolve(
@@ -139,7 +152,9 @@ def sbatch(site: Site, request: Request, *, name: str, folder: Path) -> list[str
     command += [f"--time={request.time}", f"--signal=B:USR1@{site.slurm.save_s}"]
     # --export=ALL: of a command that cluster/plan.py gives few variables.
     command += ["--requeue", "--open-mode=append", "--export=ALL"]
-    command += [f"--chdir={folder}", f"--output={folder}/slurm-%j.log"]
+    # To Slurm a % in the name of a folder would begin a pattern, as the %j does.
+    pattern = str(folder).replace("%", "%%")
+    command += [f"--chdir={folder}", f"--output={pattern}/slurm-%j.log"]
     return [*command, *site.slurm.sbatch_flags]
 
 
@@ -174,8 +189,8 @@ def _time(site: Site, time: str) -> str:
     if limit is not None and limit < least:
         where = site.source or "the private cluster"
         raise UserError(
-            f"TIME={time}: leaves no time to train, because the job begins to save "
-            f"{site.slurm.save_s} s before ({where}: slurm.save_s), and Slurm may tell it up to "
-            f"{SIGNAL_EARLY_S} s early; give {duration(least)} or more"
+            f"TIME={time} ({in_words(time)}): leaves no time to train, because the job begins to "
+            f"save {site.slurm.save_s} s before ({where}: slurm.save_s), and Slurm may tell it up "
+            f"to {SIGNAL_EARLY_S} s early; give {duration(least)} or more"
         )
     return time

@@ -87,9 +87,10 @@ def environment() -> dict[str, str]:
 
 def cache_folder() -> Path:
     """Return the folder of downloads: $SLUICE_CACHE, or site.toml's, or `cache` in the checkout."""
-    return site.folder("cache").absolute()
+    return site.here() / site.folder("cache")
 
 
 def short(path: Path) -> str:
     """Return a path as it is said: below the checkout without the checkout's own."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    here = site.here()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -19,12 +19,12 @@ from cluster.errors import UserError
 
 def runs_folder() -> Path:
     """Return the folder of all runs: $SLUICE_RUNS, or site.toml's, or `runs` in the checkout."""
-    return site.folder("runs").absolute()
+    return site.here() / site.folder("runs")
 
 
 def datasets_folder() -> Path:
     """Return the folder of what runs read: $SLUICE_DATASETS, site.toml's, or `datasets` here."""
-    return site.folder("datasets").absolute()
+    return site.here() / site.folder("datasets")
 
 
 def find(name: str) -> Path:
@@ -38,7 +38,7 @@ def find(name: str) -> Path:
     root = runs_folder()
     for candidate in (Path(name), root / name):
         if name and (candidate / "run.json").is_file():
-            return candidate.absolute()
+            return Path(os.path.normpath(site.here() / candidate))
     # A name begins with its time, so that the last is the newest.
     below = [path.parent for path in root.glob("*/*/run.json") if path.parent.name[0] != "."]
     below.sort(key=lambda folder: folder.name)

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from cluster import flags
 from cluster.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
@@ -29,6 +30,8 @@ class Slurm:
     partition: str
     cpus_per_node: int
     gpus_per_node: int
+    cluster: str = ""
+    """Of several on one accounting; empty: what SLURM_CLUSTERS says, or the one at hand."""
     account: str = ""
     qos: str = ""
     gpu_type: str = ""
@@ -196,9 +199,30 @@ def folder(kind: Folder) -> Path:
     site = of_this_machine()
     if named := getattr(site.paths, kind):
         return Path(_expanded(site.source, f"paths.{kind}", named))
+    own = Path(kind) if here() == Path.cwd() else here() / kind
+    if not own.is_symlink():
+        return own
     # What is brought from a laptop has links to folders that stay, and its own place does not.
-    own = Path(kind)
-    return own.resolve() if own.is_symlink() else own
+    stays = Path(os.path.normpath(here() / own.readlink()))
+    return stays if _is_same(stays, own) else own.resolve()
+
+
+def here() -> Path:
+    """Return the current folder under the name by which the user came to it.
+
+    The nodes may know a file system by another path than the login node does, and links are how a
+    site evens that out: where /home/ada leads to /nfs7/ada here, a node may have the first alone.
+    """
+    named = Path(os.environ.get("PWD", ""))
+    is_plain = named.is_absolute() and ".." not in named.parts
+    return named if is_plain and _is_same(named, Path()) else Path.cwd()
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def folder_setting(kind: Folder) -> str:
@@ -259,6 +283,8 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
         good, wanted = False, "filled in"
     if not good:
         raise UserError(f"{path}: {key}: {value!r} is not {wanted}")
+    if key == "slurm.sbatch_flags" and (problem := flags.problem(value)):
+        raise UserError(f"{path}: {key}: {problem}")
 
 
 def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:

@@ -6,16 +6,23 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cluster.errors import UserError
+from cluster.errors import UserError, printable
+from cluster.reasons import OVER
 from cluster.site import EXAMPLE, Site
 
 PRIVATE_CLUSTER = Path("slurm/local")
 # Longer than Slurm's own patience with a controller that does not answer.
 TIMEOUT_S = 120
+# Those that act on another cluster if they are told so.
+TAKE_CLUSTER = {"sbatch", "squeue", "scancel", "scontrol", "sacct", "sshare", "srun"}
+# What any command says that wants the accounting database; behind it stands, as with a controller,
+# that the connection was refused.
+NO_DATABASE = ("failed to open persistent connection", "problem talking to the database")
 UNREACHABLE = (
     "unable to contact slurm controller",
     "connection refused",
@@ -24,9 +31,30 @@ UNREACHABLE = (
     "could not establish a configuration source",
 )
 
+# Why sbatch --test-only finds no start for what sbatch would queue. All else (a rule of the site, a
+# licence, an account) it says of the job itself.
+FOR_NOW = (
+    "requested node configuration is not available",
+    "requested nodes are busy",
+    "nodes required for job are",
+    "required node not available",
+    "violates accounting/qos policy",
+    "requested reservation is in use",
+    "not available now",
+    "temporarily",
+)
+# Which a command begins its own lines with.
+SPEAKER = re.compile(
+    r"^(\w+: (error|fatal): |\w+( error)?: |allocation failure: )(Batch job submission failed: )?"
+)
+
 
 class SlurmError(UserError):
-    """Slurm refused a command; the text is its own last line."""
+    """Slurm refused a command; the text is its own, all of its lines in one."""
+
+
+class DatabaseUnreachable(SlurmError):
+    """The accounting database does not answer; the controller may."""
 
 
 class ControllerUnreachable(SlurmError):
@@ -47,12 +75,14 @@ class QueuedJob:
     folder: str
     """Its working directory: that of its run."""
     reason: str
-    """Why it waits, Slurm's word: Resources, Priority, ...; "None" when it does not."""
+    """Why it waits, or failed, Slurm's word: Resources, JobLaunchFailure, ...; "None" else."""
     nodes: str
     """Where it runs: node[1-2]; empty while it waits."""
     start: str
     """When it started or is expected to, local time in ISO format; "N/A" when unknown."""
     time_left: str
+    exit_code: str = ""
+    """Of a job that ended, as the accounting has it: code:signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +93,20 @@ class Trial:
     """Local time in ISO format; empty where it says none."""
     nodes: str = ""
     refusal: str = ""
-    """Why it would not be taken."""
+    """Why it would not be taken; all that is said of it."""
+    notices: tuple[str, ...] = ()
+    """What the site has to say to whoever submits, besides."""
+
+    def __str__(self) -> str:
+        """When it would start, in words."""
+        if self.refusal:
+            return f"unknown (sbatch --test-only: {self.refusal})"
+        return f"{self.start.replace('T', ' ')} on {self.nodes}" if self.start else "unknown"
+
+    @property
+    def is_for_now(self) -> bool:
+        """Whether the refusal may be of this moment alone, and sbatch take the job all the same."""
+        return any(words in self.refusal.lower() for words in FOR_NOW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +114,14 @@ class Slurm:
     """The commands, where they run: here, or on the private cluster's login node."""
 
     prefix: tuple[str, ...] = ()
+    cluster: str = ""
+    """Of several on one accounting the one to ask; empty: the one at hand."""
+
+    def words(self, *command: str) -> list[str]:
+        """Return a command as it is given to this cluster."""
+        if self.cluster and command[0] in TAKE_CLUSTER:
+            return [command[0], f"--clusters={self.cluster}", *command[1:]]
+        return list(command)
 
     def call(
         self,
@@ -81,11 +132,12 @@ class Slurm:
         """Run a command and return what it prints.
 
         Raises:
-            SlurmError: it failed; `ControllerUnreachable` if nothing answered.
+            SlurmError: it failed; `ControllerUnreachable` or `DatabaseUnreachable` if there was
+                no answer.
         """
         try:
             done = subprocess.run(
-                [*self.prefix, *command],
+                [*self.prefix, *self.words(*command)],
                 env=_plain() if environment is None else environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -103,16 +155,7 @@ class Slurm:
         if done.returncode == 0:
             return done.stdout + done.stderr if with_stderr else done.stdout
         # scontrol says on stdout what it did not find.
-        words = (done.stderr or done.stdout).splitlines()
-        lines = [line.strip() for line in words if line.strip()]
-        said = lines[-1] if lines else f"exit code {done.returncode}"
-        if any(mark in line.lower() for mark in UNREACHABLE for line in lines):
-            kind = NoAnswer if "timed out" in said.lower() else ControllerUnreachable
-            raise kind(
-                f"the Slurm controller does not answer ({said}); try again, `scontrol ping` tells "
-                "when it is back"
-            )
-        raise SlurmError(re.sub(r"^(error|\w+: error|\w+): ", "", said))
+        raise _refusal(sentences(done.stderr or done.stdout), done.returncode)
 
     def jobs(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
         """Return those of these jobs that Slurm still knows."""
@@ -122,8 +165,7 @@ class Slurm:
             return known
         # Asked for one job that it has forgotten, squeue fails; a list it thins out silently.
         several = ",".join(map(str, [*wanted, wanted[0]]))
-        # What may have another bar in it comes last.
-        layout = "%i|%T|%N|%S|%L|%Z|%r"
+        layout = "%i|%T|%N|%S|%L|%r|%Z"
         try:
             listed = self.call("squeue", "-h", "--states=all", f"--jobs={several}", "-o", layout)
         except ControllerUnreachable:
@@ -132,10 +174,10 @@ class Slurm:
             if "invalid job id" in str(error).lower():
                 return known
             raise
-        for line in listed.splitlines():
-            job_id, state, nodes, start, left, folder, reason = line.split("|", 6)
-            known[int(job_id)] = QueuedJob(
-                job_id=int(job_id),
+        for job_id, state, nodes, start, left, reason, folder in _rows(listed, 7):
+            # Of an array or a heterogeneous job, which are not ours, any part will do.
+            known[job_id] = QueuedJob(
+                job_id=job_id,
                 state=state,
                 folder=folder,
                 reason=reason.strip(),
@@ -145,10 +187,46 @@ class Slurm:
             )
         return known
 
+    def ended(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
+        """Return what the accounting knows of jobs that the controller has forgotten.
+
+        Nothing where there is none, or it does not answer.
+        """
+        wanted = ",".join(map(str, sorted(set(ids))))
+        if not wanted:
+            return {}
+        layout = "--format=JobIDRaw,State,ExitCode,NodeList,Start,WorkDir"
+        try:
+            listed = self.call(
+                "sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={wanted}", layout
+            )
+        except SlurmError:
+            return {}
+        return {
+            job_id: QueuedJob(
+                job_id=job_id,
+                # CANCELLED by 1000
+                state=state.split(" ")[0],
+                folder=folder,
+                reason="None",
+                nodes="" if "assigned" in nodes else nodes,
+                start=start,
+                time_left="",
+                exit_code=code,
+            )
+            for job_id, state, code, nodes, start, folder in _rows(listed, 6)
+            # What the database has not heard the end of is unknown.
+            if state.split(" ")[0] in OVER
+        }
+
     def config(self) -> dict[str, str]:
         """Return slurm.conf as the controller has it."""
         shown = self.call("scontrol", "show", "config")
         return dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", shown, re.MULTILINE))
+
+    def name(self) -> str:
+        """Return the cluster's name; empty where it does not tell."""
+        return self.config().get("ClusterName", "")
 
     def trial(self, sbatch: list[str], environment: Mapping[str, str]) -> Trial:
         """Ask when a job would start, without queueing it.
@@ -159,20 +237,51 @@ class Slurm:
         try:
             words = [sbatch[0], "--test-only", *sbatch[1:]]
             said = self.call(*words, environment=environment, with_stderr=True)
-        except ControllerUnreachable:
+        except (ControllerUnreachable, DatabaseUnreachable):
             raise
         except SlurmError as error:
             return Trial(refusal=str(error))
         # 26.05 has a word before "using".
-        found = re.search(r"to start at (\S+) (?:\S+ )?using .* on nodes? (\S+)", said)
-        return Trial(start=found[1], nodes=found[2]) if found else Trial()
+        estimate = r"to start at (\S+) (?:\S+ )?using .* on nodes? (\S+)"
+        notices = tuple(line for line in sentences(said) if not re.search(estimate, line))
+        found = re.search(estimate, said)
+        if found is None:
+            return Trial(notices=notices)
+        return Trial(start=found[1], nodes=found[2], notices=notices)
 
-    def expected_start(self, sbatch: list[str], environment: Mapping[str, str]) -> str:
-        """Return in words when a job would start."""
-        trial = self.trial(sbatch, environment)
-        if trial.refusal:
-            return f"unknown (sbatch --test-only: {trial.refusal})"
-        return f"{trial.start.replace('T', ' ')} on {trial.nodes}" if trial.start else "unknown"
+
+def sentences(said: str) -> list[str]:
+    """Return what a command of Slurm's says in several lines, each once, without who says it."""
+    lines = (SPEAKER.sub("", line.strip()) for line in said.splitlines())
+    return list(dict.fromkeys(printable(line) for line in lines if line))
+
+
+def _refusal(said: list[str], code: int) -> SlurmError:
+    text = "; ".join(said) or f"exit code {code}"
+    lower = text.lower()
+    if any(words in lower for words in NO_DATABASE):
+        return DatabaseUnreachable(
+            f"the accounting database (slurmdbd) does not answer ({said[-1]}); try again later"
+        )
+    if any(words in lower for words in UNREACHABLE):
+        kind = NoAnswer if "timed out" in said[-1].lower() else ControllerUnreachable
+        return kind(
+            f"the Slurm controller does not answer ({said[-1]}); try again, `scontrol ping` tells "
+            "when it is back"
+        )
+    return SlurmError(text)
+
+
+def _rows(listed: str, columns: int) -> Iterator[tuple[Any, ...]]:
+    """Return the lines of a table whose first column is a job's number; the last may hold bars.
+
+    Of the task of an array (12_1) or of a part of a heterogeneous job (12+0) that of the whole.
+    """
+    for line in listed.splitlines():
+        first, *rest = line.split("|", columns - 1)
+        number = re.match(r"\d{1,18}", first)
+        if number and len(rest) == columns - 1:
+            yield int(number[0]), *rest
 
 
 def _plain() -> dict[str, str]:

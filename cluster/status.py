@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import history, progress, runs, site, slurm
+from cluster import clusters, history, progress, runs, site, slurm
 from cluster.cancel import is_requested
-from cluster.errors import Parser, UserError
+from cluster.errors import Parser, UserError, printable
 from cluster.reasons import ACTIVE, WAITING, clock, duration, waits
 
 RECENT_S = 24 * 3600
 VERSION = 1
+NO_REQUEUE = ": will save and end, as Slurm does not queue it again (Requeue=0)"
 # Below this width the notes stand under the table, and the table has fewer columns.
 WIDE = 140
 COLOURS = {"running": "green", "saving": "green", "finished": "bold", "stopped": "yellow"}
@@ -68,19 +69,25 @@ def facts(folders: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]],
     latest = {folder: found[0] for folder, found in last.items() if found}
     made = {folder: history.attempts(folder) for folder in latest}
     asked = {
-        latest[folder].job_id
+        folder: latest[folder]
         for folder in latest
         if not history.is_final(latest[folder], made[folder])
     }
     settings = site.load() if asked else None
-    queue = slurm.of(settings).jobs(asked) if settings else {}
+    jobs: dict[Path, slurm.QueuedJob] = {}
+    silent: dict[str, slurm.SlurmError] = {}
+    if settings:
+        old = () if all_ages else {path for path in asked if not _is_recent(path, made[path])}
+        jobs, silent = clusters.jobs_of(slurm.of(settings), asked, old=old)
     shown, older = [], 0
     for folder, submission in latest.items():
-        job = history.job_of(folder, submission.job_id, queue)
-        if job is not None and job.state in ACTIVE:
+        job = jobs.get(folder)
+        if submission.cluster in silent and folder in asked:
+            shown.append(_unknown(folder, submission, made[folder], silent[submission.cluster]))
+        elif job is not None and job.state in ACTIVE:
             save_s = settings.slurm.save_s if settings else 0
             shown.append(_active(folder, submission, made[folder], job, save_s))
-        elif all_ages or time.time() - _last_sign(folder, made[folder]) < RECENT_S:
+        elif all_ages or _is_recent(folder, made[folder]):
             shown.append(_over(folder, submission, made[folder], job))
         else:
             older += 1
@@ -109,7 +116,8 @@ def _active(
     elif state == "running" and came.needed_s is not None and left is not None:
         note = f"needs {duration(came.needed_s)}, {duration(left)} left"
         if came.needed_s > left - save_s:
-            note += ": will be queued again by itself"
+            requeues = not own or (own[-1].slurm or {}).get("requeues") is not False
+            note += ": will be queued again by itself" if requeues else NO_REQUEUE
     return {
         **_common(folder, last, made, came),
         "state": state,
@@ -130,7 +138,7 @@ def _over(
     job: slurm.QueuedJob | None,
 ) -> dict[str, Any]:
     """Return what is known of a run whose job is over."""
-    end = history.ending(last, made, job)
+    end = history.ending(folder, last, made, job)
     again = f"make submit RUN={history.name_of(folder)}"
     next_step = f"make logs RUN={history.name_of(folder)}"
     if end.word == "finished":
@@ -150,6 +158,23 @@ def _over(
     }
 
 
+def _unknown(
+    folder: Path, last: history.Submission, made: list[history.Attempt], error: slurm.SlurmError
+) -> dict[str, Any]:
+    """Return what is known of a run whose cluster does not answer."""
+    return {
+        **_common(folder, last, made, progress.of(folder, made[-1] if made else None)),
+        "state": "?",
+        "slurm_state": None,
+        "reason": None,
+        "note": f"cluster {last.cluster or 'at hand'}: {printable(str(error))}",
+        "start": None,
+        "nodes": "",
+        "time_left_s": None,
+        "needed_s": None,
+    }
+
+
 def _common(
     folder: Path,
     last: history.Submission,
@@ -160,6 +185,7 @@ def _common(
         "run": history.name_of(folder),
         "folder": str(folder),
         "job_id": last.job_id,
+        "cluster": last.cluster or None,
         "submitted": last.submitted,
         "num_nodes": last.num_nodes,
         "attempts": len(made),
@@ -176,6 +202,10 @@ def _seconds(time_left: str) -> int | None:
     except ValueError:
         # "INVALID" and the like, past the limit.
         return None
+
+
+def _is_recent(folder: Path, made: list[history.Attempt]) -> bool:
+    return time.time() - _last_sign(folder, made) < RECENT_S
 
 
 def _last_sign(folder: Path, made: list[history.Attempt]) -> float:

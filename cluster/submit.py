@@ -12,8 +12,9 @@ import shutil
 import signal
 import time
 
-from cluster import history, remote, resolve, runs, slurm
+from cluster import clusters, history, remote, resolve, runs, slurm
 from cluster import site as sites
+from cluster.check import choice
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.plan import Plan, plan_continued, plan_new
 from cluster.request import Sizes
@@ -47,27 +48,29 @@ def main(argv: list[str]) -> int:
     site = sites.load()
     if site.is_elsewhere:
         return remote.carry_out(site, "cluster.submit", argv)
-    queue = slurm.of(site)
+    queue = clusters.chosen(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
     resolve_plan = plan_continued if options.run else plan_new
     plan = resolve_plan(queue, site, sizes, options, script_arguments)
     if isinstance(plan, int):
         return plan
     if options.plan == "1":
-        say_plan(plan, site)
+        say_plan(queue, plan, site)
         return 0
-    job_id = submit(queue, plan)
+    job_id, notices = submit(queue, plan)
     name = history.name_of(plan.folder)
     print(f"run folder {resolve.short(plan.folder)} ({plan.runtime}), job {job_id}")
+    for notice in notices:
+        print(f"sbatch says: {notice}")
     for remark in plan.remarks:
         print(f"note: {remark}")
-    print(f"expected start: {plan.expected_start}")
+    print(f"expected start: {plan.trial}")
     print(f"follow it with: make logs RUN={name}")
     return 0
 
 
-def submit(queue: slurm.Slurm, plan: Plan) -> int:
-    """Write the run's folder, queue its job, and return the job's id.
+def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
+    """Write the run's folder, queue its job, and return the job's id and what sbatch says besides.
 
     What Slurm refuses leaves no folder. Where it is not known whether it took the job, the folder
     stays: a job without its folder would be worse.
@@ -97,26 +100,27 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
             f"{error.filename}: cannot be written: {error.strerror}; nothing was queued"
         ) from None
     try:
-        answer = queue.call(*plan.command, environment=plan.environment)
+        answer = queue.call(*plan.command, environment=plan.environment, with_stderr=True)
     except slurm.NoAnswer as error:
-        raise _unclear(plan, str(error)) from None
+        raise _unclear(queue, plan, str(error)) from None
     except KeyboardInterrupt:
-        raise _unclear(plan, "interrupted before it answered") from None
+        raise _unclear(queue, plan, "interrupted before it answered") from None
     except slurm.SlurmError as error:
         if plan.is_new:
             shutil.rmtree(plan.folder)
         else:
             runs.write_whole(settings, began_with)
-        raise UserError(f"sbatch: {error}; nothing was queued") from None
+        raise _refused(str(error)) from None
     # From here to the record nothing interrupts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # ID, or ID;CLUSTER where a site has several; a site's own words may come first.
-    found = re.search(r"^(\d+)(;\S*)?$", answer, re.MULTILINE)
+    found = re.search(r"^(\d+)(?:;(\S*))?$", answer, re.MULTILINE)
     if found is None:
-        raise _unclear(plan, f"its answer has no number: {answer.strip()[:100]!r}")
+        raise _unclear(queue, plan, f"its answer has no number: {answer.strip()[:100]!r}")
     job_id = int(found[1])
     entry = {
         "job_id": job_id,
+        "cluster": found[2] or plan.cluster,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "accel": plan.accel,
         "num_nodes": wanted.num_nodes,
@@ -125,28 +129,40 @@ def submit(queue: slurm.Slurm, plan: Plan) -> int:
         "processes_per_node": wanted.processes_per_node,
         "time": wanted.time,
         **plan.runtime.record(),
-        "command": shlex.join(plan.command),
+        "command": shlex.join(queue.words(*plan.command)),
     }
     try:
         with (plan.folder / "jobs.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
     except OSError as error:
+        end = shlex.join(queue.words("scancel", str(job_id)))
         raise UserError(
             f"{plan.folder / 'jobs.jsonl'}: {error.strerror}: job {job_id} is queued but not "
-            f"recorded; end it with scancel {job_id}, make room, and submit again"
+            f"recorded; end it with {end}, make room, and submit again"
         ) from None
-    return job_id
+    return job_id, [line for line in slurm.sentences(answer) if line != found[0]]
 
 
-def _unclear(plan: Plan, why: str) -> UserError:
+def _refused(why: str) -> UserError:
+    return UserError(f"sbatch: {why}; nothing was queued")
+
+
+def _unclear(queue: slurm.Slurm, plan: Plan, why: str) -> UserError:
+    look = shlex.join(queue.words("squeue", "--me", "--format", "%i %Z"))
     return UserError(
-        f"sbatch: {why}; the job may be queued all the same: squeue --me --format '%i %Z' shows "
+        f"sbatch: {why}; the job may be queued all the same: {look} shows "
         f"those of {plan.folder}, which is left as it is"
     )
 
 
-def say_plan(plan: Plan, site: sites.Site) -> None:
-    """Print what would be queued."""
+def say_plan(queue: slurm.Slurm, plan: Plan, site: sites.Site) -> None:
+    """Print what would be queued.
+
+    Raises:
+        UserError: sbatch would refuse it, and not for this moment alone.
+    """
+    if plan.trial.refusal and not plan.trial.is_for_now:
+        raise _refused(plan.trial.refusal)
     print(f"plan: {'a new run' if plan.is_new else 'go on with'} {resolve.short(plan.folder)}")
     print(f"  job        {plan.record['job']} ({plan.accel}), {plan.request}")
     print(
@@ -154,11 +170,14 @@ def say_plan(plan: Plan, site: sites.Site) -> None:
     )
     if plan.request.gpus_per_node and site.is_private:
         print("             the private cluster's GPUs are pretended")
-    print(f"  partition  {site.slurm.partition}")
-    print(f"  start      {plan.expected_start}")
+    where = f" of cluster {queue.cluster}" if queue.cluster else ""
+    print(f"  partition  {choice.of(site).partition}{where}")
+    print(f"  start      {plan.trial}")
+    for notice in plan.trial.notices:
+        print(f"  sbatch     {notice}")
     for remark in plan.remarks:
         print(f"  note       {remark}")
-    print(f"  command    {shlex.join(plan.command)}")
+    print(f"  command    {shlex.join(queue.words(*plan.command))}")
     print("nothing was queued or written")
 
 

@@ -29,40 +29,62 @@ SAVED = 75
 GUILTY_NODES = 3
 SUSPECT_NODES = 5
 GIVEN_UP = 4
+NO_REQUEUE = "Slurm does not queue this job again (Requeue=0)"
 
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    begin_parser = commands.add_parser("begin")
+    begin_parser, end_parser = commands.add_parser("begin"), commands.add_parser("end")
     begin_parser.add_argument("--job", type=int, required=True)
     begin_parser.add_argument("--restarts", type=int, required=True)
     begin_parser.add_argument("--nodes", required=True)
     begin_parser.add_argument("--master", required=True)
-    end_parser = commands.add_parser("end")
+    for each in (begin_parser, end_parser):
+        each.add_argument(
+            "--requeues", default="yes", choices=["yes", "no"], help="if Slurm queues the job again"
+        )
     end_parser.add_argument("--code", type=int, required=True)
     end_parser.add_argument("--state", required=True, help="the job's state, Slurm's word")
     end_parser.add_argument("--asked", default="", help="the signal that the job was sent")
     end_parser.add_argument("--preflight", action="store_true", help="it never came to training")
+    end_parser.add_argument("--refused", default="", help="why Slurm started no processes")
     options = parser.parse_args(argv)
     run = Path(os.environ["SLUICE_RUN_FOLDER"])
     max_restarts = int(os.environ["SLUICE_MAX_RESTARTS"])
     if options.command == "begin":
         nodes = options.nodes.split()
-        return begin(run, options.job, options.restarts, nodes, options.master, max_restarts)
+        return begin(
+            run,
+            options.job,
+            options.restarts,
+            nodes,
+            options.master,
+            may_requeue=options.requeues == "yes",
+            max_restarts=max_restarts,
+        )
     return end(
         run,
         options.code,
         options.state,
         asked=options.asked,
         preflight=options.preflight,
+        refused=options.refused,
+        may_requeue=options.requeues == "yes",
         max_restarts=max_restarts,
     )
 
 
 def begin(
-    run: Path, job_id: int, restarts: int, nodes: list[str], master: str, max_restarts: int
+    run: Path,
+    job_id: int,
+    restarts: int,
+    nodes: list[str],
+    master: str,
+    *,
+    may_requeue: bool,
+    max_restarts: int,
 ) -> int:
     """Make the folder of the next attempt; or give up, if the job was restarted too often."""
     attempts = run / "attempts"
@@ -87,13 +109,24 @@ def begin(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": newest_step(run),
         "master": master,
+        "requeues": may_requeue,
     }
     _write(folder / "slurm.json", record)
     print(number + 1)
     return 0
 
 
-def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_restarts: int) -> int:
+def end(
+    run: Path,
+    code: int,
+    state: str,
+    *,
+    asked: str,
+    preflight: bool,
+    refused: str,
+    may_requeue: bool,
+    max_restarts: int,
+) -> int:
     """Record how the newest attempt ended, and print what the batch script does now."""
     attempts = run / "attempts"
     folder = attempts / str(max(_numbers(attempts)))
@@ -103,6 +136,8 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
             kind, reason = "unhealthy", "the preflight found the allocation unfit"
         elif asked or code in (0, SAVED):
             kind, reason = "stopped", f"{asked or 'asked to stop'} before it could save"
+        elif refused:
+            kind, reason = "failed", f"Slurm did not start its processes: {refused}"
         else:
             kind, reason = "failed", f"exit code {code}"
         _write(
@@ -111,6 +146,8 @@ def end(run: Path, code: int, state: str, *, asked: str, preflight: bool, max_re
         )
     outcome = _read(folder / "outcome.json")
     decision, why = decide(run, outcome, job_id, code, state, max_restarts)
+    if decision == "requeue" and not may_requeue:
+        decision, why = "stop", NO_REQUEUE
     if decision == "cancel":
         outcome["outcome"] = "cancelled"
         _write(folder / "outcome.json", outcome)

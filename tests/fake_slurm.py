@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,11 @@ class FakeSlurm:
         """Whether the controller does not answer."""
         self.on_scancel: Callable[[str], str | None] = lambda arguments: None
         """What scancel does; the words with which it fails, if it does."""
-        self._queue: list[str] = []
+        self.silent_clusters: set[str] = set()
+        """Of several, those whose controllers do not answer."""
+        self.accounting: list[str] | None = None
+        """What sacct tells: "ID STATE [EXIT_CODE [NODES [START]]]"; None: no accounting is kept."""
+        self._queues: dict[str, list[str]] = {}
         self._asked: list[tuple[str, str]] = []
         self._play: Iterator[None] = iter(())
         self._looks_before = 0
@@ -67,9 +72,12 @@ class FakeSlurm:
         monkeypatch.delenv("SLUICE_SITE", raising=False)
         monkeypatch.delenv("COLUMNS", raising=False)
 
-    def set_queue(self, *jobs: str) -> None:
-        """Say what squeue answers: "ID STATE [REASON [NODES [START [LEFT]]]]"; - is nothing."""
-        self._queue = list(jobs)
+    def set_queue(self, *jobs: str, cluster: str = "") -> None:
+        """Say what squeue answers: "ID STATE [REASON [NODES [START [LEFT]]]]"; - is nothing.
+
+        The cluster at hand is called "here"; of others squeue has to name them.
+        """
+        self._queues[cluster] = list(jobs)
 
     def asked(self, command: str) -> list[str]:
         """Return the arguments of each call of a command."""
@@ -96,27 +104,49 @@ class FakeSlurm:
     def _run(self, command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
         name, *arguments = command
         self._asked.append((name, " ".join(arguments)))
+        cluster = ""
+        if arguments and arguments[0].startswith("--clusters="):
+            cluster = arguments.pop(0).removeprefix("--clusters=")
         output: str = ""
         error: str | None = None
-        if name == "squeue" and self.is_silent:
+        if name == "squeue" and (self.is_silent or cluster in self.silent_clusters):
             error = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
         elif name == "squeue":
-            output = self._squeue(arguments)
+            output = self._squeue(arguments, self._queues.get(cluster, []))
+        elif name == "scontrol":
+            output = f"ClusterName             = {cluster or 'here'}\n"
+        elif name == "sacct" and self.accounting is None:
+            error = "Slurm accounting storage is disabled\n"
+        elif name == "sacct":
+            output = self._sacct(arguments)
         else:
             error = self.on_scancel(" ".join(arguments))
         code = 0 if error is None else 1
         return subprocess.CompletedProcess(command, code, output, error or "")
 
-    def _squeue(self, arguments: Sequence[str]) -> str:
+    def _sacct(self, arguments: Sequence[str]) -> str:
         (wanted,) = (word[7:].split(",") for word in arguments if word.startswith("--jobs="))
         lines = []
-        for job in self._queue:
+        for job in self.accounting or []:
+            words = [*job.split(" "), *["-"] * 5][:5]
+            job_id, state, code, nodes, start = ("" if w == "-" else w for w in words)
+            if job_id in wanted:
+                shown = [job_id, state, code or "0:0", nodes or "None assigned", start or "Unknown"]
+                lines.append("|".join([*shown, self._folder_of(int(job_id))]) + "\n")
+        return "".join(lines)
+
+    def _squeue(self, arguments: Sequence[str], queue: Sequence[str]) -> str:
+        (wanted,) = (word[7:].split(",") for word in arguments if word.startswith("--jobs="))
+        lines = []
+        for job in queue:
             words = [*job.split(" "), *["-"] * 6][:6]
             job_id, state, reason, nodes, start, left = ("" if w == "-" else w for w in words)
-            if job_id in wanted:
-                folder = self._folder_of(int(job_id))
-                shown = [job_id, state, nodes, start or "N/A", left or "1:00:00", folder]
-                lines.append("|".join([*shown, reason or "None"]) + "\n")
+            # Of an array or a heterogeneous job the number comes first: 12_1, 12+0.
+            number = re.split("[_+]", job_id)[0]
+            if number in wanted:
+                folder = self._folder_of(int(number))
+                shown = [job_id, state, nodes, start or "N/A", left or "1:00:00", reason or "None"]
+                lines.append("|".join([*shown, folder]) + "\n")
         return "".join(lines)
 
     def _folder_of(self, job_id: int) -> str:
@@ -143,10 +173,13 @@ def _steps(play: Callable[[], Iterator[None] | None]) -> Iterator[None]:
     yield from play() or ()
 
 
-def submit(folder: Path, job_id: int, submitted: str = "2026-01-01T00:00:00+0000") -> None:
+def submit(
+    folder: Path, job_id: int, submitted: str = "2026-01-01T00:00:00+0000", cluster: str = ""
+) -> None:
     """Record a submission."""
     with (folder / "jobs.jsonl").open("a") as stream:
         record = {"job_id": job_id, "submitted": submitted, "num_nodes": 2, "time": "04:00:00"}
+        record |= {"cluster": cluster} if cluster else {}
         stream.write(json.dumps(record) + "\n")
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from cluster import flags
 from cluster.site import Site
 
-# Short and long names of those options of sbatch that are reckoned with.
-KNOWN = {"A": "account", "q": "qos", "p": "partition", "C": "constraint"}
-KNOWN |= {"w": "nodelist", "x": "exclude"}
-LONG = {*KNOWN.values(), "reservation"}
+# Those options of sbatch that are reckoned with.
+KNOWN = {"account", "constraint", "exclude", "nodelist", "partition", "qos", "reservation"}
 # Those that change where a job fits, in ways that are not reckoned with here. `mem` and the like
 # come from the job; a site that adds them asks for something else.
-OTHERS = {"gres", "gpus", "gpus-per-node", "gpus-per-task", "mem", "mem-per-cpu", "mem-per-gpu"}
-OTHERS |= {"nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "cpus-per-gpu", "time", "begin"}
-OTHERS |= {"dependency", "licenses", "switches", "contiguous", "hold", "clusters", "mincpus", "tmp"}
+OTHERS = {"gres", "mem", "mem-per-cpu", "mem-per-gpu", "begin", "oversubscribe", "tres-per-task"}
+OTHERS |= {"dependency", "licenses", "switches", "contiguous", "hold", "mincpus", "tmp"}
 OTHERS |= {"time-min", "deadline", "cores-per-socket", "sockets-per-node", "threads-per-core"}
-OTHERS |= {"hint", "core-spec", "batch", "bb", "prefer", "nodefile", "exclusive-user", "array"}
-SHORT_OTHERS = {"G": "gpus", "N": "nodes", "n": "ntasks", "c": "cpus-per-task", "t": "time"}
-SHORT_OTHERS |= {"d": "dependency", "L": "licenses", "H": "hold", "M": "clusters", "b": "begin"}
-SHORT_OTHERS |= {"F": "nodefile", "S": "core-spec", "B": "cores-per-socket", "a": "array"}
+OTHERS |= {"hint", "core-spec", "batch", "bb", "bbf", "prefer", "nodefile", "exclusive-user"}
+OTHERS |= {"extra-node-info", "thread-spec", "cluster-constraint", "overcommit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +35,11 @@ class Choice:
     nodelist: str = ""
     exclude: str = ""
     is_exclusive: bool = False
+    has_memory: bool = False
+    """Whether a flag of the site says how much memory."""
     not_reckoned_with: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    """Variables that would tell sbatch something, and do not reach it."""
 
 
 def of(site: Site) -> Choice:
@@ -52,8 +51,8 @@ def of(site: Site) -> Choice:
     chosen["qos"] = site.slurm.qos
     others: list[str] = []
     exclusive = False
-    for name, value in _options(site.slurm.sbatch_flags):
-        if name in LONG:
+    for name, value in flags.options(site.slurm.sbatch_flags):
+        if name in KNOWN:
             chosen[name] = value
         elif name == "exclusive":
             exclusive = True
@@ -64,7 +63,9 @@ def of(site: Site) -> Choice:
         where=str(site.source or "the private cluster"),
         gpu_type=site.slurm.gpu_type,
         is_exclusive=exclusive,
+        has_memory=any(other.startswith("--mem") for other in others),
         not_reckoned_with=others,
+        ignored=flags.ignored(os.environ),
         **chosen,
     )
 
@@ -76,23 +77,3 @@ def features(constraint: str) -> list[str] | None:
     if re.fullmatch(r"[\w.:-]+([&,][\w.:-]+)*", constraint):
         return re.split("[&,]", constraint)
     return None
-
-
-def _options(flags: list[str]) -> Iterator[tuple[str, str]]:
-    waiting = ""
-    for flag in flags:
-        if waiting:
-            yield waiting, flag
-            waiting = ""
-        elif flag.startswith("--"):
-            name, equals, value = flag[2:].partition("=")
-            if name in LONG and not equals:
-                waiting = name
-            else:
-                yield name, value
-        elif flag.startswith("-") and len(flag) > 1:
-            letter, value = flag[1], flag[2:].removeprefix("=")
-            if letter in KNOWN and not value:
-                waiting = KNOWN[letter]
-            elif known := KNOWN.get(letter) or SHORT_OTHERS.get(letter):
-                yield known, value

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from cluster import container, image, request, slurm
+from cluster import clusters, container, image, request, slurm
 from cluster import job as jobs
 from cluster import site as sites
 from cluster.check import finding, overview, verdict
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 def _overview(form: str) -> int:
     site = sites.load()
-    shown = overview.facts(slurm.of(site))
+    shown = overview.facts(clusters.chosen(site))
     if form == "json":
         print(json.dumps(shown, indent=2))
         return 0
@@ -82,7 +82,7 @@ def _verdict(options: Any, sizes: Sizes, script_arguments: list[str]) -> int:
         )
     else:
         try:
-            answer = verdict.on(slurm.of(site), site, wanted, job.name)
+            answer = verdict.on(clusters.chosen(site), site, wanted, job.name)
         except slurm.SlurmError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             return NO_VERDICT

@@ -10,7 +10,7 @@ from cluster import hosts, slurm
 from cluster.check import choice as choices
 from cluster.check.choice import Choice
 from cluster.check.nodes import Node
-from cluster.check.partitions import Partition
+from cluster.check.partitions import Partition, memory_per_gpu
 from cluster.request import Request
 
 
@@ -38,6 +38,8 @@ class Demand:
     most_gpus: int | None = None
     most_memory_mb: int | None = None
     """What the largest node of the partition has."""
+    memory_per_gpu_mb: int | None = None
+    """What Slurm gives by default for each GPU, where that decides."""
     unknown: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -51,6 +53,11 @@ class Demand:
         elif self.gives_memory and self.memory_mb:
             parts.append(f"{self.memory_mb} MB")
         return ", ".join(parts) + (", to itself" if self.whole_nodes else "")
+
+    def for_trial(self) -> list[str]:
+        """Return what to tell sbatch --test-only besides: it reckons without this default."""
+        each = self.memory_per_gpu_mb
+        return [] if each is None else [f"--mem-per-gpu={each}M"]
 
     def of_all_nodes(self) -> dict[str, int]:
         """Return what the job takes in all, by Slurm's names; memory in MB, where it is known."""
@@ -96,7 +103,7 @@ def of(
     known: Mapping[str, Node] | None,
 ) -> Demand:
     """Return what a job takes there."""
-    selects = config.get("SelectTypeParameters", "").upper()
+    selects = partition.selects or config.get("SelectTypeParameters", "").upper()
     gives_memory = "MEMORY" in selects
     whole = chosen.is_exclusive or partition.gives_whole_nodes
     whole = whole or "linear" in config.get("SelectType", "")
@@ -119,7 +126,13 @@ def of(
             cpus = math.ceil(cpus / threads) * threads
         if whole:
             cpus = max(cpus, min(node.cpus for node in own))
+    of_a_gpu = _memory_per_gpu(request, partition, config)
     memory = request.memory_per_node_mb or _default_memory(partition, config, cpus)
+    if of_a_gpu is not None:
+        memory = of_a_gpu * request.gpus_per_node
+    most = partition.max_memory_per_cpu_mb or slurm.number(config, "MaxMemPerCPU")
+    if gives_memory and most and request.memory_per_node_mb:
+        cpus = max(cpus, math.ceil(request.memory_per_node_mb / most))
     minutes = _minutes(request)
     kind = chosen.gpu_type if request.gpus_per_node else ""
     demand = Demand(
@@ -134,6 +147,7 @@ def of(
         gives_memory=gives_memory,
         minutes=minutes,
         fitting=None,
+        memory_per_gpu_mb=None if chosen.has_memory else of_a_gpu,
     )
     if own is None:
         return replace(demand, unknown=unknown)
@@ -183,9 +197,21 @@ def _candidates(
     ]
 
 
+def _memory_per_gpu(
+    request: Request, partition: Partition, config: Mapping[str, str]
+) -> int | None:
+    """Return what a job gets for each GPU that asks for no memory; None: that is not how.
+
+    Where it is set it goes before all other defaults, even the cluster's before the partition's.
+    """
+    if request.memory_per_node_mb or not request.gpus_per_node:
+        return None
+    own = partition.memory_per_gpu_mb
+    return memory_per_gpu(config) if own is None else own
+
+
 def _default_memory(partition: Partition, config: Mapping[str, str], cpus: int) -> int | None:
     """Return what of a node a job gets that asks for no memory; None: all, or unknown."""
-
     if partition.memory_per_cpu_mb is not None:
         return partition.memory_per_cpu_mb * cpus
     if partition.memory_per_node_mb is not None:

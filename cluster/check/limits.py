@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import grp
 import os
+import pwd
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -50,20 +51,30 @@ class Judged:
     account: str = ""
     qos: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """All that is to be said of a job that is queued."""
+        return [finding.message for finding in self.findings] + self.remarks
 
-def check(queue: slurm.Slurm, site: Site, request: Request) -> list[str]:
-    """Return remarks on a job that can run some day; of those that never can, say why.
+    @property
+    def for_trial(self) -> list[str]:
+        """What sbatch --test-only is to be told besides."""
+        return self.demand.for_trial() if self.demand else []
+
+
+def check(rules: Rules, site: Site, request: Request) -> Judged:
+    """Return what is found of a job that can run some day; of those that never can, say why.
 
     Slurm's own `--test-only` lets limits pass that then hold the job for ever.
 
     Raises:
         UserError: it can never run; with the limit, and where it is.
     """
-    judged = judge(read(queue), choice.of(site), request)
+    judged = judge(rules, choice.of(site), request)
     for finding in judged.findings:
         if finding.verdict is Verdict.NEVER:
             raise UserError(finding.message)
-    return [finding.message for finding in judged.findings] + judged.remarks
+    return judged
 
 
 def read(queue: slurm.Slurm) -> Rules:
@@ -73,7 +84,7 @@ def read(queue: slurm.Slurm) -> Rules:
         SlurmError: it tells nothing of its settings or partitions.
     """
     config = queue.config()
-    user = getpass.getuser()
+    user = user_name()
     unknown: list[str] = []
     known: dict[str, Node] | None = None
     try:
@@ -95,6 +106,14 @@ def read(queue: slurm.Slurm) -> Rules:
     )
 
 
+def user_name() -> str:
+    """Return who we are to Slurm; USER and LOGNAME may say anything."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return getpass.getuser()
+
+
 def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
     """Hold a job against all rules."""
     name = chosen.partition
@@ -102,6 +121,11 @@ def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
     if chosen.not_reckoned_with:
         flags = ", ".join(chosen.not_reckoned_with)
         remarks.append(f"not reckoned with: {flags} of slurm.sbatch_flags in {chosen.where}")
+    if chosen.ignored:
+        remarks.append(
+            f"not passed on to sbatch: {', '.join(chosen.ignored)} of your environment; "
+            "slurm.sbatch_flags in site.toml is for such"
+        )
     if "," in name:
         # sbatch takes the one where it starts first.
         remarks.append(f"not checked: which of the partitions {name} the job would get")

@@ -44,7 +44,12 @@ class Partition:
     max_memory_per_node_mb: int | None
     memory_per_cpu_mb: int | None
     memory_per_node_mb: int | None
-    """What a job gets that asks for none."""
+    memory_per_gpu_mb: int | None
+    """What a job gets that asks for none; the last, where it is set, if the job has GPUs."""
+    max_memory_per_cpu_mb: int | None
+    """A job that asks for more gets more CPUs."""
+    selects: str
+    """What is given out there, as SelectTypeParameters; empty: as everywhere."""
     gives_whole_nodes: bool
     wants_reservation: bool
     is_for_root: bool
@@ -95,6 +100,9 @@ def _partition(name: str, shows: Mapping[str, str]) -> Partition:
         max_memory_per_node_mb=number(shows, "MaxMemPerNode"),
         memory_per_cpu_mb=number(shows, "DefMemPerCPU"),
         memory_per_node_mb=number(shows, "DefMemPerNode"),
+        memory_per_gpu_mb=memory_per_gpu(shows),
+        max_memory_per_cpu_mb=number(shows, "MaxMemPerCPU"),
+        selects=shows.get("SelectTypeParameters", "NONE").upper().replace("NONE", ""),
         # The second since 26.05.
         gives_whole_nodes=shows.get("OverSubscribe", "").startswith("EXCLUSIVE")
         or shows.get("Exclusive") in ("YES", "NODE"),
@@ -102,6 +110,12 @@ def _partition(name: str, shows: Mapping[str, str]) -> Partition:
         is_for_root=shows.get("RootOnly") == "YES",
         unknown=untold,
     )
+
+
+def memory_per_gpu(shows: Mapping[str, str]) -> int | None:
+    """Return DefMemPerGPU of a partition, or of the cluster, in MB: among its JobDefaults."""
+    found = re.search(r"(?:^|,)DefMemPerGPU=(\d{1,15})(?:,|$)", shows.get("JobDefaults", ""))
+    return int(found[1]) if found else None
 
 
 def _untold(shows: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster import request as requests
@@ -17,7 +16,7 @@ from cluster.errors import printable
 from cluster.plan import PASSED
 from cluster.reasons import clock
 from cluster.request import Request
-from cluster.site import Site
+from cluster.site import Site, here
 
 # A start that is as near as this is now: the scheduler acts in turns.
 NOW_S = 60
@@ -88,7 +87,7 @@ def on(queue: slurm.Slurm, site: Site, request: Request, name: str) -> Answer:
     if not any(finding.verdict is Verdict.NEVER for finding in findings):
         ahead = _ahead(queue, rules, chosen, remarks)
         findings += _room(queue, rules, chosen, judged, ahead, remarks)
-        trial = _trial(queue, site, request, name)
+        trial = _trial(queue, site, request, name, judged.for_trial)
         start, nodes = trial.start, trial.nodes
         findings += _as_slurm_says(trial, findings, ahead, remarks)
         findings = _unless_it_starts(trial, findings, rules, judged, remarks)
@@ -110,17 +109,6 @@ def on(queue: slurm.Slurm, site: Site, request: Request, name: str) -> Answer:
     )
 
 
-# What sbatch says of a job that it will not take later either (slurm_errno.c).
-LASTING = (
-    "invalid",
-    "not available",
-    "not permitted",
-    "not valid",
-    "access/permission denied",
-    "more processors requested than permitted",
-    "too many nodes",
-    "unable to determine",
-)
 # Findings about the nodes, which Slurm's estimate knows of.
 _OF_ROOM = {"Resources", "Nodes", "Reservation", "Priority", "Start"}
 
@@ -171,28 +159,29 @@ def _ahead(
         return []
 
 
-def _trial(queue: slurm.Slurm, site: Site, request: Request, name: str) -> slurm.Trial:
-    words = requests.sbatch(site, request, name=f"sluice-{name}", folder=Path.cwd())
+def _trial(
+    queue: slurm.Slurm, site: Site, request: Request, name: str, besides: list[str]
+) -> slurm.Trial:
+    words = requests.sbatch(site, request, name=f"sluice-{name}", folder=here())
     # With the environment of `make submit`, as some of its variables choose for sbatch too.
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
-    return queue.trial([*words, str(Path("slurm/train.sbatch").absolute())], passed)
+    return queue.trial([*words, *besides, str(here() / "slurm/train.sbatch")], passed)
 
 
 def _as_slurm_says(
     trial: slurm.Trial, findings: list[Finding], ahead: list[room.Waiting], remarks: list[str]
 ) -> list[Finding]:
     """Return what Slurm itself says against it, where nothing that was found explains that."""
-    if any(finding.verdict for finding in findings):
-        return []
-    if trial.refusal:
+    remarks.extend(f"sbatch says: {notice}" for notice in trial.notices)
+    found = any(finding.verdict for finding in findings)
+    if trial.refusal and not (found and trial.is_for_now):
         # The nodes are free as far as can be seen: then it is their kind, or a rule of the site.
-        # Other words may be about this moment alone.
-        lasts = any(words in trial.refusal.lower() for words in LASTING)
+        lasts = not trial.is_for_now or "configuration is not available" in trial.refusal.lower()
         message = f"sbatch would not take it: {printable(trial.refusal)}"
         limit = "sbatch --test-only"
         verdict = Verdict.NEVER if lasts else Verdict.WAITS
         return [Finding(verdict=verdict, limit=limit, whose="Slurm", message=message)]
-    if not _is_later(trial.start):
+    if found or not _is_later(trial.start):
         return []
     if any(job.nodes for job in ahead):
         # Beside those that wait Slurm starts what is over before their time has come, of which its
@@ -215,14 +204,19 @@ def _unless_it_starts(
     judged: limits.Judged,
     remarks: list[str],
 ) -> list[Finding]:
-    """Leave out that others have the nodes, where Slurm would take them from these."""
+    """Leave out that others have the nodes, where Slurm would share them or take them away."""
     begins = epoch(trial.start)
-    qos = rules.accounting.qos.get(judged.qos)
-    if begins is None or begins > time.time() + NOW_S or qos is None or not qos.preempts:
+    if begins is None or begins > time.time() + NOW_S:
         return findings
-    busy = [finding for finding in findings if finding.limit in ("Resources", "Priority")]
-    if busy:
+    qos = rules.accounting.qos.get(judged.qos)
+    preempts = qos is not None and qos.preempts
+    # That somebody is before it in line, the estimate knows only where that one is preempted.
+    limits_of = ("Resources", "Priority") if preempts else ("Resources",)
+    busy = [finding for finding in findings if finding.limit in limits_of]
+    if busy and qos is not None and preempts:
         remarks.append(f"QOS {qos.name} takes nodes from jobs of QOS {', '.join(qos.preempts)}")
+    elif busy:
+        remarks.append("its nodes are in use, and Slurm shares them or takes them from others")
     return [finding for finding in findings if finding not in busy]
 
 

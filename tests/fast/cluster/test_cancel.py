@@ -12,7 +12,7 @@ import pytest
 from cluster import cancel
 from cluster.errors import UserError
 from cluster.jobs import main
-from tests.fake_slurm import FakeSlurm, attempt, submit
+from tests.fake_slurm import FakeSlurm, attempt, log_step, submit
 
 NAME = "tinyllama/20260101-000000-abcdef"
 RUNNING = "12 RUNNING None node[1-2]"
@@ -250,3 +250,19 @@ def test_ctrl_c_lets_the_request_stand(
     assert asked == "job 12 was asked to save and to end; it has 60 s"
     assert "the request stands: make status" in told
     assert (folder / "cancel.json").exists()
+
+
+def test_what_a_suspended_job_loses_is_said(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = slurm.run(NAME, 12)
+    attempt(folder, 1, 12)
+    (folder / "checkpoints/step-00000300").mkdir(parents=True)
+    log_step(folder, 340)
+    slurm.set_queue("12 SUSPENDED None node[1-2]")
+    slurm.on_scancel = lambda arguments: slurm.set_queue("12 CANCELLED")
+    assert run_cancel() == 0
+    assert slurm.asked("scancel") == ["12"]
+    shown = capsys.readouterr().out
+    assert "suspended, so that it cannot save" in shown
+    assert "(checkpoint step-00000300; 40 steps are lost)" in shown

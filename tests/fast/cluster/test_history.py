@@ -73,7 +73,7 @@ def test_damaged_files_count_as_unknown(
         for submission in [last, *history.submissions(folder)]:
             history.is_final(submission, made)
             for job in (None, queued(state), queued("CANCELLED")):
-                end = history.ending(submission, made, job)
+                end = history.ending(folder, submission, made, job)
                 assert end.word in (*history.OUTCOMES, "?")
                 assert (end.word + end.why).isprintable()
         assert all(node.isprintable() for node in made[-1].nodes)
@@ -144,7 +144,7 @@ def test_the_attempt_tells_how_a_job_ended_and_slurm_only_without_it(
     last = history.Submission(job_id=7, submitted="", num_nodes=1)
     fake_slurm.attempt(tmp_path, 1, 7, **outcome)
     job = queued(state) if state else None
-    assert history.ending(last, history.attempts(tmp_path), job).word == word
+    assert history.ending(tmp_path, last, history.attempts(tmp_path), job).word == word
 
 
 def test_an_earlier_jobs_outcome_is_not_a_later_ones(tmp_path: Path) -> None:
@@ -152,5 +152,5 @@ def test_an_earlier_jobs_outcome_is_not_a_later_ones(tmp_path: Path) -> None:
     fake_slurm.attempt(tmp_path, 1, 7, outcome="finished", step=9)
     made = history.attempts(tmp_path)
     assert not history.is_final(last, made)
-    assert history.ending(last, made, None).word == "lost"
-    assert history.ending(last, made, queued("CANCELLED", 8)).why == "before it started"
+    assert history.ending(tmp_path, last, made, None).word == "lost"
+    assert history.ending(tmp_path, last, made, queued("CANCELLED", 8)).why == "before it started"

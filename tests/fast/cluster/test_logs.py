@@ -91,7 +91,8 @@ def test_the_exit_code_says_how_it_ended(
     code: int,
     words: str,
 ) -> None:
-    attempt(slurm.run(NAME, 12), 1, 12, **outcome)
+    path = attempt(slurm.run(NAME, 12), 1, 12, **outcome)
+    (path / "node-0.log").write_text("")
     slurm.set_queue(*([f"12 {state}"] if state else []))
     found, shown = follow(capfdbinary)
     assert found == code
@@ -418,3 +419,14 @@ def test_without_a_reader_it_ends_quietly(
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_log_that_is_not_there_is_not_named_as_one_to_read(
+    slurm: FakeSlurm, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = slurm.run(NAME, 12)
+    slurm.set_queue("12 FAILED JobLaunchFailure node1")
+    code, shown = follow(capfdbinary)
+    assert code == 1
+    assert f"cannot open {folder}/slurm-12.log" in shown.splitlines()[-1]
+    assert "; log: " not in shown

@@ -73,7 +73,7 @@ def test_a_site_whose_image_is_for_cpus_trains_on_cpus_whatever_gpus_are_asked_f
         ({"gpus": "0", "nproc": "65"}, "NPROC=65: a job gets 64 CPUs"),
         ({"time": "soon"}, "TIME=soon: is not a time limit"),
         ({"time": "1:2:3:4"}, "TIME=1:2:3:4: is not a time limit"),
-        ({"time": "9"}, "TIME=9: leaves no time to train"),
+        ({"time": "9"}, "TIME=9 (9 minutes): leaves no time to train"),
     ],
 )
 def test_what_a_node_does_not_have_is_refused(sizes: dict[str, str], said: str) -> None:
@@ -129,3 +129,26 @@ def test_any_other_time_is_refused(time: str) -> None:
         return
     assert found is not None
     assert found >= 0
+
+
+@pytest.mark.parametrize(
+    ("time", "words"),
+    [
+        ("24:00", "24 minutes"),
+        ("90", "1 hour 30 minutes"),
+        ("04:00:00", "4 hours"),
+        ("1-12", "1 day 12 hours"),
+        ("1:30", "1 minute 30 seconds"),
+        ("2-00:00:01", "2 days 1 second"),
+        ("UNLIMITED", "without limit"),
+    ],
+)
+def test_a_time_limit_is_said_back_in_words(time: str, words: str) -> None:
+    assert request.in_words(time) == words
+    assert f"at most {time} ({words})" in str(replace(resolve(), time=time))
+
+
+def test_a_sign_in_the_name_of_a_folder_is_no_pattern_of_slurms() -> None:
+    words = request.sbatch(SITE, resolve(), name="n", folder=Path("/home/100%j"))
+    assert "--chdir=/home/100%j" in words
+    assert "--output=/home/100%%j/slurm-%j.log" in words

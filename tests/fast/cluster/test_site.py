@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import resolve, runs
 from cluster import site as sites
 from cluster.errors import UserError
 from tests.shared import CHECKOUT
@@ -171,3 +172,32 @@ def test_a_folder_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     Path("runs").symlink_to(tmp_path / "shared")
     assert sites.folder("runs") == tmp_path / "shared"
+
+
+def test_a_folder_keeps_the_name_by_which_the_user_came_to_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "nfs7/ada/sluice").mkdir(parents=True)
+    (folder / "home").symlink_to("nfs7/ada")
+    physical, logical = folder / "nfs7/ada/sluice", folder / "home/sluice"
+    monkeypatch.chdir(logical)
+    for pwd, expected in (
+        (str(logical), logical),
+        (str(physical), physical),
+        # Another folder's, as `make -C` has it, or a path that is not plain.
+        (str(folder), physical),
+        (f"{folder}/nfs7/../home/sluice", physical),
+        ("sluice", physical),
+        ("", physical),
+    ):
+        monkeypatch.setenv("PWD", pwd)
+        assert runs.runs_folder() == expected / "runs"
+        assert runs.datasets_folder() == expected / "datasets"
+        assert resolve.cache_folder() == expected / "cache"
+        assert sites.here() / sites.folder("images") == expected / "images"
+        assert resolve.short(runs.runs_folder()) == "runs"
+    # A link to what stays leads there, by its own path.
+    monkeypatch.setenv("PWD", str(logical))
+    (folder / "home/kept").mkdir()
+    Path("runs").symlink_to("../kept")
+    assert runs.runs_folder() == folder / "home/kept"

@@ -113,6 +113,10 @@ def test_a_running_run_says_whether_its_time_is_enough(
     # 660 steps of 500 tokens.
     assert row["needed_s"] == pytest.approx(6600)
     assert row["note"] == "needs 1:50:00, 0:40:00 left: will be queued again by itself"
+    # A plugin of the site may forbid that.
+    record = json.loads((folder / "attempts/1/slurm.json").read_text()) | {"requeues": False}
+    (folder / "attempts/1/slurm.json").write_text(json.dumps(record))
+    assert "Requeue=0" in str(only(capsys)["note"])
     slurm.set_queue("12 RUNNING None node[1-2] 2031-01-01T10:05:00 1-00:00:00")
     assert only(capsys)["note"] == "needs 1:50:00, 1-00:00:00 left"
     slurm.set_queue("12 RUNNING None node[1-2] 2031-01-01T10:05:00 INVALID")

@@ -256,3 +256,25 @@ def test_damaged_records_of_earlier_attempts_do_not_stop_the_next(job: Job, dama
     (job.newest() / "slurm.json").write_text(damage)
     assert job.begin().stdout == "2\n"
     assert job.end(75)
+
+
+def test_a_job_that_slurm_does_not_queue_again_ends_with_its_checkpoint(job: Job) -> None:
+    assert job.call(
+        *("begin", "--job", "12", "--restarts", "0", "--nodes", "node1"),
+        *("--master", "10.0.0.1:1", "--requeues", "no"),
+    ).stdout == ("1\n")
+    assert json.loads((job.newest() / "slurm.json").read_text())["requeues"] is False
+    job.train(4, "stopped")
+    assert job.end(75, "--requeues", "no") == ["stop"]
+    outcome = job.outcome(1)
+    assert (outcome["outcome"], outcome["step"], outcome["next"]) == ("stopped", 4, "stop")
+    assert "Requeue=0" in outcome["why"]
+
+
+def test_a_step_that_slurm_refuses_is_no_nodes_fault_and_tried_once_more(job: Job) -> None:
+    why = "Memory required by task is not available"
+    for decision in ("requeue", "stop"):
+        job.begin()
+        assert job.end(1, "--refused", why) == [decision]
+        outcome = job.outcome(int(job.newest().name))
+        assert (outcome["outcome"], outcome["reason"].endswith(why)) == ("failed", True)

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from cluster import request, slurm
-from cluster.check import command, overview, verdict
+from cluster.check import command, limits, overview, verdict
 from cluster.check.finding import Verdict
 from cluster.errors import UserError
 from cluster.request import Request, Sizes
@@ -194,6 +194,78 @@ SCENES = [
             )
         ],
         partition="MaxCPUsPerNode=2",
+    ),
+    Scene(
+        [Situation("a partition for jobs of other hosts", NEVER, "sbatch --test-only", "")],
+        partition="AllocNodes=node1",
+    ),
+    # ---- what a job gets that asks for no memory, and what comes with memory ----
+    Scene(
+        [Situation("less memory for each GPU than for each node", FITS)],
+        nodes=1,
+        partition="DefMemPerNode=8000 JobDefaults=DefMemPerGPU=1000",
+        running=[{}],
+    ),
+    Scene(
+        [Situation("memory of a GPU, most of it in use", WAITS, "Resources", "")],
+        nodes=1,
+        partition="JobDefaults=DefMemPerGPU=5000",
+        running=[{}],
+    ),
+    Scene(
+        [Situation("more memory for its GPUs than a node has", NEVER, "Nodes", sizes=LARGE)],
+        partition="JobDefaults=DefMemPerGPU=5000",
+    ),
+    Scene(
+        [Situation("memory of a CPU, most of it in use", WAITS, "Resources", "")],
+        nodes=1,
+        partition="DefMemPerCPU=2500",
+        running=[{}],
+    ),
+    Scene(
+        [Situation("memory of a node, most of it in use", WAITS, "Resources", "")],
+        nodes=1,
+        partition="DefMemPerNode=4500",
+        running=[{}],
+    ),
+    Scene(
+        [
+            Situation(
+                "memory for which a node lacks CPUs",
+                NEVER,
+                "Nodes",
+                site={"memory_per_node_mb": 4000},
+                sizes=LARGE,
+            ),
+            Situation("memory for which a node has CPUs", FITS),
+        ],
+        nodes=1,
+        partition="MaxMemPerCPU=500",
+    ),
+    # ---- nodes that are shared in other ways ----
+    Scene(
+        [Situation("CPUs that are given out twice", FITS, sizes={"gpus": "0"})],
+        nodes=1,
+        partition="OverSubscribe=FORCE:2",
+        running=[{"gpus": "0"}],
+    ),
+    Scene(
+        [Situation("the partition's CPUs of a node, in use", WAITS, "Start", "")],
+        nodes=1,
+        partition="MaxCPUsPerNode=2",
+        running=[{}],
+    ),
+    Scene(
+        [Situation("nodes of one user, in use by me", FITS)],
+        nodes=1,
+        partition="ExclusiveUser=YES",
+        running=[{}],
+    ),
+    Scene(
+        [Situation("nodes of one job, in use", WAITS, "Resources", "")],
+        nodes=1,
+        partition="OverSubscribe=EXCLUSIVE",
+        running=[{}],
     ),
     # ---- accounts and QOS ----
     Scene(
@@ -460,9 +532,9 @@ class Place:
         """Return what ends all that has jobs wait here, except for other jobs."""
         scene, name = self.scene, self.name
         modify = ["sacctmgr", "--immediate", "modify"]
-        for what, limits in (("qos", scene.qos), ("account", scene.account), ("user", scene.user)):
-            if limits:
-                lifted = [f"{limit.rpartition('=')[0]}=-1" for limit in limits.split()]
+        for what, those in (("qos", scene.qos), ("account", scene.account), ("user", scene.user)):
+            if those:
+                lifted = [f"{limit.rpartition('=')[0]}=-1" for limit in those.split()]
                 where = [name] if what != "user" else ["where", f"account={name}"]
                 yield [*modify, what, *where, "set", *lifted]
         for node in self.nodes[len(self.nodes) - scene.drained :]:
@@ -622,8 +694,7 @@ def ground(cluster: Cluster) -> Iterator[Ground]:
     made = Ground(cluster, cluster.users[0] if cluster.users else getpass.getuser())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(CHECKOUT)
-        for name in ("LOGNAME", "USER"):
-            patch.setenv(name, made.user)
+        patch.setattr(limits, "user_name", lambda: made.user)
         for name in ("SBATCH_ACCOUNT", "SBATCH_RESERVATION", "SLUICE_CLUSTER_INSIDE"):
             patch.delenv(name, raising=False)
         patch.setenv("SLUICE_CLUSTER", str(cluster.folder))

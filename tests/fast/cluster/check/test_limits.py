@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.check import bounds, choice, limits, nodes, partitions, reservations, room
+from cluster.check import bounds, choice, limits, nodes, partitions, reservations, room, verdict
 from cluster.check.associations import Accounting, Association, Bound, Holder
 from cluster.check.bounds import Holders
 from cluster.check.demand import Demand
@@ -17,6 +17,7 @@ from cluster.check.finding import Finding, Verdict
 from cluster.check.limits import Rules
 from cluster.request import Request
 from cluster.site import PRIVATE
+from cluster.slurm import Trial
 
 REQUEST = Request(
     num_nodes=2,
@@ -209,3 +210,80 @@ def test_whoever_is_next_in_line_and_has_no_plan_yet_is_before_it() -> None:
     held = room.Waiting(job_id="8", reason="JobHeldUser", start="N/A", nodes=())
     assert look(demand(), waiting=(held,)) == []
     assert [finding.limit for finding in look(demand(), waiting=(held, first))] == ["Priority"]
+
+
+@pytest.mark.parametrize(
+    ("partition", "config", "gpus", "memory_mb"),
+    [
+        # As Slurm 22.05 gave it to 1 node with 4 CPUs: tests/real/cluster/test_check.py.
+        ("", {"DefMemPerCPU": "500"}, 2, 2000),
+        ("DefMemPerCPU=700", {"DefMemPerCPU": "500"}, 2, 2800),
+        ("DefMemPerNode=3000", {"DefMemPerCPU": "500"}, 2, 3000),
+        ("JobDefaults=DefMemPerGPU=1000", {"DefMemPerCPU": "500"}, 2, 2000),
+        ("JobDefaults=DefMemPerGPU=1000", {"DefMemPerCPU": "500"}, 0, 2000),
+        ("JobDefaults=DefCpuPerGPU=1,DefMemPerGPU=900 DefMemPerNode=3000", {}, 2, 1800),
+        ("JobDefaults=DefCpuPerGPU=1 DefMemPerNode=3000", {}, 2, 3000),
+        ("DefMemPerNode=3000", {"JobDefaults": "DefCpuPerGPU=1,DefMemPerGPU=900"}, 2, 1800),
+        ("DefMemPerNode=3000", {"JobDefaults": "DefCpuPerGPU=1,DefMemPerGPU=900"}, 0, 3000),
+        ("JobDefaults=DefMemPerGPU=1000", {"JobDefaults": "DefMemPerGPU=900"}, 2, 2000),
+        ("JobDefaults=(null) DefMemPerNode=UNLIMITED", {"JobDefaults": "(null)"}, 2, None),
+    ],
+)
+def test_the_memory_of_a_job_that_asks_for_none(
+    partition: str, config: dict[str, str], gpus: int, memory_mb: int | None
+) -> None:
+    (of_it,) = partitions.parse(f"{PARTITION} {partition}").values()
+    wanted = replace(REQUEST, gpus_per_node=gpus)
+    found = demand_of(wanted, of_it, choice.of(PRIVATE), CONFIG | config, known())
+    assert found.memory_mb == memory_mb
+    # Slurm's own estimate leaves it out unless it is told.
+    by_gpu = gpus and "DefMemPerGPU" in partition + str(config)
+    assert found.for_trial() == ([f"--mem-per-gpu={(memory_mb or 0) // gpus}M"] if by_gpu else [])
+
+
+def test_a_partition_may_give_out_cores_without_memory() -> None:
+    of_it = demand(partition=f"{PARTITION} SelectTypeParameters=CR_CORE")
+    assert (of_it.gives_memory, demand().gives_memory) == (False, True)
+    assert demand(partition=f"{PARTITION} SelectTypeParameters=NONE").gives_memory
+
+
+@pytest.mark.parametrize(("memory_mb", "cpus"), [(1000, 4), (4000, 8), (3999, 8), (0, 4)])
+def test_more_memory_than_goes_with_its_cpus_costs_more_of_them(memory_mb: int, cpus: int) -> None:
+    wanted = replace(REQUEST, memory_per_node_mb=memory_mb)
+    assert demand(wanted, f"{PARTITION} MaxMemPerCPU=500").cpus == cpus
+
+
+def test_memory_that_a_site_says_itself_is_not_said_again() -> None:
+    partition = f"{PARTITION} JobDefaults=DefMemPerGPU=1000"
+    assert demand(partition=partition).for_trial() == ["--mem-per-gpu=1000M"]
+    assert demand(partition=partition, flags=("--mem=0",)).for_trial() == []
+    asked = replace(REQUEST, memory_per_node_mb=10)
+    assert demand(asked, partition).for_trial() == []
+
+
+def test_variables_that_do_not_reach_sbatch_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ARRAY_INX", "SBATCH_EXPORT", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS"):
+        monkeypatch.setenv(name, "x")
+    assert choice.of(PRIVATE).ignored == ["SBATCH_ARRAY_INX", "SBATCH_EXPORT"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "found", "expected"),
+    [
+        ("You must name your project.; Unspecified error", False, [Verdict.NEVER]),
+        # Whatever else hinders it: sbatch would refuse it for this alone.
+        ("You must name your project.; Unspecified error", True, [Verdict.NEVER]),
+        ("Access/permission denied", True, [Verdict.NEVER]),
+        ("Requested node configuration is not available", True, []),
+        # The nodes are free, as far as is known: then it is their kind.
+        ("Requested node configuration is not available", False, [Verdict.NEVER]),
+        ("Requested nodes are busy", False, [Verdict.WAITS]),
+        ("Welcome.; Job violates accounting/QOS policy (job submit limit)", False, [Verdict.WAITS]),
+    ],
+)
+def test_what_sbatch_says_against_a_job_is_for_ever_unless_it_is_of_the_moment(
+    refusal: str, found: bool, expected: list[Verdict]
+) -> None:
+    other = Finding(verdict=Verdict.WAITS, limit="Resources", whose="", message="")
+    said = verdict._as_slurm_says(Trial(refusal=refusal), [other] if found else [], [], [])
+    assert [finding.verdict for finding in said] == expected

@@ -36,8 +36,7 @@ REQUEST = Request(
 
 @pytest.fixture(autouse=True)
 def ada(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, answers.USER)
+    monkeypatch.setattr(limits, "user_name", lambda: answers.USER)
     # This machine has nothing to do with it.
     monkeypatch.setattr(login_node, "facts", lambda unknown: HERE)
 
