@@ -99,7 +99,8 @@ def test_what_has_an_adapter_and_what_has_none_is_said(tied_model_folder: Path) 
     )
     found = adapted(MixtralForCausalLM(shape), rank=2)
     assert lora.describe_adapted(found) == (
-        "; adapters on experts.down_proj, experts.gate_up_proj, gate, k_proj, o_proj, q_proj, v_proj"
+        "; adapters on experts.down_proj, experts.gate_up_proj, gate, "
+        "k_proj, o_proj, q_proj, v_proj"
     )
     found = adapted(MixtralForCausalLM(shape), rank=2, target_modules="q_proj,v_proj")
     total = sum(p.numel() for p in found.parameters())
