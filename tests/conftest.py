@@ -59,7 +59,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"needs(name): runs only with one of {', '.join(NEEDS)}")
     config.addinivalue_line("markers", "computes(processes): takes its turn with this many")
-    config.addinivalue_line("markers", "as_root: only root can do it; nobody else has such a test")
     hypothesis.settings.load_profile("gate")
     # A shell's background jobs ignore Ctrl+C and Ctrl+\, and those of nohup a closed terminal; all
     # that these tests start would, too.
@@ -106,9 +105,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only root can do, where root runs no tests: no machine makes up for that."""
     if os.geteuid() == 0:
         return
-    roots = [item for item in items if item.get_closest_marker("as_root")]
+    roots = [i for i in items for m in i.iter_markers("needs") if "root" in m.args]
     items[:] = [item for item in items if item not in roots]
     config.hook.pytest_deselected(items=roots)
 

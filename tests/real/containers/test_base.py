@@ -272,7 +272,7 @@ def test_without_mmdebstrap_it_says_how_to_get_it(ordinary_user: str, home: Path
     assert not (home / "out").exists()
 
 
-@pytest.mark.as_root  # and so can become a user without a range of ids
+@pytest.mark.needs("root")  # and so can become a user without a range of ids
 def test_a_user_without_a_range_of_ids_is_told(home: Path) -> None:
     result = run_base("nobody", home, home / "out")
     assert one_error(result) == result.stderr.rstrip("\n")

@@ -74,9 +74,14 @@ class Server:
         return self.config
 
     def children(self) -> list[int]:
-        """Return the processes of sshd that serve a connection."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(word) for word in path.read_text().split()]
+        """Return the processes of sshd that serve a connection.
+
+        One for root; for another user a second one below it, without privileges.
+        """
+        found: list[int] = []
+        for pid in _sshd_below(self.process.pid):
+            found += [pid, *_sshd_below(pid)]
+        return found
 
     def stop(self) -> None:
         """End it and all its connections."""
@@ -191,3 +196,11 @@ def _with_files(folder: Path, pam: str) -> list[str]:
         binds += f" && mount --bind {folder}/pam /etc/pam.d/sshd"
     # exec, so that the process that is started is sshd itself.
     return ["unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh"]
+
+
+def _sshd_below(parent: int) -> list[int]:
+    try:
+        words = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return [int(pid) for pid in words if Path(f"/proc/{pid}/comm").read_text()[:4] == "sshd"]
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it has ended meanwhile

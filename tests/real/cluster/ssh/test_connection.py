@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,7 +213,10 @@ def test_a_server_that_falls_silent_in_the_key_exchange_is_given_up(
             real.sendall(b"SSH-2.0-test\r\n")
             connection.sendall(real.makefile("rb").readline())
             size = real.recv(4, socket.MSG_WAITALL)
-            connection.sendall(size + real.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+            offer = real.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+            # On a busy machine the client may have left by now: it was given up all the same.
+            with suppress(OSError):
+                connection.sendall(size + offer)
 
     threading.Thread(target=begin, daemon=True).start()
     host = replace(host_of(server), port=listener.getsockname()[1], connect_timeout_s=1)

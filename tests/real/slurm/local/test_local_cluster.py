@@ -183,7 +183,7 @@ def test_limits_are_kept(cluster: Cluster, options: list[str], refusal: str | No
         assert refusal in done.stderr
 
 
-@pytest.mark.as_root  # whose cluster has other users
+@pytest.mark.needs("root")  # whose cluster has other users
 def test_other_users_run_jobs_as_themselves(cluster: Cluster) -> None:
     name = cluster.users[0]
     assert cluster.output("srun", "id", "--user", "--name", user=name) == name
