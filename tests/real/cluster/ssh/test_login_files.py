@@ -115,8 +115,12 @@ def test_what_a_login_file_leaves_running_holds_up_no_answer(
     (tmp_path / "pipe").write_text("\n")
 
 
-def test_a_bashrc_that_replaces_the_accounts_shell_is_said(backend: str, account: Server) -> None:
+def test_a_bashrc_that_replaces_the_accounts_shell_is_said(
+    backend: str, new_server: NewServer
+) -> None:
     """In a shell that sshd starts, bash reads it although nobody types."""
+    # Whatever the shell is of the account that runs these tests.
+    account = new_server('ForceCommand exec bash -c "$SSH_ORIGINAL_COMMAND"')
     (account.folder / ".bashrc").write_text("echo before; exec dash")
     with (
         connected(backend, account) as there,
