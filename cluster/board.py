@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import clusters, container, history, runs, slurm
+from cluster import clusters, container, history, notation, runs, slurm
 from cluster import site as sites
 from cluster.errors import Parser, UserError, printable, run_to_exit
 from cluster.plan import PASSED
@@ -78,7 +78,7 @@ def _place(folder: Path) -> tuple[str, list[str]]:
         job = clusters.look(queue, {folder: last[0]}).get(folder)
         if job is not None and job.state == "RUNNING" and made and made[-1].nodes:
             node = made[-1].nodes[0]
-            shown = slurm.fields_of(queue.call("scontrol", "show", "node", node, "--oneliner"))
+            shown = notation.fields_of(queue.call("scontrol", "show", "node", node, "--oneliner"))
             step = [*queue.words("srun", f"--jobid={job.job_id}"), "--overlap"]
             step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpus-per-task=1"]
             step += ["--gpus=0", "--unbuffered"]

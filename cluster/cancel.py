@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster import clusters, history, progress, runs, site, slurm
 from cluster.errors import Parser, UserError
 from cluster.reasons import ACTIVE, WAITING
+from cluster.refusals import ControllerUnreachable, SlurmError
 
 POLL_S = 2.0
 # After a plain scancel Slurm itself ends what remains: KillWait, 30 s by default, and an epilog.
@@ -102,7 +103,7 @@ class Cancellation:
             now, state = time.monotonic(), self._job.state
             if state in NOTHING_TO_SAVE:
                 if state in SUSPENDED:
-                    self._say("is suspended, so that it cannot save; Slurm ends it")
+                    self._say("is suspended and cannot save; ending it now")
                 if told != "end" and self._scancel():
                     told, kill_until = "end", now + KILL_S
             elif state == "COMPLETING":
@@ -126,7 +127,7 @@ class Cancellation:
         job_id = self._job.job_id
         try:
             found = self._queue.jobs([job_id]).get(job_id)
-        except slurm.ControllerUnreachable:
+        except ControllerUnreachable:
             if not self._stands:
                 raise
             # Told is told; when the time to save is over, scancel finds out whether it is back.
@@ -141,7 +142,7 @@ class Cancellation:
         """Tell Slurm; return False if the job was between two states, so that a look is due."""
         try:
             self._queue.call("scancel", *flags, str(self._job.job_id))
-        except slurm.SlurmError as error:
+        except SlurmError as error:
             self._refusals += 1
             between = any(words in str(error).lower() for words in BETWEEN)
             if not between or self._refusals > MAX_REFUSALS:

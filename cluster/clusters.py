@@ -12,8 +12,9 @@ from cluster import history, slurm
 from cluster.errors import UserError
 from cluster.flags import CLUSTER_VARIABLES
 from cluster.history import Submission
+from cluster.refusals import SlurmError
 from cluster.site import Site
-from cluster.slurm import QueuedJob, Slurm, SlurmError
+from cluster.slurm import QueuedJob, Slurm
 
 
 def chosen(site: Site) -> Slurm:

@@ -74,6 +74,7 @@ REFUSED: Mapping[str, str] = {
     "gpus-per-node": _SIZES,
     "gpus-per-task": _SIZES,
     "gpus-per-socket": _SIZES,
+    "ntasks-per-tres": _SIZES,
 }
 # Variables with which sbatch is told the same; a job sees the two of cluster/plan.py alone.
 PASSED_VARIABLES = ("SBATCH_ACCOUNT", "SBATCH_RESERVATION")
@@ -125,8 +126,12 @@ def problem(flags: Sequence[str]) -> str:
             return f"'{value}' is not an option of sbatch; write each with its value: --NAME=VALUE"
         if name in REFUSED:
             return f"--{name} cannot be a flag of a site: {REFUSED[name]}"
-        if name == "gres" and re.search(r"(^|,)(gres[:/])?gpu\b", value):
-            return f"--gres={value} cannot be a flag of a site: {_SIZES}, slurm.gpu_type among them"
+        # Slurm's other names for CPUs and GPUs: gpu:2, gres:gpu:a100:2, gres/gpu=2, cpu=4.
+        counts = name == "gres" or name.startswith("tres-per-")
+        if counts and re.search(r"(?i)(^|,)\s*(gres[:/])?(cpu|gpu)\b", value):
+            return (
+                f"--{name}={value} cannot be a flag of a site: {_SIZES}, slurm.gpu_type among them"
+            )
     return ""
 
 

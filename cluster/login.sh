@@ -42,14 +42,14 @@ while true; do
     words+=("$word")
   elif (($? <= 128)); then
     # shellcheck disable=SC2016  # it is to be written so
-    refuse "a login file ($file) ended the shell or put another program in its place, so that" \
-      'nothing was begun; have it do so in interactive shells alone: [[ $- == *i* ]] && ...'
+    refuse "a login file ($file) exits or execs another program, so nothing was started; guard" \
+      'that line with [[ $- == *i* ]] &&'
   elif [[ -z $is_slow ]]; then
     printf 'note: %s: a login file (%s) has not finished after %s s\n' "$HOSTNAME" "$file" "$slow" >&2
     is_slow=yes wait=$limit
   else
     if [[ -n $login ]]; then kill "$login"; fi
-    refuse "a login file ($file) did not finish, so that nothing was begun; what it waits for is" \
+    refuse "a login file ($file) did not finish, so nothing was started; what it waits for is" \
       "seen with: make ssh CMD='bash -lxc true'"
   fi
 done

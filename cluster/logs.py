@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster import clusters, history, progress, resolve, runs, site, slurm
 from cluster.errors import Parser, UserError
 from cluster.reasons import ACTIVE, WAITING, waits
+from cluster.refusals import SlurmError
 from cluster.tail import Screen, Tail
 
 POLL_S = 1.0
@@ -80,7 +81,7 @@ class Queue:
             return True
         try:
             self.job = self._look()
-        except slurm.SlurmError as error:
+        except SlurmError as error:
             if not self._said_silent:
                 print(f"note: {error}; the log goes on meanwhile", file=sys.stderr, flush=True)
             self._said_silent = True
@@ -201,7 +202,8 @@ class Follower:
         job = self._queue.job
         line = ""
         if job is not None and job.state in WAITING:
-            line = f"job {job.job_id} waits: {waits(job.reason, job.start, job.job_id)}"
+            why = waits(job.reason, job.start, job.job_id, job.cluster)
+            line = f"job {job.job_id} waits: {why}"
         elif job is not None and ACTIVE.get(job.state) == "starting":
             line = f"job {job.job_id} waits: its nodes are being started"
         if line and line != self._waited:

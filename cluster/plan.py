@@ -17,6 +17,7 @@ from cluster import site as sites
 from cluster.check import limits
 from cluster.errors import UserError
 from cluster.reasons import ACTIVE
+from cluster.refusals import Trial
 from cluster.request import Request, Sizes
 
 # What a job may see of the submitter's environment; all else stays on the login node.
@@ -42,7 +43,7 @@ class Plan:
     command: list[str]
     environment: dict[str, str]
     remarks: list[str]
-    trial: slurm.Trial
+    trial: Trial
     """What Slurm says of it without queueing it."""
     cluster: str
     """Where it is queued; empty where Slurm does not tell."""

@@ -6,6 +6,7 @@ The codes are those of `man squeue` (JOB REASON CODES, JOB STATE CODES) and of S
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from fnmatch import fnmatchcase
 
@@ -56,14 +57,14 @@ REASONS = (
     ("DependencyNeverSatisfied", "the job that it depends on did not end as wanted; cancel it"),
     ("Dependency", "another job must end first"),
     ("BeginTime", "its time has not come; a job that is queued again waits about two minutes"),
-    ("JobHeldUser", "you hold it; scontrol release {job} lets it go on"),
+    ("JobHeldUser", "you hold it; {release} lets it go on"),
     ("JobHeldAdmin", "an administrator holds it; ask the site's support"),
     (
         "launch?failed?requeued?held",
-        "it could not be started and is held: a node may be broken; scontrol release {job} tries "
+        "it could not be started and is held: a node may be broken; {release} tries "
         "again",
     ),
-    ("job?requeued?in?held?state", "it is held; scontrol release {job} lets it go on"),
+    ("job?requeued?in?held?state", "it is held; {release} lets it go on"),
     ("PartitionTimeLimit", f"its TIME is above the partition's limit; {RESUBMIT} a shorter TIME="),
     (
         "Partition*Node*",
@@ -126,12 +127,17 @@ REASONS = (
 )
 
 
-def why(code: str, job_id: int) -> str:
-    """Return in plain words why a job waits; a code that we do not know stays as it is."""
+def why(code: str, job_id: int, cluster: str = "") -> str:
+    """Return in plain words why a job waits; a code that we do not know stays as it is.
+
+    `cluster`: of several the one that has it; empty: the one at hand.
+    """
     shown = printable(code)
-    for pattern, words in REASONS:
+    words = ["scontrol", *([f"--clusters={cluster}"] if cluster else []), "release", str(job_id)]
+    release = shlex.join(words)
+    for pattern, meaning in REASONS:
         if fnmatchcase(code, pattern):
-            return words.format(job=job_id, code=shown.replace("_", " "))
+            return meaning.format(release=release, code=shown.replace("_", " "))
     return shown
 
 
@@ -151,10 +157,10 @@ def clock(moment: str, now: float | None = None) -> str:
     return f"{day} {hour}"
 
 
-def waits(code: str, start: str, job_id: int) -> str:
+def waits(code: str, start: str, job_id: int, cluster: str = "") -> str:
     """Return why a job waits, and until when as far as Slurm knows."""
     expected = clock(start)
-    return why(code, job_id) + (f"; expected start {expected}" if expected else "")
+    return why(code, job_id, cluster) + (f"; expected start {expected}" if expected else "")
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import slurm
+from cluster import notation
 from cluster.errors import UserError
 from cluster.reasons import duration
 from cluster.site import Site
@@ -60,7 +60,7 @@ class Request:
 
 def in_words(time: str) -> str:
     """Return a time limit as one says it: of 24:00 not everybody expects 24 minutes."""
-    seconds = slurm.seconds(time)
+    seconds = notation.seconds(time)
     if seconds is None:
         return "without limit"
     parts = []
@@ -179,7 +179,7 @@ def _number(variable: str, given: str, least: int) -> int | None:
 
 def _time(site: Site, time: str) -> str:
     try:
-        limit = slurm.seconds(time)
+        limit = notation.seconds(time)
     except ValueError:
         raise UserError(
             f"TIME={time}: is not a time limit; write minutes, hours:minutes:seconds or "

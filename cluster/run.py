@@ -225,8 +225,10 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         tensorboard = Path(sys.executable).with_name("tensorboard")
         # With an image the environment need not have what trains.
         first = "" if tensorboard.exists() else "containers/venv.sh && "
-        logs = resolve.short(folder / "tensorboard")
-        print(f"      {first}{resolve.short(tensorboard)} --logdir {logs}")
+        # A module's PYTHONPATH is not for our Python.
+        words = ["slurm/isolated.sh", resolve.short(tensorboard)]
+        words += ["--logdir", resolve.short(folder / "tensorboard")]
+        print(f"      {first}{shlex.join(words)}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")

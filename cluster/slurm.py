@@ -11,8 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError, printable
+from cluster.errors import UserError
 from cluster.reasons import OVER
+from cluster.refusals import (
+    ControllerUnreachable,
+    DatabaseUnreachable,
+    NoAnswer,
+    SlurmError,
+    Trial,
+    refusal,
+    sentences,
+)
 from cluster.site import EXAMPLE, Site
 
 PRIVATE_CLUSTER = Path("slurm/local")
@@ -20,49 +29,6 @@ PRIVATE_CLUSTER = Path("slurm/local")
 TIMEOUT_S = 120
 # Those that act on another cluster if they are told so.
 TAKE_CLUSTER = {"sbatch", "squeue", "scancel", "scontrol", "sacct", "sshare", "srun"}
-# What any command says that wants the accounting database; behind it stands, as with a controller,
-# that the connection was refused.
-NO_DATABASE = ("failed to open persistent connection", "problem talking to the database")
-UNREACHABLE = (
-    "unable to contact slurm controller",
-    "connection refused",
-    "connect failure",
-    "socket timed out",
-    "could not establish a configuration source",
-)
-
-# Why sbatch --test-only finds no start for what sbatch would queue. All else (a rule of the site, a
-# licence, an account) it says of the job itself.
-FOR_NOW = (
-    "requested node configuration is not available",
-    "requested nodes are busy",
-    "nodes required for job are",
-    "required node not available",
-    "violates accounting/qos policy",
-    "requested reservation is in use",
-    "not available now",
-    "temporarily",
-)
-# Which a command begins its own lines with.
-SPEAKER = re.compile(
-    r"^(\w+: (error|fatal): |\w+( error)?: |allocation failure: )(Batch job submission failed: )?"
-)
-
-
-class SlurmError(UserError):
-    """Slurm refused a command; the text is its own, all of its lines in one."""
-
-
-class DatabaseUnreachable(SlurmError):
-    """The accounting database does not answer; the controller may."""
-
-
-class ControllerUnreachable(SlurmError):
-    """Nothing answers at the controller's address; it may come back."""
-
-
-class NoAnswer(ControllerUnreachable):
-    """The command was sent and not answered: whether it was carried out is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,32 +47,10 @@ class QueuedJob:
     start: str
     """When it started or is expected to, local time in ISO format; "N/A" when unknown."""
     time_left: str
+    cluster: str = ""
+    """Which one was asked, of several; empty: the one at hand."""
     exit_code: str = ""
     """Of a job that ended, as the accounting has it: code:signal."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What `sbatch --test-only` says of a job; a guess, as Slurm has it."""
-
-    start: str = ""
-    """Local time in ISO format; empty where it says none."""
-    nodes: str = ""
-    refusal: str = ""
-    """Why it would not be taken; all that is said of it."""
-    notices: tuple[str, ...] = ()
-    """What the site has to say to whoever submits, besides."""
-
-    def __str__(self) -> str:
-        """When it would start, in words."""
-        if self.refusal:
-            return f"unknown (sbatch --test-only: {self.refusal})"
-        return f"{self.start.replace('T', ' ')} on {self.nodes}" if self.start else "unknown"
-
-    @property
-    def is_for_now(self) -> bool:
-        """Whether the refusal may be of this moment alone, and sbatch take the job all the same."""
-        return any(words in self.refusal.lower() for words in FOR_NOW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +99,7 @@ class Slurm:
         if done.returncode == 0:
             return done.stdout + done.stderr if with_stderr else done.stdout
         # scontrol says on stdout what it did not find.
-        raise _refusal(sentences(done.stderr or done.stdout), done.returncode)
+        raise refusal(command[0], done.stderr or done.stdout, done.returncode)
 
     def jobs(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
         """Return those of these jobs that Slurm still knows."""
@@ -184,6 +128,7 @@ class Slurm:
                 nodes=nodes,
                 start=start,
                 time_left=left,
+                cluster=self.cluster,
             )
         return known
 
@@ -212,6 +157,7 @@ class Slurm:
                 nodes="" if "assigned" in nodes else nodes,
                 start=start,
                 time_left="",
+                cluster=self.cluster,
                 exit_code=code,
             )
             for job_id, state, code, nodes, start, folder in _rows(listed, 6)
@@ -240,7 +186,7 @@ class Slurm:
         except (ControllerUnreachable, DatabaseUnreachable):
             raise
         except SlurmError as error:
-            return Trial(refusal=str(error))
+            return Trial(refused=error.said)
         # 26.05 has a word before "using".
         estimate = r"to start at (\S+) (?:\S+ )?using .* on nodes? (\S+)"
         notices = tuple(line for line in sentences(said) if not re.search(estimate, line))
@@ -248,28 +194,6 @@ class Slurm:
         if found is None:
             return Trial(notices=notices)
         return Trial(start=found[1], nodes=found[2], notices=notices)
-
-
-def sentences(said: str) -> list[str]:
-    """Return what a command of Slurm's says in several lines, each once, without who says it."""
-    lines = (SPEAKER.sub("", line.strip()) for line in said.splitlines())
-    return list(dict.fromkeys(printable(line) for line in lines if line))
-
-
-def _refusal(said: list[str], code: int) -> SlurmError:
-    text = "; ".join(said) or f"exit code {code}"
-    lower = text.lower()
-    if any(words in lower for words in NO_DATABASE):
-        return DatabaseUnreachable(
-            f"the accounting database (slurmdbd) does not answer ({said[-1]}); try again later"
-        )
-    if any(words in lower for words in UNREACHABLE):
-        kind = NoAnswer if "timed out" in said[-1].lower() else ControllerUnreachable
-        return kind(
-            f"the Slurm controller does not answer ({said[-1]}); try again, `scontrol ping` tells "
-            "when it is back"
-        )
-    return SlurmError(text)
 
 
 def _rows(listed: str, columns: int) -> Iterator[tuple[Any, ...]]:
@@ -307,46 +231,3 @@ def of(site: Site) -> Slurm:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on the PATH; log in to a login node of the cluster")
     return Slurm()
-
-
-def fields_of(line: str) -> dict[str, str]:
-    """Return the KEY=VALUE pairs of a line of `scontrol show --oneliner`; values have spaces.
-
-    Of a key that comes twice the first counts: what people write (a reason, a comment) is last,
-    and cannot pass for something else.
-    """
-    _, *parts = re.split(r"(?:^|\s+)([A-Z]\w*(?:/\w+)*)=", line)
-    found: dict[str, str] = {}
-    for key, value in zip(parts[::2], parts[1::2], strict=True):
-        found.setdefault(key, value.strip())
-    return found
-
-
-def number(fields: Mapping[str, str], key: str) -> int | None:
-    """Return the whole number that a field holds; None for UNLIMITED, and for what is none."""
-    value = fields.get(key, "")
-    return int(value) if value.isdecimal() and len(value) < 16 else None
-
-
-def seconds(time: str) -> int | None:
-    """Return a time limit in seconds, None for UNLIMITED.
-
-    Slurm's notations: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
-    days-hours:minutes and days-hours:minutes:seconds (man sbatch, --time).
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if time.upper() in ("UNLIMITED", "INFINITE"):
-        return None
-    if not re.fullmatch(r"(\d+-\d+(:\d\d?){0,2}|\d+(:\d\d?){0,2})", time):
-        raise ValueError(f"'{time}' is no time limit")
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, secs = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, secs = parts
-    else:
-        hours, minutes, secs = 0, parts[0], (*parts, 0)[1]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs

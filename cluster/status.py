@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import clusters, history, progress, runs, site, slurm
+from cluster import clusters, history, notation, progress, runs, site, slurm
 from cluster.cancel import is_requested
 from cluster.errors import Parser, UserError, printable
 from cluster.reasons import ACTIVE, WAITING, clock, duration, waits
+from cluster.refusals import SlurmError
 
 RECENT_S = 24 * 3600
 VERSION = 1
@@ -75,7 +76,7 @@ def facts(folders: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]],
     }
     settings = site.load() if asked else None
     jobs: dict[Path, slurm.QueuedJob] = {}
-    silent: dict[str, slurm.SlurmError] = {}
+    silent: dict[str, SlurmError] = {}
     if settings:
         old = () if all_ages else {path for path in asked if not _is_recent(path, made[path])}
         jobs, silent = clusters.jobs_of(slurm.of(settings), asked, old=old)
@@ -108,7 +109,7 @@ def _active(
     state, note = ACTIVE[job.state], ""
     if job.state in WAITING:
         state = "queued again" if own and state == "waiting" else state
-        note = waits(job.reason, job.start, job.job_id)
+        note = waits(job.reason, job.start, job.job_id, job.cluster)
     elif state == "saving" and own and own[-1].outcome is not None:
         state = "ending"
     elif state == "running" and is_requested(folder, job.job_id):
@@ -159,7 +160,7 @@ def _over(
 
 
 def _unknown(
-    folder: Path, last: history.Submission, made: list[history.Attempt], error: slurm.SlurmError
+    folder: Path, last: history.Submission, made: list[history.Attempt], error: SlurmError
 ) -> dict[str, Any]:
     """Return what is known of a run whose cluster does not answer."""
     return {
@@ -198,7 +199,7 @@ def _common(
 
 def _seconds(time_left: str) -> int | None:
     try:
-        return slurm.seconds(time_left)
+        return notation.seconds(time_left)
     except ValueError:
         # "INVALID" and the like, past the limit.
         return None

@@ -17,6 +17,7 @@ from cluster import site as sites
 from cluster.check import choice
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.plan import Plan, plan_continued, plan_new
+from cluster.refusals import NoAnswer, SlurmError, sentences
 from cluster.request import Sizes
 
 
@@ -101,11 +102,11 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         ) from None
     try:
         answer = queue.call(*plan.command, environment=plan.environment, with_stderr=True)
-    except slurm.NoAnswer as error:
+    except NoAnswer as error:
         raise _unclear(queue, plan, str(error)) from None
     except KeyboardInterrupt:
         raise _unclear(queue, plan, "interrupted before it answered") from None
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         if plan.is_new:
             shutil.rmtree(plan.folder)
         else:
@@ -140,7 +141,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
             f"{plan.folder / 'jobs.jsonl'}: {error.strerror}: job {job_id} is queued but not "
             f"recorded; end it with {end}, make room, and submit again"
         ) from None
-    return job_id, [line for line in slurm.sentences(answer) if line != found[0]]
+    return job_id, [line for line in sentences(answer) if line != found[0]]
 
 
 def _refused(why: str) -> UserError:

@@ -54,7 +54,10 @@ def export(
     model.config.dtype = dtype
     with folder_at_once(output) as folder:
         known = checkpoint / GENERATION
-        if known.exists():
+        if not known.exists():
+            # Of an earlier version, which switched the cache off while it trained.
+            model.config.use_cache = model.generation_config.use_cache = True
+        else:
             # As the base had it: transformers would refuse to save some that it loads.
             model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size="5GB")
@@ -78,8 +81,10 @@ def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     if lacking:
         raise UserError(
             f"{checkpoint}: lacks {lacking[0]}, which checkpoints of an earlier version did not "
-            "hold; go on with the run for a step and export again"
+            "hold; start the run anew"
         )
+    # A weight that another one was tied over would be lost.
+    assert set(names) <= {name for name, _ in model.named_parameters()}
     return model
 
 

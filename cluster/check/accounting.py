@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster import slurm
+from cluster import notation, slurm
 from cluster.check import assoc_mgr
 from cluster.check.assoc_mgr import Live
 from cluster.check.associations import (
@@ -20,6 +20,7 @@ from cluster.check.associations import (
 )
 from cluster.check.nodes import tres
 from cluster.errors import printable
+from cluster.refusals import SlurmError
 
 
 def read(queue: slurm.Slurm, config: Mapping[str, str], user: str) -> Accounting:
@@ -82,7 +83,7 @@ def _rows(
     words = ["--noheader", "--parsable", "show", what, *where, f"format={','.join(layout)}"]
     try:
         shown = queue.call("sacctmgr", *words)
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         # The database may be away while the controller goes on with what it knows.
         unknown.append(f"{what}: sacctmgr says: {printable(str(error))}")
         return []
@@ -117,7 +118,7 @@ def _values(name: str, text: str) -> Iterator[tuple[str, int, str]]:
             yield kind, limit, words.get(kind, str(limit))
     elif "Wall" in name:
         try:
-            wall = slurm.seconds(text) if text else None
+            wall = notation.seconds(text) if text else None
         except ValueError:
             wall = None
         if wall is not None:

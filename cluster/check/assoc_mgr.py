@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from cluster import slurm
+from cluster import notation, slurm
 from cluster.check.associations import (
     GROUP,
     OF_ASSOCIATION,
@@ -21,6 +21,7 @@ from cluster.check.associations import (
     Qos,
 )
 from cluster.errors import printable
+from cluster.refusals import ControllerUnreachable, SlurmError
 
 # Of what (cpu=), the limit (N: none), and how much is in use.
 VALUE = re.compile(r"(?:([\w/:.-]+)=)?(N|\d{1,18})(?:\((\d{1,18})(?:\.\d+)?\))?")
@@ -46,9 +47,9 @@ def read(queue: slurm.Slurm, user: str, unknown: list[str]) -> Live | None:
     try:
         words = ("--oneliner", "show", "assoc_mgr", f"users={user}", "flags=assoc,qos")
         shown = queue.call("scontrol", *words)
-    except slurm.ControllerUnreachable:
+    except ControllerUnreachable:
         raise
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         unknown.append(f"use of the limits: scontrol show assoc_mgr: {printable(str(error))}")
         return None
     live = parse(shown)
@@ -63,7 +64,7 @@ def parse(shown: str) -> Live:
     live = Live([], {})
     for line in shown.splitlines():
         if line.startswith("ClusterName="):
-            shows = slurm.fields_of(line)
+            shows = notation.fields_of(line)
             if {"Account", "UserName", "ParentAccount"} <= set(shows):
                 live.associations.append(shows)
         elif found := re.match(r"QOS=(.+?)\(\d+\) ", line):
@@ -150,7 +151,7 @@ def qos_record(live: Live, name: str, user: str, mine: list[Association] | None)
     own, _, rest = live.qos[name].partition(" Account Limits=")
     accounts, _, users = rest.partition(" User Limits=")
     zero = ",".join(f"{kind}=N(0)" for kind in _kinds(own))
-    record = slurm.fields_of(own)
+    record = notation.fields_of(own)
     ours = {association.account for association in mine or []}
     for who, text, wanted in (("PA", accounts, ours), ("PU", users, _names(live, user))):
         if not SHARES.fullmatch(text.strip()):
@@ -160,7 +161,7 @@ def qos_record(live: Live, name: str, user: str, mine: list[Association] | None)
         for whom, content in re.findall(r"(\S+)=\{([^{}]*)\}", text):
             if whom in wanted or whom.partition("(")[0] in wanted:
                 # Of several accounts of mine the fullest: rather too much than too little.
-                record |= _fuller(record, slurm.fields_of(content))
+                record |= _fuller(record, notation.fields_of(content))
     return record
 
 
@@ -172,7 +173,7 @@ def _fuller(record: Mapping[str, str], other: Mapping[str, str]) -> dict[str, st
 
 
 def _kinds(line: str) -> list[str]:
-    text = slurm.fields_of(line).get("GrpTRES", "")
+    text = notation.fields_of(line).get("GrpTRES", "")
     return [word.partition("=")[0] for word in text.split(",") if "=" in word]
 
 

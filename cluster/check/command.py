@@ -12,12 +12,13 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from cluster import clusters, container, image, request, slurm
+from cluster import clusters, container, image, request
 from cluster import job as jobs
 from cluster import site as sites
 from cluster.check import finding, overview, verdict
 from cluster.check.finding import Finding, Verdict
 from cluster.errors import Parser, UserError, printable, split_at_dashes
+from cluster.refusals import SlurmError
 from cluster.request import Sizes
 
 NO_VERDICT = 3
@@ -83,7 +84,7 @@ def _verdict(options: Any, sizes: Sizes, script_arguments: list[str]) -> int:
     else:
         try:
             answer = verdict.on(clusters.chosen(site), site, wanted, job.name)
-        except slurm.SlurmError as error:
+        except SlurmError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             return NO_VERDICT
         answer.remarks.extend(_of_image(wanted))

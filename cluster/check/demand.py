@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster import hosts, slurm
+from cluster import hosts, notation
 from cluster.check import choice as choices
 from cluster.check.choice import Choice
 from cluster.check.nodes import Node
@@ -130,7 +130,7 @@ def of(
     memory = request.memory_per_node_mb or _default_memory(partition, config, cpus)
     if of_a_gpu is not None:
         memory = of_a_gpu * request.gpus_per_node
-    most = partition.max_memory_per_cpu_mb or slurm.number(config, "MaxMemPerCPU")
+    most = partition.max_memory_per_cpu_mb or notation.number(config, "MaxMemPerCPU")
     if gives_memory and most and request.memory_per_node_mb:
         cpus = max(cpus, math.ceil(request.memory_per_node_mb / most))
     minutes = _minutes(request)
@@ -172,7 +172,7 @@ def of(
 
 def _minutes(request: Request) -> int | None:
     """Return the time limit in minutes, as Slurm rounds it; None: unlimited."""
-    seconds = slurm.seconds(request.time)
+    seconds = notation.seconds(request.time)
     return None if seconds is None else math.ceil(seconds / 60)
 
 
@@ -216,6 +216,6 @@ def _default_memory(partition: Partition, config: Mapping[str, str], cpus: int) 
         return partition.memory_per_cpu_mb * cpus
     if partition.memory_per_node_mb is not None:
         return partition.memory_per_node_mb
-    if (each := slurm.number(config, "DefMemPerCPU")) is not None:
+    if (each := notation.number(config, "DefMemPerCPU")) is not None:
         return each * cpus
-    return slurm.number(config, "DefMemPerNode")
+    return notation.number(config, "DefMemPerNode")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cluster import slurm
+from cluster import notation
 from cluster.request import Request
 
 
@@ -50,8 +50,8 @@ def never(
 def over_time(request: Request, limit: str, whose: str, name: str) -> Finding | None:
     """Return that a job's time is above a limit, if it is."""
     try:
-        most = slurm.seconds(limit)
-        asked = slurm.seconds(request.time)
+        most = notation.seconds(limit)
+        asked = notation.seconds(request.time)
     except ValueError:
         return None
     if most is None or (asked is not None and asked <= most):

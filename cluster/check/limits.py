@@ -23,6 +23,7 @@ from cluster.check.finding import Finding, Verdict, never, over_time
 from cluster.check.nodes import Node
 from cluster.check.partitions import Partition
 from cluster.errors import UserError, did_you_mean, printable
+from cluster.refusals import ControllerUnreachable, SlurmError
 from cluster.request import Request
 from cluster.site import Site
 
@@ -89,9 +90,9 @@ def read(queue: slurm.Slurm) -> Rules:
     known: dict[str, Node] | None = None
     try:
         known = nodes.read(queue)
-    except slurm.ControllerUnreachable:
+    except ControllerUnreachable:
         raise
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         unknown.append(f"nodes: scontrol show node: {printable(str(error))}")
     if known is not None and not known:
         known = None
@@ -123,8 +124,8 @@ def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
         remarks.append(f"not reckoned with: {flags} of slurm.sbatch_flags in {chosen.where}")
     if chosen.ignored:
         remarks.append(
-            f"not passed on to sbatch: {', '.join(chosen.ignored)} of your environment; "
-            "slurm.sbatch_flags in site.toml is for such"
+            f"ignored from your environment: {', '.join(chosen.ignored)}; "
+            "set it in slurm.sbatch_flags of site.toml"
         )
     if "," in name:
         # sbatch takes the one where it starts first.

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.slurm import Slurm, fields_of
+from cluster.notation import fields_of
+from cluster.slurm import Slurm
 
 # A state has several words (IDLE+DRAIN, MIXED+PLANNED, DOWN*): the first of these that is among
 # them tells what may come of the node.

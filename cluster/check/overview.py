@@ -20,6 +20,7 @@ from cluster.check.partitions import Partition
 from cluster.check.reservations import Reservation, epoch
 from cluster.errors import printable
 from cluster.reasons import WAITING, waits
+from cluster.refusals import ControllerUnreachable, SlurmError
 
 VERSION = 1
 Answer = TypeVar("Answer")
@@ -71,9 +72,9 @@ def _facts(queue: slurm.Slurm, unknown: dict[str, str]) -> dict[str, Any]:
 def _or_unknown(what: str, ask: Callable[[], Answer], unknown: dict[str, str]) -> Answer | None:
     try:
         return ask()
-    except slurm.ControllerUnreachable:
+    except ControllerUnreachable:
         raise
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         unknown[what] = printable(str(error))
         return None
 
@@ -266,11 +267,11 @@ def _float(text: str) -> float | None:
 def _jobs(queue: slurm.Slurm) -> list[dict[str, Any]]:
     # What may have another bar in it comes last.
     layout = "%i|%T|%P|%q|%D|%S|%L|%r|%j"
-    return my_jobs(queue.call("squeue", "--noheader", "--me", "--format", layout))
+    return my_jobs(queue.call("squeue", "--noheader", "--me", "--format", layout), queue.cluster)
 
 
-def my_jobs(said: str) -> list[dict[str, Any]]:
-    """Return my jobs of what squeue prints."""
+def my_jobs(said: str, cluster: str = "") -> list[dict[str, Any]]:
+    """Return my jobs of what squeue prints of that cluster; empty: of the one at hand."""
     found = []
     for line in said.splitlines():
         cells = line.split("|", 8)
@@ -291,7 +292,7 @@ def my_jobs(said: str) -> list[dict[str, Any]]:
                 "start": start if epoch(start) is not None else None,
                 "time_left": None if waiting else left,
                 "reason": reason if waiting else None,
-                "why": waits(reason, start, number) if waiting else None,
+                "why": waits(reason, start, number, cluster) if waiting else None,
             }
         )
     return found

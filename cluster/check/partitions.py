@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.slurm import Slurm, fields_of, number
+from cluster.notation import fields_of, number
+from cluster.slurm import Slurm
 
 # What every release tells, as it does: a limit that cannot be read is not the same as none.
 READABLE = {

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 
 from cluster import hosts
-from cluster.slurm import Slurm, fields_of
+from cluster.notation import fields_of
+from cluster.slurm import Slurm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from cluster.check.reservations import epoch
 from cluster.errors import printable
 from cluster.plan import PASSED
 from cluster.reasons import clock
+from cluster.refusals import POLICY, ControllerUnreachable, SlurmError, Trial
 from cluster.request import Request
 from cluster.site import Site, here
 
@@ -127,9 +128,9 @@ def _room(
     kept: dict[str, reservations.Reservation] = {}
     try:
         kept = reservations.read(queue)
-    except slurm.ControllerUnreachable:
+    except ControllerUnreachable:
         raise
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         remarks.append(f"unknown: reservations: {printable(str(error))}")
     return list(
         room.look(
@@ -152,16 +153,16 @@ def _ahead(
         remarks.append("unknown: jobs of others that are before it in line: this site hides them")
     try:
         return room.waiting(queue, chosen.partition)
-    except slurm.ControllerUnreachable:
+    except ControllerUnreachable:
         raise
-    except slurm.SlurmError as error:
+    except SlurmError as error:
         remarks.append(f"unknown: who waits in the partition: {printable(str(error))}")
         return []
 
 
 def _trial(
     queue: slurm.Slurm, site: Site, request: Request, name: str, besides: list[str]
-) -> slurm.Trial:
+) -> Trial:
     words = requests.sbatch(site, request, name=f"sluice-{name}", folder=here())
     # With the environment of `make submit`, as some of its variables choose for sbatch too.
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
@@ -169,14 +170,17 @@ def _trial(
 
 
 def _as_slurm_says(
-    trial: slurm.Trial, findings: list[Finding], ahead: list[room.Waiting], remarks: list[str]
+    trial: Trial, findings: list[Finding], ahead: list[room.Waiting], remarks: list[str]
 ) -> list[Finding]:
     """Return what Slurm itself says against it, where nothing that was found explains that."""
     remarks.extend(f"sbatch says: {notice}" for notice in trial.notices)
     found = any(finding.verdict for finding in findings)
-    if trial.refusal and not (found and trial.is_for_now):
+    # One that says how many jobs may be queued is known to pass.
+    full = any("SubmitJobs" in finding.limit for finding in findings)
+    explained = (found and trial.is_for_now) or (full and trial.is_because_of(POLICY))
+    if trial.refusal and not explained:
         # The nodes are free as far as can be seen: then it is their kind, or a rule of the site.
-        lasts = not trial.is_for_now or "configuration is not available" in trial.refusal.lower()
+        lasts = not trial.is_for_now or trial.is_because_of("configuration is not available")
         message = f"sbatch would not take it: {printable(trial.refusal)}"
         limit = "sbatch --test-only"
         verdict = Verdict.NEVER if lasts else Verdict.WAITS
@@ -198,7 +202,7 @@ def _is_later(start: str) -> bool:
 
 
 def _unless_it_starts(
-    trial: slurm.Trial,
+    trial: Trial,
     findings: list[Finding],
     rules: limits.Rules,
     judged: limits.Judged,
@@ -216,7 +220,7 @@ def _unless_it_starts(
     if busy and qos is not None and preempts:
         remarks.append(f"QOS {qos.name} takes nodes from jobs of QOS {', '.join(qos.preempts)}")
     elif busy:
-        remarks.append("its nodes are in use, and Slurm shares them or takes them from others")
+        remarks.append("its nodes are in use, but the partition oversubscribes or preempts")
     return [finding for finding in findings if finding not in busy]
 
 

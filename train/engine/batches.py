@@ -44,6 +44,8 @@ class PackedText:
     """Tokens that stand for what the tokenizer does not know."""
     spelled: dict[str, int] = field(default_factory=dict)
     """How often the text spells a special token that only we place: it was taken as text."""
+    read: dict[str, int] = field(default_factory=dict)
+    """How often it spells an end that was taken as the token."""
 
     def describe(self) -> str:
         """Return what was made of the text, in a line."""
@@ -58,6 +60,10 @@ class PackedText:
             f"'{token}' stands {count:,} times in it and is taken as text "
             "(for the token: --data.parse_special_tokens true)"
             for token, count in self.spelled.items()
+        ]
+        told += [
+            f"'{token}' stands {count:,} times in it and is taken as the end that it spells"
+            for token, count in self.read.items()
         ]
         return "; ".join(told)
 
@@ -101,7 +107,8 @@ def pack(
                     int(np.count_nonzero(tokens == unknown)) if unknown is not None else 0
                 )
                 largest = max(largest, int(tokens.max(initial=0)))
-                spelled.update({token: piece.text.count(token) for token in tokenizer.literal})
+                for token in (*tokenizer.literal, *tokenizer.read):
+                    spelled[token] += piece.text.count(token)
                 is_blank = is_blank and not piece.text.strip()
             # An encoding takes about 100 bytes a character; two batches at once would double it.
             del batch, encoded, piece, encoding, ids, tokens
@@ -117,7 +124,8 @@ def pack(
         num_bytes=num_bytes,
         vocab_size=largest + 1,
         num_unknown=num_unknown,
-        spelled={token: count for token, count in spelled.items() if count},
+        spelled={token: spelled[token] for token in tokenizer.literal if spelled[token]},
+        read={token: spelled[token] for token in tokenizer.read if spelled[token]},
     )
     if num_bytes > MAX_BYTES_PER_TOKEN * num_tokens:
         raise UserError(

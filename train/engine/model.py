@@ -10,19 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from train.engine import tokenizer as tokenizers
 from train.engine.errors import UserError
 from train.engine.presets import PRESETS
-from train.engine.rehearsal import (
-    ENCODER,
-    LANGUAGE_MODEL,
-    auto_class,
-    check_loaded,
-    not_read,
-    read_config,
-)
+from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
 from train.engine.settings import TrainingConfig
 from train.engine.staging import staged_path
 
@@ -58,22 +50,8 @@ def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
         UserError: it cannot be loaded, is not causal, or its files lack a weight or hold one that
             is not finite.
     """
-    disable_progress_bar()
-    set_verbosity_error()
-    config = read_config(folder)
-    try:
-        # Without dtype the weights would come in the precision they were stored in.
-        model, loading = auto_class(kind).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever transformers and what it calls raise
-        raise not_read(folder, kind, config, error) from None
-    check_loaded(folder, kind, model, loading)
+    model: PreTrainedModel = load(folder, kind)[0]
+    check_finite(folder, model)
     _check_sees(folder, kind, model)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     return model
@@ -83,25 +61,34 @@ def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
 def _check_sees(folder: Path, kind: str, model: PreTrainedModel) -> None:
     """Raise `UserError` if a language model looks ahead, or an encoder does not.
 
-    Changes the last token of a text and looks at what the model makes of those before it.
+    Changes a token of a text and looks at what the model makes of those before it.
     """
     embedding: Any = model.get_input_embeddings()
     vocab_size = int(embedding.weight.shape[0])
-    first = torch.arange(12)[None] * 7 % vocab_size
+    length = min(12, getattr(model.config, "max_position_embeddings", None) or 12)
+    changed = length * 2 // 3
+    # Special tokens, which padding is, mostly have the first ids or the last.
+    first = torch.arange(length)[None] * 5 % max(1, vocab_size // 2) + vocab_size // 4
     second = first.clone()
-    second[0, -1] = (first[0, -1] + vocab_size // 2) % vocab_size
-    one, other = (model(input_ids=ids)[0][0, :-1].float() for ids in (first, second))
+    second[0, changed] = (first[0, changed] + vocab_size // 8 + 1) % vocab_size
+    caches = {"use_cache": False} if kind == LANGUAGE_MODEL else {}
+    try:
+        one, other = (
+            model(input_ids=ids, **caches)[0][0, :changed].float() for ids in (first, second)
+        )
+    except Exception as error:  # whatever a model raises that wants more than ids
+        raise not_read(folder, kind, model.config, error) from None
     # Experts see batches of other sizes, and sum in another order.
     looks_ahead = bool((one - other).abs().max() > 1e-4 * one.abs().max())
-    kinds = f"model.name: {folder}: a {model.config.model_type}"
+    where = f"model.name: {folder}: {model.config.model_type}"
     if kind == LANGUAGE_MODEL and looks_ahead:
         raise UserError(
-            f"{kinds} whose tokens see what comes after them, so that it would learn to copy; give "
-            "a causal language model, such as a Llama or GPT-2 (or is_decoder in its config.json)"
+            f"{where} attends in both directions and would learn to copy; give a causal language "
+            "model, such as Llama or GPT-2, or set is_decoder in its config.json"
         )
     if kind == ENCODER and not looks_ahead:
         raise UserError(
-            f"{kinds} whose tokens see only what comes before them; give an encoder, such as "
+            f"{where} is a causal model; give an encoder, such as "
             "sentence-transformers/all-MiniLM-L6-v2"
         )
 

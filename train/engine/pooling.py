@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.engine import tokenizer
 from train.engine.errors import UserError
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
-TRANSFORMER = "sentence_bert_config.json"
-FILES = (MODULES, PROMPTS, TRANSFORMER, "*_Pooling/config.json")
+# By the kind of encoder that the library thought of first.
+KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+TRANSFORMERS = tuple(f"sentence_{kind}_config.json" for kind in KINDS)
+FILES = (MODULES, PROMPTS, *TRANSFORMERS, "*_Pooling/config.json")
 MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -35,6 +38,37 @@ class Pooling:
     """Tokens that are read of a text; None: as many as there are positions."""
 
 
+def check_plain(folder: Path | None) -> None:
+    """Raise `UserError` if a folder wants a prompt before every text, where none is given."""
+    if prompt := read(folder).default_prompt:
+        raise UserError(
+            f"model.name: {folder} wants '{prompt}' before every text, which this lab does not "
+            "write; put it into the texts and take default_prompt_name out of "
+            f"{PROMPTS}, or choose another encoder"
+        )
+
+
+def check_compared(folder: Path | None) -> None:
+    """Raise `UserError` if vectors of a folder are not compared by their angle alone."""
+    if folder is None:
+        return
+    wanted = _object(folder / PROMPTS).get("similarity_fn_name") or "cosine"
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in _list(folder / MODULES)]
+    if wanted != "cosine" and not (wanted == "dot" and "Normalize" in kinds):
+        raise UserError(
+            f"model.name: {folder / PROMPTS} asks for the similarity {wanted}; passages are "
+            "compared by cosine, so choose another encoder"
+        )
+
+
+def prompt_tokens(folder: Path | None, tokenizer_folder: Path) -> int:
+    """Return the tokens that the longer of the prompts takes of what the encoder reads."""
+    found = read(folder)
+    encode = tokenizer.load(tokenizer_folder).tokenizer.encode
+    prompts = (found.query_prompt, found.document_prompt)
+    return max(len(encode(prompt, add_special_tokens=False).ids) for prompt in prompts)
+
+
 def read(folder: Path | None) -> Pooling:
     """Return the pooling of an encoder's folder.
 
@@ -46,11 +80,12 @@ def read(folder: Path | None) -> Pooling:
     prompts = _object(folder / PROMPTS)
     named: dict[str, str] = prompts.get("prompts") or {}
     default = named.get(prompts.get("default_prompt_name") or "", "")
-    transformer = _object(folder / TRANSFORMER)
+    file = next((file for name in TRANSFORMERS if (file := folder / name).exists()), None)
+    transformer = _object(file) if file else {}
     if transformer.get("do_lower_case"):
         raise UserError(
-            f"model.name: {folder / TRANSFORMER} asks for do_lower_case, which is not supported; "
-            "set it in the tokenizer, or choose another encoder"
+            f"model.name: {file} asks for do_lower_case, which is not supported; set it in the "
+            "tokenizer, or choose another encoder"
         )
     return Pooling(
         mode=_mode(folder),

@@ -33,28 +33,10 @@ def rehearse(folder: Path, kind: str) -> dict[str, Any]:
         UserError: transformers cannot read it as this, it is quantized or of several kinds of
             input, or its files lack a weight, or have one of another shape than config.json says.
     """
-    config = read_config(folder)
-    import torch
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
     from train.engine.model import from_folder
 
-    disable_progress_bar()
-    # What it would report is said here, in a line.
-    set_verbosity_error()
-    try:
-        model, loading = auto_class(kind).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever transformers and what it calls raise
-        raise not_read(folder, kind, config, error) from None
-    _check_weights(folder, kind, model, loading)
+    model, loading = load(folder, kind, device_map="meta")
+    config = model.config
     if kind == LANGUAGE_MODEL:
         _check_trainable(folder, model)
     if sum(p.numel() for p in model.parameters()) <= READ_WHOLE:
@@ -66,15 +48,54 @@ def rehearse(folder: Path, kind: str) -> dict[str, Any]:
         "num_hidden_layers": int(config.num_hidden_layers),
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "pad_token_id": getattr(config, "pad_token_id", None),
-        "notes": _notes(folder, model, loading),
+        "notes": loading["notes"],
     }
 
 
-def auto_class(kind: str) -> Any:
-    """Return the class of transformers that reads this kind of model."""
-    from transformers import AutoModel, AutoModelForCausalLM
+def load(folder: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a folder in fp32 and eval mode, and transformers' report on it.
 
-    return AutoModelForCausalLM if kind == LANGUAGE_MODEL else AutoModel
+    Raises:
+        UserError: it is none of this kind, or its files lack a weight or have another shape.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    config = read_config(folder)
+    disable_progress_bar()
+    # What it would report is said here, in a line.
+    set_verbosity_error()
+    kinds = {LANGUAGE_MODEL: AutoModelForCausalLM, ENCODER: AutoModel}
+    try:
+        # Without dtype the weights would come in the precision they were stored in.
+        model, loading = kinds[kind].from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except Exception as error:  # whatever transformers and what it calls raise
+        raise not_read(folder, kind, config, error) from None
+    _check_weights(folder, kind, model, loading)
+    loading["notes"] = _notes(folder, model, loading)
+    if model.config.tie_word_embeddings and has_own_head(model):
+        # transformers takes the head that the files have; an export must not tie it again.
+        model.config.tie_word_embeddings = False
+        loading["notes"].append(
+            f"model.name: {folder}: its files have a head of its own, which config.json ties to "
+            "the embedding; the head is kept, and trained on its own"
+        )
+    return model, loading
+
+
+def has_own_head(model: Any) -> bool:
+    """Return whether the weights of a model's head are others than those of its embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def read_config(folder: Path) -> Any:
@@ -123,8 +144,8 @@ def not_read(folder: Path, kind: str, config: Any, error: Exception) -> UserErro
     where = f"model.name: {folder}"
     if fields.get("auto_map") and "trust_remote_code" in text:
         return UserError(
-            f"{where}: a {model_type} brings Python code of its own, which is not run; give a "
-            "model that transformers knows"
+            f"{where}: {model_type} needs custom code (trust_remote_code), which is not run here; "
+            "choose a model that is built into transformers"
         )
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return UserError(
@@ -140,14 +161,10 @@ def not_read(folder: Path, kind: str, config: Any, error: Exception) -> UserErro
     return UserError(f"{where} cannot be loaded as {_a(kind)}: {lines[0]}")
 
 
-def check_loaded(folder: Path, kind: str, model: Any, loading: dict[str, Any]) -> None:
-    """Raise `UserError` unless the weights of a model all came from its files and are numbers.
-
-    `loading` is what `from_pretrained` says with output_loading_info.
-    """
+def check_finite(folder: Path, model: Any) -> None:
+    """Raise `UserError` if a weight of a model is not a number."""
     import torch
 
-    _check_weights(folder, kind, model, loading)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(
@@ -203,8 +220,8 @@ def _check_trainable(folder: Path, model: Any) -> None:
     lost = sorted(set(model.state_dict()) ^ set(again.state_dict()))
     if lost:
         raise UserError(
-            f"model.name: {folder}: its config.json does not survive being saved: {_named(lost)} "
-            "would be lost in an export; give another model"
+            f"model.name: {folder}: saving and loading its config.json gives another model, which "
+            f"would lose {_named(lost)} in an export; give another model"
         )
 
 
@@ -214,10 +231,9 @@ def _notes(folder: Path, model: Any, loading: dict[str, Any]) -> list[str]:
     unused = sorted(loading["unexpected_keys"])
     # A head, where the model is asked for without one.
     heads = [name for name in unused if alone and not name.startswith(prefix)]
-    told = ((heads, "a head, which is"), ([n for n in unused if n not in heads], "no use, and"))
+    told = ((heads, "of a head that is"), ([n for n in unused if n not in heads], "that are"))
     return [
-        f"model.name: {folder}: {_count(names, 'weight')} of its files ({_named(names)}) are of "
-        f"{what} left out"
+        f"model.name: {folder}: ignored {_count(names, 'weight')} {what} not used ({_named(names)})"
         for names, what in told
         if names
     ]

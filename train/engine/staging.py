@@ -15,9 +15,11 @@ from train.engine import batches, hub, modelfolder, pooling, texts, tokenizer
 from train.engine.errors import UserError
 from train.engine.once import datasets_folder, make_once, named_by_content
 from train.engine.presets import PRESETS
-from train.engine.rehearsal import LANGUAGE_MODEL
+from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL
 from train.engine.settings import StagedPaths, TrainingConfig
 
+# In the folder of an encoder of the hub that has no file about its pooling, and was asked for one.
+FETCHED = "fetched"
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -198,6 +200,15 @@ def stage_model(
 
     folder = datasets_folder() / "models" / stem
     make_once(folder, download, f"model.name: {name}", online=online, goes_on=True)
+    if kind == ENCODER and not any((folder / file).exists() for file in (FETCHED, pooling.MODULES)):
+        # Of a version that did not ask how an encoder's vectors are pooled.
+        if not online:
+            raise UserError(
+                f"model.name: {folder} was fetched without the files that say how it is pooled; "
+                "run `make fetch` where there is a network"
+            )
+        hub.download_model(name, revision, folder, list(pooling.FILES))
+        (folder / FETCHED).touch()
     return _checked(folder, kind, tokenizer_source)
 
 

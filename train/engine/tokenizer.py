@@ -48,6 +48,8 @@ class LoadedTokenizer:
     eos_id: int | None
     literal: tuple[str, ...] = ()
     """Special tokens that only we place: a text that spells one (`<s>` in HTML) holds no token."""
+    read: tuple[str, ...] = ()
+    """Ends of a document that a text may spell, as the chat template writes them."""
     special_ids: frozenset[int] = frozenset()
     """All special tokens, which a person is not shown."""
     unknown_id: int | None = None
@@ -117,6 +119,7 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
         frame["bos_id"],
         frame["eos_id"],
         tuple(literal),
+        tuple(frame.get("read", ())),
         special_ids,
         frame.get("unknown_id"),
     )
@@ -128,7 +131,9 @@ def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
             tokens |= json.loads((folder / name).read_text(encoding="utf-8"))
-    ids = {token["content"]: token["id"] for token in form.get("added_tokens") or ()}
+    vocabulary = form["model"].get("vocab")
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {token["content"]: token["id"] for token in form.get("added_tokens") or ()}
     bos, eos = (_content(tokens.get(key)) for key in ("bos_token", "eos_token"))
     return {"bos_id": ids.get(bos), "eos_id": ids.get(eos), "literal": []}
 
@@ -236,7 +241,7 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
     bos and eos are what tokenizer_config.json or special_tokens_map.json says, also if it says
     null; where they do not mention it, config.json's id; else what the tokenizer's class has.
     `add_bos_token: false` says that the model never saw a bos. A special token that the chat
-    template writes is one wherever a text spells it.
+    template writes is one wherever a text spells it, and so is the eos that it names.
     """
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -257,7 +262,9 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
     others = (getattr(loaded, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask"))
     placed = {i for i in (bos, eos, *others) if i is not None}
     template = loaded.chat_template or ""
-    template = template if isinstance(template, str) else json.dumps(template)
+    template = template if isinstance(template, str) else "".join(template.values())
+    # By its name, as many templates end a message; a beginning is placed, and no text spells it.
+    written = {loaded.eos_token} if eos is not None and "eos_token" in template else set()
     return {
         "bos_id": None if said.get("add_bos_token") is False and bos != eos else bos,
         "eos_id": eos,
@@ -265,8 +272,9 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
         "literal": sorted(
             token
             for token in loaded.convert_ids_to_tokens(sorted(placed))
-            if token not in template and json.dumps(token)[1:-1] not in template
+            if token not in written and token not in template
         ),
+        "read": sorted(written),
     }
 
 

@@ -135,9 +135,11 @@ def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
     model = config.model
     is_of_the_hub = model.preset is None and not Path(model.name).is_dir()
     pooling = pooling_of(embedder.model)
+    wanted = {"pooling": pooling.mode, "query_prompt": pooling.query_prompt}
+    wanted["document_prompt"] = pooling.document_prompt
     return {
         # What every encoder of an older index had is not mentioned in it.
-        **({} if pooling == type(pooling)() else {"pooling": repr(pooling)}),
+        **{k: v for k, v in wanted.items() if v not in ("mean", "")},
         "encoder": f"{model.preset}, random weights" if model.preset else model.name,
         "revision": model.revision if is_of_the_hub else None,
         "weights_sha256": weights_sha256(embedder.model),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import request, slurm
+from cluster import notation, request
 from cluster.errors import UserError
 from cluster.request import Sizes
 from cluster.site import Container, Paths, Site, Slurm
@@ -118,13 +118,13 @@ def test_the_sbatch_command_says_it_all() -> None:
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(time: str, expected: int | None) -> None:
-    assert slurm.seconds(time) == expected
+    assert notation.seconds(time) == expected
 
 
 @given(st.text(alphabet="0123456789:-dhm ", max_size=12))
 def test_any_other_time_is_refused(time: str) -> None:
     try:
-        found = slurm.seconds(time)
+        found = notation.seconds(time)
     except ValueError:
         return
     assert found is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster import slurm
+from cluster import notation, slurm
 
 
 class Says(slurm.Slurm):
@@ -32,7 +32,7 @@ def test_an_estimate_that_is_none() -> None:
 
 def test_the_first_of_a_key_counts() -> None:
     line = "NodeName=n1 OS=Linux 6.1 #1 SMP State=DOWN Reason=bad State=IDLE [root@today]"
-    fields = slurm.fields_of(line)
+    fields = notation.fields_of(line)
     assert (fields["OS"], fields["State"], fields["Reason"]) == ("Linux 6.1 #1 SMP", "DOWN", "bad")
 
 

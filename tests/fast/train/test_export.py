@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from train import export, tinyllama
 from train.engine import arguments, checkpoint, model, tokenizer
+from train.engine.durable import describe
 from train.engine.errors import RunFailed, UserError
 from train.engine.staging import staged_path
 
@@ -234,3 +235,90 @@ def test_exported_files_have_the_modes_that_the_umask_says(run: Path, umask: int
     assert stat.S_IMODE((run / "export").stat().st_mode) == 0o777 & ~umask
     for path in (run / "export").iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path
+
+
+@pytest.fixture
+def chat_run(
+    tied_model_folder: Path,
+    make_config: Callable[..., tinyllama.Config],
+    device: torch.device,
+    tmp_path: Path,
+) -> Path:
+    """Return a run of a model whose generation settings are those of a chat model."""
+    folder = shutil.copytree(tied_model_folder, tmp_path / "chat")
+    (folder / "generation_config.json").write_text(json.dumps(CHAT))
+    (tmp_path / "run").mkdir()
+    config = make_config(*TIED, str(folder), "--max_steps", "1", "--checkpoint.every_steps", "1")
+    return train(tmp_path / "run", config, device)
+
+
+# As some of the field come: several ends, and what transformers would refuse to save.
+CHAT = {"bos_token_id": 0, "eos_token_id": [1, 7, 11], "do_sample": False, "temperature": 0.6}
+
+
+def test_an_export_has_the_generation_settings_of_its_base(chat_run: Path) -> None:
+    export.main([str(chat_run)])
+    written = json.loads((chat_run / "export/generation_config.json").read_text())
+    assert written == {**written, **CHAT} and written.get("use_cache", True)
+    exported: Any = load(chat_run / "export")
+    assert exported.generation_config.eos_token_id == CHAT["eos_token_id"]
+    # Each end ends a text, and after the prompt the model sees one token at a time.
+    widths: list[int] = []
+    exported.register_forward_pre_hook(
+        lambda m, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompt = torch.tensor([[3, 4, 5]])
+    for end in (7, 11):
+        head = exported.get_output_embeddings()
+        chosen = torch.full((head.weight.shape[0],), -1e4)
+        chosen[end] = 1e4
+        handle = head.register_forward_hook(lambda m, args, out, chosen=chosen: out + chosen)
+        assert exported.generate(prompt, max_new_tokens=5)[0].tolist() == [3, 4, 5, end]
+        handle.remove()
+    widths.clear()
+    never = torch.zeros(head.weight.shape[0])
+    never[CHAT["eos_token_id"]] = -1e4
+    head.register_forward_hook(lambda m, args, out: out + never)
+    assert exported.generate(prompt, max_new_tokens=5).shape == (1, 8)
+    assert widths == [3, 1, 1, 1, 1]
+
+
+def test_an_older_checkpoint_is_exported_with_its_cache_on(chat_run: Path) -> None:
+    checkpoint_folder = chat_run / "checkpoints/step-00000001"
+    (checkpoint_folder / "generation_config.json").unlink()
+    config = json.loads((checkpoint_folder / "config.json").read_text())
+    (checkpoint_folder / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    manifest = json.loads((checkpoint_folder / "manifest.json").read_text())
+    del manifest["files"]["generation_config.json"]
+    manifest["files"]["config.json"] = describe(checkpoint_folder / "config.json")
+    (checkpoint_folder / "manifest.json").write_text(json.dumps(manifest))
+    export.main([str(chat_run)])
+    exported: Any = load(chat_run / "export")
+    assert exported.config.use_cache and exported.generation_config.use_cache
+    held = tensors_of(checkpoint_folder)
+    assert all(torch.equal(held[name], p) for name, p in exported.named_parameters())
+
+
+def test_a_head_that_config_ties_but_the_files_have_is_exported_as_it_was_trained(
+    tied_model_folder: Path,
+    make_config: Callable[..., tinyllama.Config],
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(tied_model_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "run").mkdir()
+    run = train(tmp_path / "run", make_config(*TIED, str(folder), "--max_steps", "2"), device)
+    export.main([str(run)])
+    held, exported = tensors_of(run / "checkpoints/step-00000002"), load(run / "export")
+    assert torch.equal(exported.get_output_embeddings().weight, held["lm_head.weight"])
+    assert not torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
+    assert not torch.equal(held["lm_head.weight"], weights["lm_head.weight"])
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    (shard,) = folder.glob("shard-*.safetensors")
+    held = load_file(shard)
+    return {k.removeprefix("weight/"): v for k, v in held.items() if k.startswith("weight/")}

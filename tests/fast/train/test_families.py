@@ -169,7 +169,12 @@ def write_model(family: str, folder: Path) -> None:
     # By its constructor, which checks what belongs together and counts the layers.
     config = CONFIG_MAPPING[family](**(wanted | MORE.get(family, {})))
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
+        if name in dict(model.named_buffers()):
+            # Not the zeros that an export would have of itself.
+            model.get_buffer(name).normal_()
+    model.save_pretrained(folder)
 
 
 def lines(run_folder: Path) -> list[dict[str, Any]]:

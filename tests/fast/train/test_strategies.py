@@ -5,6 +5,8 @@ More of it, with accumulation and other numbers of processes, is in tests/real/t
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,19 @@ SETTINGS = [
     *("--max_steps", "4", "--log_every_steps", "1", "--evaluation.every_steps", "4"),
     *("--checkpoint.every_steps", "100", "--export", "false"),
 ]
-# A model that trains in another way, such as with dropout, is one more line here.
-MODELS = {"tiny": ["--model.preset", "tiny"]}
+MODEL = ["--model.preset", "tiny"]
 
 
 def train(
     run_folder: Path,
-    model: str,
+    model: list[str],
     accel: str,
     num_processes: int,
     environment: dict[str, str],
     *words: str,
 ) -> list[dict[str, Any]]:
     """Train, and return of each step what follows from the arithmetic."""
-    words = (*MODELS[model], *SETTINGS, "--run_folder", str(run_folder), *words)
+    words = (*model, *SETTINGS, "--run_folder", str(run_folder), *words)
     done = ranks.run(accel, num_processes, "train.tinyllama", *words, environment=environment)
     assert done.returncode == 0, done.stderr
     assert f"{accel}, {num_processes} x CPU, fp32: " in done.stdout
@@ -47,32 +48,43 @@ def train(
     return [{key: line[key] for key in keys if key in line} for line in read_metrics(run_folder)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def one_process(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    clean_environment: dict[str, str],
-) -> tuple[str, list[dict[str, Any]]]:
-    """Return a model, and its curve on one process without a wrapper."""
-    folder = tmp_path_factory.mktemp("one")
-    curve = train(folder, request.param, "ddp", 1, clean_environment)
+    tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return the curve on one process without a wrapper."""
+    curve = train(tmp_path_factory.mktemp("one"), MODEL, "ddp", 1, clean_environment)
     assert [line["step"] for line in curve] == list(range(5))
     assert curve[4]["loss"] < curve[1]["loss"] - 0.1
     assert all(line["grad_norm"] > 0.5 for line in curve[1:]), "clipping took no part"
-    return request.param, curve
+    return curve
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tied_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the settings of a model whose loss tells at once whether it trains or is asked."""
+    folder = shutil.copytree(tied_model_folder, tmp_path_factory.mktemp("dropout") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    return [
+        *("--model.preset", "null", "--model.name", str(folder)),
+        *("--model.gradient_checkpointing", "true"),
+    ]
 
 
 @pytest.mark.computes(2)
 @pytest.mark.parametrize("accel", ranks.STRATEGIES)
 def test_two_processes_train_as_one_and_after_a_stop_to_the_last_bit(
-    one_process: tuple[str, list[dict[str, Any]]],
+    one_process: list[dict[str, Any]],
+    with_dropout: list[str],
     clean_environment: dict[str, str],
     tmp_path: Path,
     accel: str,
 ) -> None:
-    model, expected = one_process
-    straight = train(tmp_path / "straight", model, accel, 2, clean_environment)
-    for line, expected_line in zip(straight, expected, strict=True):
+    found = train(tmp_path / "two", MODEL, accel, 2, clean_environment)
+    for line, expected_line in zip(found, one_process, strict=True):
         assert line == pytest.approx(expected_line, abs=TOLERANCE)
-    stopped = train(tmp_path / "stopped", model, accel, 2, clean_environment, "--dry_run")
+    # With dropout, and no evaluation between the stop at step 3 and step 4.
+    straight = train(tmp_path / "straight", with_dropout, accel, 2, clean_environment)
+    stopped = train(tmp_path / "stopped", with_dropout, accel, 2, clean_environment, "--dry_run")
     assert stopped == straight

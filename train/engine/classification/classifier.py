@@ -62,7 +62,13 @@ def load(
         ) from None
     inside = model.base_model.state_dict()
     known = base.state_dict()
-    model.base_model.load_state_dict({name: known[name] for name in inside})
+    lacking = [name for name in inside if name not in known]
+    if any(not name.startswith("pooler.") for name in lacking):
+        raise UserError(
+            f"model.name: {folder}: a classifier of a {base.config.model_type} has weights of its "
+            f"own inside the encoder ({lacking[0]}); choose another encoder"
+        )
+    model.base_model.load_state_dict({n: known[n] for n in inside if n in known}, strict=False)
     if model.config.pad_token_id is None:
         raise UserError(
             f"model.name: {folder} has no padding token, so that texts of different lengths make "

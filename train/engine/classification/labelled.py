@@ -159,7 +159,7 @@ def _stage(
     place = staging.relative_to_datasets
     if model.preset is None:
         folder = staging.stage_model(model.name, model.revision, ENCODER, online=online)
-        pooling.read(folder)
+        pooling.check_plain(folder)
         tokenizer_folder = staging.place_tokenizer(folder, model.name)
     else:
         folder = None

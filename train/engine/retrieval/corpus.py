@@ -63,15 +63,18 @@ def stage(
         rows = passages.stage_rows(data, sample, online)
         if model.preset is None:
             folder = staging.stage_model(model.name, model.revision, ENCODER, online=online)
+            pooling.check_compared(folder)
             tokenizer_folder = staging.place_tokenizer(folder, model.name)
         else:
             folder = None
             tokenizer_folder = labelled.train_tokenizer(rows, "text", "the passages")
-    known = max_positions(folder)
+    prompt_tokens = pooling.prompt_tokens(folder, tokenizer_folder)
+    known = max_positions(folder) - prompt_tokens
     if settings.length > known:
+        beside = f" beside a prompt of {prompt_tokens}" if prompt_tokens else ""
         raise UserError(
             f"chunks.length: {settings.length} is more than the {known} tokens that the encoder "
-            f"reads; try --chunks.length {known}"
+            f"reads{beside}; try --chunks.length {known}"
         )
     made_of = (FORMAT, rows.name, tokenizer_folder.name, settings.length, settings.overlap)
     cut_folder = make_once(

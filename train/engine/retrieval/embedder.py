@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from train.engine import encoder, tokenizer
-from train.engine.errors import UserError
 from train.engine.retrieval import index
 
 
@@ -33,11 +32,8 @@ class Embedder:
         self._query_prompt, self._document_prompt = pooling.query_prompt, pooling.document_prompt
         prompt_tokens = max(map(self.count, (self._query_prompt, self._document_prompt)))
         room = encoder.max_length(model, length + prompt_tokens)
-        if room < length + prompt_tokens and prompt_tokens:
-            raise UserError(
-                f"chunks.length: {length} tokens and the encoder's prompt of {prompt_tokens} are "
-                f"more than its {room}; try --chunks.length {room - prompt_tokens}"
-            )
+        # As `corpus.stage` has seen to it.
+        assert room == length + prompt_tokens or not prompt_tokens
         self._tokenizer.enable_truncation(room)
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:

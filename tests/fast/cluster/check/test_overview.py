@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster import slurm
 from cluster.check import choice, limits, login_node, overview, room, table, verdict
 from cluster.check.finding import Verdict
+from cluster.refusals import SlurmError
 from cluster.request import Request
 from cluster.site import PRIVATE
 from tests.fast.cluster import answers
@@ -97,7 +97,7 @@ SILENT = {
 def test_what_is_refused_is_unknown(begin: str) -> None:
     def change(command: str, said: str) -> str:
         if command.startswith(begin):
-            raise slurm.SlurmError("Access/permission denied \033[31m")
+            raise SlurmError("Access/permission denied \033[31m")
         return said
 
     facts = overview.facts(Recorded(answers=answers.of("22.05"), change=change))
@@ -113,7 +113,7 @@ def test_hidden_accounting_is_unknown_and_never_without_limits(
         if not re.match("sacctmgr|scontrol --oneliner show assoc_mgr", command):
             return said
         if fails:
-            raise slurm.SlurmError("Access/permission denied")
+            raise SlurmError("Access/permission denied")
         return ""
 
     queue = Recorded(answers=answers.of("24.11"), change=change)

@@ -109,11 +109,35 @@ def test_a_folder_that_says_nothing_is_pooled_by_the_mean(folder: Path) -> None:
     assert pooling.read(folder) == pooling.Pooling(mode="mean")
 
 
-def test_a_prompt_must_leave_room_for_a_chunk(folder: Path) -> None:
-    describe(
-        folder,
-        {"pooling_mode": "mean"},
-        config_sentence_transformers={"prompts": {"query": "search: " * 20}},
-    )
-    with pytest.raises(UserError, match=r"chunks.length: 256 tokens and the encoder's prompt"):
-        Embedder(encoder.load(folder, folder, 1), folder, 256, torch.device("cpu"))
+def test_a_prompt_takes_its_room_from_the_chunks(folder: Path) -> None:
+    prompts = {"query": "search: " * 20, "document": "text: "}
+    describe(folder, {"pooling_mode": "mean"}, config_sentence_transformers={"prompts": prompts})
+    expected = len(tokenizer.load(folder).tokenizer.encode("search: " * 20).ids)
+    assert pooling.prompt_tokens(folder, folder) == expected > 20
+    assert pooling.prompt_tokens(None, folder) == 0
+
+
+def test_what_the_labs_do_not_do_for_an_encoder_is_refused(folder: Path) -> None:
+    said = {"prompts": {"first": "topic: "}, "default_prompt_name": "first"}
+    describe(folder, {"pooling_mode": "mean"}, config_sentence_transformers=said)
+    with pytest.raises(UserError, match="wants 'topic: ' before every text"):
+        pooling.check_plain(folder)
+    pooling.check_compared(folder)
+    said = {"similarity_fn_name": "dot"}
+    describe(folder, {"pooling_mode": "mean"}, config_sentence_transformers=said)
+    pooling.check_plain(folder)
+    with pytest.raises(UserError, match="asks for the similarity dot"):
+        pooling.check_compared(folder)
+    # Of vectors of length one the two are the same.
+    describe(folder, {"pooling_mode": "mean"}, "modules.Normalize")
+    pooling.check_compared(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+def test_the_length_is_read_from_the_file_of_every_kind(folder: Path, kind: str) -> None:
+    describe(folder, {"pooling_mode": "mean"})
+    (folder / f"sentence_{kind}_config.json").write_text('{"max_seq_length": 17}')
+    assert pooling.read(folder).max_length == 17
+    (folder / f"sentence_{kind}_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(UserError, match=f"sentence_{kind}_config.json asks for do_lower_case"):
+        pooling.read(folder)

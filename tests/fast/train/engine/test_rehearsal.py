@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,14 +101,14 @@ def test_weights_that_config_has_no_use_for_are_said(llama: Path) -> None:
     assert rehearse(llama, LANGUAGE_MODEL)["notes"] == []
     change_config(llama, num_hidden_layers=1)
     (note,) = rehearse(llama, LANGUAGE_MODEL)["notes"]
-    assert "9 weights of its files (model.layers.1.input_layernorm.weight," in note
+    assert "ignored 9 weights that are not used (model.layers.1.input_layernorm.weight," in note
 
 
 def test_an_encoder_lacks_its_pooler_and_brings_a_head_of_its_own(tmp_path: Path) -> None:
     folder = write(BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)), tmp_path / "lm")
     change_config(folder, is_decoder=False)
     (note,) = rehearse(folder, ENCODER)["notes"]
-    assert "cls.predictions" in note and "a head" in note
+    assert "cls.predictions" in note and "of a head that is not used" in note
     change_weights(folder, lambda w: {k: v for k, v in w.items() if ".layer.1.output" not in k})
     assert "encoder.layer.1.output" in refusal(folder, ENCODER)
 
@@ -115,12 +116,12 @@ def test_an_encoder_lacks_its_pooler_and_brings_a_head_of_its_own(tmp_path: Path
 def test_a_language_model_must_not_look_ahead_and_an_encoder_must(tmp_path: Path) -> None:
     torch.manual_seed(3)
     bert = write(BertLMHeadModel(BertConfig(**SMALL)), tmp_path / "bert")
-    assert "see what comes after them" in refusal(bert)
+    assert "attends in both directions" in refusal(bert)
     assert models.from_folder(bert, ENCODER).config.model_type == "bert"
     change_config(bert, is_decoder=True)
     assert models.from_folder(bert).config.is_decoder
     gpt2 = write(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2)), tmp_path / "gpt2")
-    assert "see only what comes before them" in refusal(gpt2, ENCODER)
+    assert "is a causal model" in refusal(gpt2, ENCODER)
 
 
 def test_the_shape_is_that_of_the_model_by_the_names_that_most_use(tmp_path: Path) -> None:
@@ -147,19 +148,61 @@ def test_the_shape_is_that_of_the_model_by_the_names_that_most_use(tmp_path: Pat
     ]
 
 
-def test_it_is_asked_once_and_again_when_a_file_changes(
+def test_it_is_asked_once_wherever_the_folder_is_copied_and_again_when_it_changes(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLUICE_DATASETS", str(tmp_path / "datasets"))
+    datasets = tmp_path / "datasets"
+    monkeypatch.setenv("SLUICE_DATASETS", str(datasets))
     asked: list[str] = []
-    monkeypatch.setattr(
-        "train.engine.rehearsal.rehearse",
-        lambda folder, kind: asked.append(kind) or {"vocab_size": len(asked)},
-    )
-    assert [modelfolder.read_shape(llama, LANGUAGE_MODEL)["vocab_size"] for _ in range(2)] == [1, 1]
-    assert modelfolder.read_shape(llama, ENCODER)["vocab_size"] == 2
+
+    def count(folder: Path, kind: str) -> dict[str, Any]:
+        asked.append(kind)
+        return {"vocab_size": len(asked)}
+
+    monkeypatch.setattr("train.engine.rehearsal.rehearse", count)
+
+    def ask(folder: Path, kind: str) -> int:
+        return int(modelfolder.read_shape(folder, kind)["vocab_size"])
+
+    assert [ask(llama, LANGUAGE_MODEL) for _ in range(2)] == [1, 1]
+    assert ask(llama, ENCODER) == 2
+    # As on a node: mounted elsewhere, of another time, and not to be written.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(llama, elsewhere, copy_function=shutil.copyfile)
+    monkeypatch.setenv("SLUICE_DATASETS", str(shutil.copytree(datasets, tmp_path / "node")))
+    assert ask(elsewhere, LANGUAGE_MODEL) == 1
+    # A file is in the way of the folder: nothing can be written there, not even by root.
+    (tmp_path / "full").touch()
+    monkeypatch.setenv("SLUICE_DATASETS", str(tmp_path / "full"))
+    assert [ask(elsewhere, LANGUAGE_MODEL) for _ in range(2)] == [3, 4]
+    monkeypatch.setenv("SLUICE_DATASETS", str(datasets))
     change_config(llama, hidden_act="gelu")
-    assert modelfolder.read_shape(llama, LANGUAGE_MODEL)["vocab_size"] == 3
+    assert ask(llama, LANGUAGE_MODEL) == 5
+
+
+def test_a_head_of_the_files_own_is_kept_although_config_ties_it(
+    llama: Path, tmp_path: Path
+) -> None:
+    change_config(llama, tie_word_embeddings=True)
+    (note,) = rehearse(llama, LANGUAGE_MODEL)["notes"]
+    assert "its files have a head of its own" in note
+    loaded = models.from_folder(llama)
+    assert loaded.config.tie_word_embeddings is False
+    held = load_file(llama / "model.safetensors")
+    head = loaded.get_output_embeddings()
+    assert torch.equal(head.weight, held["lm_head.weight"])
+    assert not torch.equal(head.weight, held["model.embed_tokens.weight"])
+    loaded.save_pretrained(tmp_path / "again")
+    assert "lm_head.weight" in load_file(tmp_path / "again/model.safetensors")
+
+
+def test_adapters_are_no_model(llama: Path) -> None:
+    (llama / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds adapters .adapter_config.json. beside a model"):
+        modelfolder.check_whole(llama)
+    (llama / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds adapters .LoRA., not the model"):
+        modelfolder.check_whole(llama)
 
 
 def test_what_is_no_model_for_this_is_one_line_with_the_next_step(
@@ -174,7 +217,7 @@ def test_what_is_no_model_for_this_is_one_line_with_the_next_step(
         ),
         (
             {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}},
-            "brings Python code of its own, which is not run",
+            "needs custom code (trust_remote_code), which is not run here",
         ),
         ({"model_type": "gemma3", "text_config": text}, "a gemma3 takes more than text; save"),
     ):

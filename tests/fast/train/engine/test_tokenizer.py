@@ -296,6 +296,20 @@ def test_what_the_chat_template_writes_is_a_token_wherever_it_stands(tmp_path: P
     assert loaded.decode(ids) == "the cluster <s> "
 
 
+def test_an_end_that_the_chat_template_names_is_read_and_said(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    loaded = placed(write_folder(tmp_path / "source", tokenizer_config=named))
+    ids = loaded.tokenizer.encode("<s>the cluster</s> the", add_special_tokens=False).ids
+    assert (ids.count(0), ids.count(1)) == (0, 1)
+    pieces = [Piece(text, starts=True, ends=True) for text in ("the cluster</s>", "the</s>the")]
+    packed = batches.pack(pieces, loaded, tmp_path, "the text")
+    tokens = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
+    assert (tokens.count(0), tokens.count(1)) == (2, 3)
+    assert (packed.read, packed.spelled) == ({"</s>": 2}, {})
+    assert "'</s>' stands 2 times in it and is taken as the end" in packed.describe()
+
+
 def test_a_token_that_no_text_becomes_needs_no_embedding(tmp_path: Path) -> None:
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
     source = write_folder(
