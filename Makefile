@@ -43,7 +43,8 @@ endif
 
 # `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
-flag = $(if $($(1)),--$(2)=$(call quote,$($(1))))
+# As it was given: a dollar in a PROMPT is one, also written $$, and no variable of make's.
+flag = $(if $(value $(1)),--$(2)=$(call quote,$(subst $$$$,$$,$(value $(1)))))
 
 # What the environment has for another Python, such as PYTHONPATH from a module, stays out.
 python = slurm/isolated.sh $(call quote,$(VENV)/bin/python)

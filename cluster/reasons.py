@@ -61,8 +61,7 @@ REASONS = (
     ("JobHeldAdmin", "an administrator holds it; ask the site's support"),
     (
         "launch?failed?requeued?held",
-        "it could not be started and is held: a node may be broken; {release} tries "
-        "again",
+        "it could not be started and is held: a node may be broken; {release} tries again",
     ),
     ("job?requeued?in?held?state", "it is held; {release} lets it go on"),
     ("PartitionTimeLimit", f"its TIME is above the partition's limit; {RESUBMIT} a shorter TIME="),

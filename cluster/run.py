@@ -6,6 +6,7 @@ python -m cluster.run --job tinyllama --accel zero2 --nproc 2 -- --max_steps 300
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,9 @@ from cluster import job as jobs
 from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
 from cluster.output import run_logged
 from cluster.progress import saved_step
+
+# As train/engine/errors.py has it: the run refused its input before its first step.
+BAD_INPUT = 2
 
 
 def main(argv: list[str]) -> int:
@@ -161,6 +165,7 @@ def run(
             container.bind(path, path, "ro")
     if continued:
         _say_what_differs(record, runtime.record())
+        began_with = settings.read_text(encoding="utf-8")
         settings.write_text(config, encoding="utf-8")
     else:
         make = ["make", "run", f"JOB={job.name}", f"ACCEL={accel}", f"NPROC={num_processes}"]
@@ -193,6 +198,9 @@ def run(
         ]
         log = folder / "attempts" / str(attempt) / "node-0.log"
         code = run_logged(command, environment, log)
+    if continued and code == BAD_INPUT:
+        # Refused: the run goes on with what it had, as the next command expects.
+        settings.write_text(began_with, encoding="utf-8")
     _say_what_next(folder, attempt, code)
     return code
 
@@ -222,11 +230,11 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         if (folder / "export").is_dir():
             print(f"  model        {resolve.short(folder / 'export')}  (Hugging Face format)")
         print(f"next: {history.command_of(outcome, str(name))}")
-        tensorboard = Path(sys.executable).with_name("tensorboard")
         # With an image the environment need not have what trains.
-        first = "" if tensorboard.exists() else "containers/venv.sh && "
-        # A module's PYTHONPATH is not for our Python.
-        words = ["slurm/isolated.sh", resolve.short(tensorboard)]
+        first = "" if importlib.util.find_spec("tensorboard") else "containers/venv.sh && "
+        # A module's PYTHONPATH is not for our Python, and the scripts of an environment that was
+        # moved name the place where it was.
+        words = ["slurm/isolated.sh", resolve.short(Path(sys.executable)), "-m", "tensorboard.main"]
         words += ["--logdir", resolve.short(folder / "tensorboard")]
         print(f"      {first}{shlex.join(words)}")
     elif outcome.get("outcome") == "stopped":

@@ -94,6 +94,8 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     try:
         if not plan.is_new:
             began_with = settings.read_text(encoding="utf-8")
+            # For the batch script, if the run refuses to go on with the new ones.
+            runs.write_whole(plan.folder / "config.before.yaml", began_with)
             runs.write_whole(settings, plan.config)
         (plan.folder / "cancel.json").unlink(missing_ok=True)
     except OSError as error:
@@ -111,6 +113,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
             shutil.rmtree(plan.folder)
         else:
             runs.write_whole(settings, began_with)
+            (plan.folder / "config.before.yaml").unlink(missing_ok=True)
         raise _refused(str(error)) from None
     # From here to the record nothing interrupts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

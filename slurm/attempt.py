@@ -144,6 +144,7 @@ def end(
             folder / "outcome.json",
             {"outcome": kind, "step": newest_step(run), "reason": reason, "exit_code": code},
         )
+    _keep_settings(run, refused=code == BAD_INPUT)
     outcome = _read(folder / "outcome.json")
     decision, why = decide(run, outcome, job_id, code, state, max_restarts)
     if decision == "requeue" and not may_requeue:
@@ -158,6 +159,14 @@ def end(
     verdict = _read(folder / "preflight/verdict.json") if is_verdict else {}
     print(decision, ",".join(verdict.get("guilty") or verdict.get("suspects") or []))
     return 0
+
+
+def _keep_settings(run: Path, *, refused: bool) -> None:
+    """Put back the settings of before, if the run refused those that it was continued with."""
+    before = run / "config.before.yaml"
+    if before.exists() and refused:
+        before.replace(run / "config.yaml")
+    before.unlink(missing_ok=True)
 
 
 def decide(

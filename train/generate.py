@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
 
     parser = ArgumentParser(prog="train/generate.py", description="Sample text from a run.")
     parser.add_argument("run_folder", type=str)
-    parser.add_argument("--prompt", type=str, required=True)
+    parser.add_argument("--prompt", type=str, default="")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top_p", type=float, default=0.95)
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> int:
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    if room < options.max_new_tokens:
+        print(f"note: ends at the model's {context} positions, {room} tokens on", file=sys.stderr)
     tokens = model.generate(
         **inputs,
         max_new_tokens=min(options.max_new_tokens, room),

@@ -203,9 +203,9 @@ CASES = {
         r"data\.train: none\.txt does not exist",
     ),
     "folder without text": text(
-        "folder/a.md", TEXT, r"data\.train: \S+/folder/a\.md is of no kind"
+        "folder/a.md", TEXT, r"data\.train: \S+/folder/a\.md has an unsupported suffix"
     ),
-    "unknown suffix": text("a.docx", TEXT, r"data\.train: \S+/a\.docx .* convert it to \.txt, "),
+    "unknown suffix": text("a.docx", TEXT, r"data\.train: \S+/a\.docx .* use \.txt, "),
     "empty text": text("a.txt", "", r"data\.train: \S+/a\.txt holds no text"),
     "white space": text(
         "a.txt", " \n\t\n", r"data\.train: \S+/a\.txt holds no text, or only white"

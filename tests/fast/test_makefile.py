@@ -94,6 +94,7 @@ def test_every_value_arrives_as_one_word(checkout: Checkout) -> None:
     value = """it's "a $HOME; `name` \\ *"""
     words = checkout.words("run", f"NAME={value.replace('$', '$$')}", "RUN=a/b", "ACCEL=zero2")
     assert {f"--name={value}", "--run=a/b", "--accel=zero2"} <= set(words)
+    assert "--prompt=say $HOME" in checkout.words("generate", "RUN=x", "PROMPT=say $HOME")
 
 
 def test_args_are_split_as_the_user_wrote_them(checkout: Checkout) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,25 @@ from tests.waiting import wait_until
 LOCAL = CHECKOUT / "slurm/local"
 
 Result = subprocess.CompletedProcess[str]
+
+# The cluster of an ordinary user is in a user namespace in which that user is not root. Whoever
+# enters it has the rights over its mounts, and loses them with exec: `mount` comes too late.
+MOUNT = """
+import ctypes, os, sys
+pid, folder, options = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) != 0:
+        sys.exit(f"{name}: {os.strerror(ctypes.get_errno())}")
+for space in ("user", "mnt"):
+    entered = f"/proc/{pid}/ns/{space}"
+    if not os.path.samefile(entered, f"/proc/self/ns/{space}"):
+        call("setns", os.open(entered, os.O_RDONLY), 0)
+if options:
+    call("mount", b"none", folder.encode(), b"tmpfs", ctypes.c_ulong(0), options.encode())
+else:
+    call("umount2", folder.encode(), 0)
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,24 @@ class Cluster:
     def local(self, script: str, *arguments: str) -> Result:
         """Run one of the scripts of slurm/local on this cluster."""
         return waiting.run([LOCAL / script, *arguments], cwd="/", env=self.environment)
+
+    @contextmanager
+    def full(self, node: str, folder: str) -> Iterator[None]:
+        """Have a folder of a node be of 1 MB, as if its disk were full."""
+        found = 'source "$1/state.sh"; node_pid "$2" "$3"'
+        words = ("bash", "-c", found, "bash", LOCAL, self.folder, node)
+
+        def mount(options: str) -> None:
+            pid = waiting.run(words, cwd="/", env=self.environment).stdout.strip()
+            change = (sys.executable, "-c", MOUNT, pid, folder, options)
+            done = waiting.run(change, cwd="/", env=self.environment)
+            assert done.returncode == 0, done.stderr
+
+        mount("size=1M,mode=1777")
+        try:
+            yield
+        finally:
+            mount("")
 
     def drill(self, *words: str) -> str:
         """Let something go wrong, on purpose; returns when it has."""

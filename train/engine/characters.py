@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.engine.datafiles import opened
+from train.engine.compression import opened, rewrite_command
 from train.engine.errors import UserError
 
 _PIECE = 64 * 1024
@@ -19,9 +19,6 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_COMPRESSORS = {
-    ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd", ".lz4": "lz4",
-}  # fmt: skip
 _MAGIC = (
     (b"\x1f\x8b", ".gz"),
     (b"BZh", ".bz2"),
@@ -37,7 +34,7 @@ def read(file: Path) -> Iterator[str]:
     """Yield a file's text with every byte of it, line ends too, so that bits per byte hold.
 
     Raises:
-        UserError: it is not UTF-8 text, with the line; or as `datafiles.opened`.
+        UserError: it is not UTF-8 text, with the line; or as `compression.opened`.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
@@ -98,7 +95,7 @@ def _not_utf8(file: Path, line: int, around: bytes) -> UserError:
     if valid > high / 2:
         return UserError(
             f"{file}:{line}: is not UTF-8 text, unlike the text around it; mend that line, or "
-            f"drop the bytes that are wrong: {_command(file, 'UTF-8', '-c ')}"
+            f"drop the bytes that are wrong: {_command(file, '-c -f UTF-8')}"
         )
     # One letter in five at most has an accent in any language that it is made for.
     if high < len(around) / 5 and _is_cp1252(around):
@@ -112,19 +109,12 @@ def _not_utf8(file: Path, line: int, around: bytes) -> UserError:
 def _convert(file: Path, line: int, encoding: str) -> UserError:
     return UserError(
         f"{file}:{line}: is not UTF-8 text but {encoding}, it seems; convert it: "
-        + _command(file, encoding)
+        + _command(file, f"-f {encoding}")
     )
 
 
-def _command(file: Path, encoding: str, options: str = "") -> str:
-    """Return the command that converts a file where it lies; the original stays beside it."""
-    name, original = _quoted(file), shlex.quote(f"{file}.orig")
-    convert = f"iconv {options}-f {encoding} -t UTF-8"
-    if program := _COMPRESSORS.get(file.suffix.lower()):
-        convert = f"{program} -dc < {original} | {convert} | {program} -c > {name}"
-    else:
-        convert = f"{convert} {original} > {name}"
-    return f"mv {name} {original} && {convert}"
+def _command(file: Path, options: str) -> str:
+    return rewrite_command(file, f"iconv {options} -t UTF-8")
 
 
 def _quoted(file: Path) -> str:

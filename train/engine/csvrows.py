@@ -9,12 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from train.engine import characters
-from train.engine.datafiles import opened
+from train.engine.compression import opened, rewrite_command
 from train.engine.errors import UserError
 
 # A quote that never closes takes the rest of the file for one field: so much is held of it.
@@ -92,13 +91,10 @@ def _rows(file: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[str, list
 
 
 def _other_count(where: str, found: int, expected: int, lines: _Lines, delimiter: str) -> UserError:
-    mark = "tab" if delimiter == "\t" else "comma"
-    if found < expected:
-        cause = "a line end within a text wants double quotes around the text"
-    else:
-        cause = f"a {mark} within a text wants double quotes around the text"
+    mark = "line break" if found < expected else "tab" if delimiter == "\t" else "comma"
+    cause = f"put double quotes around a text that contains a {mark}"
     if '\\"' in "".join(lines.of_row):
-        cause += ', and a quote in it is written twice (""), not as \\"'
+        cause += ', and write a quote in it twice (""), not as \\"'
     return UserError(
         f"{where}: has {found} fields, but the first line names {expected} columns; {cause}"
     )
@@ -125,5 +121,5 @@ def _malformed(file: Path, where: str, reason: str, lines: _Lines, line_num: int
 def _backslashes(file: Path, lines: _Lines) -> str:
     if '\\"' not in "".join(lines.of_row[:2]):
         return ""
-    name = shlex.quote(str(file))
-    return f"""; for backslashes before quotes: sed -i.orig 's/\\\\"/""/g' {name}"""
+    command = rewrite_command(file, """sed 's/\\\\"/""/g'""")
+    return f"; for backslashes before quotes: {command}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.engine import characters
-from train.engine.datafiles import suffix_of
+from train.engine.filenames import suffix_of
 from train.engine.rows import as_text, read_rows
 
 SAMPLES = Path(__file__).parent.parent / "samples"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import characters
-from train.engine.datafiles import opened
+from train.engine.compression import opened
 from train.engine.errors import UserError
 
 _READ = 2**20
@@ -42,16 +42,18 @@ def read_lines(file: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: a line is not JSON.
     """
-    where = str(file)
+    place = ""
     try:
         with opened(file) as stream:
             for number, line in enumerate(stream, start=1):
-                where = f"{file}:{number}"
+                place = f":{number}"
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield where, _DECODER.decode(text)
+                    yield f"{file}{place}", _DECODER.decode(text)
+    except UserError:
+        raise
     except _ERRORS as error:
-        raise _refusal(file, where, error, f":{number}") from None
+        raise _refusal(file, f"{file}{place}", error, place) from None
 
 
 def read_document(file: Path, columns: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -70,6 +72,8 @@ def read_document(file: Path, columns: Iterable[str]) -> Iterator[tuple[str, Any
             for number, row in enumerate(_rows(scanner, columns), start=1):
                 yield where, row
                 where = f"{file}: row {number + 1}"
+    except UserError:
+        raise
     except _TooLarge:
         raise UserError(
             f"{where}: is one JSON value of over {LARGEST_VALUE:,} characters; write the rows "
@@ -85,8 +89,6 @@ _ERRORS = (_Twice, ValueError, RecursionError)
 
 
 def _refusal(file: Path, where: str, error: Exception, place: str) -> Exception:
-    if isinstance(error, UserError):
-        return error
     if isinstance(error, UnicodeDecodeError):
         return characters.refusal(file)
     if isinstance(error, _Twice):

@@ -67,7 +67,7 @@ def read_shape(folder: Path, kind: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
             make(Path(scratch))
         return found[0]
-    make_once(record, make, f"what {folder.name} is")
+    make_once(record, make, f"the config of {folder.name} and the list of its weights")
     shape: dict[str, Any] = json.loads((record / "shape.json").read_text())
     return shape
 

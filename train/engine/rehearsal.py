@@ -184,6 +184,9 @@ def _check_weights(folder: Path, kind: str, model: Any, loading: dict[str, Any])
     lacking = sorted(n for n in loading["missing_keys"] if not _is_head(model, kind, n))
     if lacking:
         hint = "give the files that belong to config.json"
+        if all(not name.startswith(f"{model.base_model_prefix}.") for name in lacking):
+            made = ", ".join(model.config.architectures or ["a model without a head"])
+            hint = f"they are of {made}, not of {_a(kind)}; give one"
         unused = sorted(loading["unexpected_keys"])
         if prefix := _common_prefix(lacking, unused):
             hint = f"the files have them as {prefix}...; save them without that"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import csvrows, jsonrows
-from train.engine.datafiles import suffix_of
+from train.engine.compression import unreadable
 from train.engine.errors import UserError
+from train.engine.filenames import suffix_of
 
 # Where a row stands (file and line, where there are lines), and its values in the order asked for.
 Row = tuple[str, tuple[Any, ...]]
@@ -22,7 +23,7 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 
 def read_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    """Yield the rows of a file of `datafiles.SUFFIXES` that has rows (all but .txt).
+    """Yield the rows of a file of `filenames.SUFFIXES` that has rows (all but .txt).
 
     `columns` maps the setting that names a column, as it is below `data.`, to the column:
     {"text_column": "text"}. A message about a column that is missing names that setting.
@@ -46,7 +47,9 @@ def as_text(value: Any, where: str, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: '{column}' holds half a character (a lone surrogate)") from None
+        raise UserError(
+            f"{where}: '{column}' contains invalid Unicode (a lone surrogate)"
+        ) from None
     return value
 
 
@@ -164,6 +167,9 @@ def _table_rows(
                 for values in zip(*lists, strict=True):
                     yield str(file), values
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow's errors about what a file holds have no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(file, error) from None
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: is damaged, or not a {file.suffix[1:]} file: {reason}") from None
 

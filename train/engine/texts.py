@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,15 @@ class Source:
     name: str
     made_of: list[Any]
     """Cheap to compute, and another when the text is."""
-    read: Callable[[], Iterator[Piece]]
+    parts: list[Callable[[], Iterator[Piece]]]
+    """The ways to read its files, in their order."""
     files: DataFiles | None = None
     """The files that the settings name; None for a dataset of the hub and the embedded sample."""
     is_local: bool = True
+
+    def read(self) -> Iterator[Piece]:
+        """Yield the text."""
+        return chain.from_iterable(part() for part in self.parts)
 
     def describe(self, what: str) -> str:
         """Return the line that says what was read; `what` is the amount of it."""
@@ -54,7 +61,7 @@ def find(config: TrainingConfig) -> dict[str, Source]:
     """
     data = config.data
     if data.train is not None and data.validation is not None:
-        found = datafiles.apart(
+        found = overlap.apart(
             datafiles.find(data.train, "data.train"),
             datafiles.find(data.validation, "data.validation"),
         )
@@ -68,19 +75,33 @@ def find(config: TrainingConfig) -> dict[str, Source]:
 
 
 def say_overlap(sources: dict[str, Source], *, online: bool) -> None:
-    """Say how much of the validation text is trained on; found once for each pair of texts."""
+    """Say how much of the validation text is trained on; found once for each pair of texts.
+
+    Of a large training text only the beginnings of its files are compared, which is said as well.
+    """
     train, validation = (sources[split] for split in SPLITS)
-    folder = named_by_content(datasets_folder() / "overlaps", train.made_of, validation.made_of)
+    limit = overlap.MAX_CHARACTERS
+    folder = named_by_content(
+        datasets_folder() / "overlaps", overlap.FORMAT, limit, train.made_of, validation.made_of
+    )
     if is_sample(train) or not (folder.is_dir() or online or train.is_local):
         return
 
     def compare(unfinished: Path) -> None:
-        found = overlap.share(train.read, validation.read)
+        beginnings = overlap.Beginnings(train.parts, limit)
+        share = overlap.share(lambda: beginnings, validation.read)
+        found = {"share": share, "is_whole": beginnings.are_all}
         (unfinished / "share.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     make_once(folder, compare, f"a comparison of {validation.name} with the training text")
-    share = json.loads((folder / "share.json").read_text(encoding="utf-8"))
-    if line := overlap.warning(share, "data.validation", "data.train", "text, line by line, is"):
+    found = json.loads((folder / "share.json").read_text(encoding="utf-8"))
+    if not found["is_whole"]:
+        say(
+            f"data.validation: is compared with {limit:,} characters of data.train only, an equal "
+            "part from the beginning of each of its files"
+        )
+    what = "text, line by line, is"
+    if line := overlap.warning(found["share"], "data.validation", "data.train", what):
         say(line)
 
 
@@ -110,7 +131,10 @@ def _of_files(
     return Source(
         name=name_of(config, split),
         made_of=[rows.FORMAT, fingerprint(paths), data.text_column, data.join_rows],
-        read=lambda: pieces(paths, text_column=data.text_column, join_rows=data.join_rows),
+        parts=[
+            partial(pieces, [path], text_column=data.text_column, join_rows=data.join_rows)
+            for path in paths
+        ],
         files=files,
     )
 
@@ -128,6 +152,6 @@ def _of_hub(config: TrainingConfig, split: str) -> Source:
     return Source(
         name=name_of(config, split),
         made_of=[hub_id, data.config, data.revision, split, column, data.join_rows],
-        read=read,
+        parts=[read],
         is_local=False,
     )

@@ -268,7 +268,8 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
     return {
         "bos_id": None if said.get("add_bos_token") is False and bos != eos else bos,
         "eos_id": eos,
-        "unknown_id": loaded.unk_token_id,
+        # GPT-2 has one token for all: what ends a document is not unknown.
+        "unknown_id": None if loaded.unk_token_id in (bos, eos) else loaded.unk_token_id,
         "literal": sorted(
             token
             for token in loaded.convert_ids_to_tokens(sorted(placed))

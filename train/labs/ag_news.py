@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from train.engine import signals, staging
 from train.engine.classification import labelled, scores
+from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.epochs import EpochSettings
-from train.engine.classification.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.classification.labelled import StagedLabelled
 from train.engine.classification.seeds import read_tests, sentence, summary, write_test
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit
@@ -300,6 +301,8 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         ddp_backend="gloo" if device.type == "cpu" else None,
         ddp_find_unused_parameters=False,
     )
+    # Without bf16 it would take the launcher's word, which every file of configs/accelerate gives.
+    arguments.mixed_precision = "bf16" if bf16 else "no"
     trainer = LabTrainer(
         model,
         arguments,

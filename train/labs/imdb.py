@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from train.engine import modelfolder, signals, staging
 from train.engine.classification import labelled, unfreezing
-from train.engine.classification.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.classification.datasettings import LabelledDataSettings
+from train.engine.classification.labelled import StagedLabelled
 from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSettings
 from train.engine.data import SAMPLES
 from train.engine.errors import UserError, run_to_exit

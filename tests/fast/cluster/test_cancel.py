@@ -264,5 +264,5 @@ def test_what_a_suspended_job_loses_is_said(
     assert run_cancel() == 0
     assert slurm.asked("scancel") == ["12"]
     shown = capsys.readouterr().out
-    assert "suspended, so that it cannot save" in shown
+    assert "is suspended and cannot save" in shown
     assert "(checkpoint step-00000300; 40 steps are lost)" in shown

@@ -53,6 +53,12 @@ scratch = "/tmp"
         (["-G4"], "gpus"),
         (["--gres=gpu:a100:2"], "gres"),
         (["--gres=lustre:1,gpu"], "gres"),
+        (["--tres-per-task=gres/gpu:1"], "tres-per-task"),
+        (["--tres-per-task", "cpu=4"], "tres-per-task"),
+        (["--tres-per-t=license/fluent:1,cpu:4"], "tres-per-task"),
+        (["--tres-per-task=gres:gpu:a100:2"], "tres-per-task"),
+        (["--tres-per-node=gres/gpu:2"], "tres-per-node"),
+        (["--ntasks-per-tres=2"], "ntasks-per-tres"),
         (["-t", "10"], "time"),
         (["-Mother"], "clusters"),
         # sbatch takes it for a part of a heterogeneous job, and the last for the batch script.
@@ -70,7 +76,7 @@ def test_a_flag_that_cannot_work_is_refused_by_its_name(
     with pytest.raises(UserError) as refused:
         sites.load()
     assert str(refused.value).startswith("site.toml: slurm.sbatch_flags: ")
-    shown = f"--{name}" if name in {*flags.REFUSED, "gres"} else f"'{name}'"
+    shown = f"--{name}" if name[0].isalpha() and "." not in name else f"'{name}'"
     assert shown in str(refused.value).split(": ", 2)[2].split(" ")[0]
 
 
@@ -79,6 +85,7 @@ def test_a_flag_that_cannot_work_is_refused_by_its_name(
     [
         ["--constraint=a100", "--exclusive"],
         ["-C", "a100&ib", "--gres=lustre:1"],
+        ["--tres-per-task=license/gpu_solver:1", "--gres=gpumem:1"],
         # The value of an option may look like one that is refused.
         ["--comment", "--array", "--mail-type=END"],
         ["-pgpu", "-A", "array", "-H"],

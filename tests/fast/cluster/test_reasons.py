@@ -55,6 +55,12 @@ def test_the_narrow_pattern_is_taken_before_the_wide_one(code: str, words: str) 
     assert words in reasons.why(code, 12)
 
 
+def test_a_held_job_of_another_cluster_is_released_there() -> None:
+    for code in ("JobHeldUser", "launch_failed_requeued_held", "job_requeued_in_held_state"):
+        assert " scontrol release 12 " in reasons.why(code, 12)
+        assert " scontrol --clusters=far release 12 " in reasons.waits(code, "N/A", 12, "far")
+
+
 @given(st.text())
 def test_an_unknown_reason_stays_as_it_is_but_for_control_characters(code: str) -> None:
     assert reasons.why(code, 12).isprintable()

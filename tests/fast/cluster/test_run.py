@@ -217,6 +217,19 @@ def test_how_it_ended_and_what_comes_next_is_said(
     assert f"RUN=tinyllama/{checkout.folder.name}" in out
 
 
+def test_the_curves_are_shown_by_our_own_python_whatever_the_paths(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    path = '"$SLUICE_RUN_FOLDER/attempts/$SLUICE_ATTEMPT/outcome.json"'
+    outcome = {"outcome": "finished", "step": 7, "checkpoint": "step-7"}
+    checkout.node(f"echo '{json.dumps(outcome)}' > {path}")
+    out = checkout.run("--dry_run", SLUICE_RUNS=str(tmp_path / "my runs")).stdout
+    words = shlex.split(out.splitlines()[-1])
+    [run] = (tmp_path / "my runs/tinyllama").iterdir()
+    command = ["slurm/isolated.sh", sys.executable, "-m", "tensorboard.main", "--logdir"]
+    assert words == [*command, str(run / "tensorboard")]
+
+
 def test_a_signal_reaches_the_node_which_ends_in_its_own_time(checkout: Checkout) -> None:
     os.mkfifo(checkout.root / "go")
     checkout.node(
@@ -268,6 +281,24 @@ def test_a_continuation_that_is_refused_changes_nothing(checkout: Checkout) -> N
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert (folder / "config.yaml").read_text() == before
     assert [path.name for path in (folder / "attempts").iterdir()] == ["1"]
+
+
+def test_settings_that_the_run_itself_refuses_are_not_kept(checkout: Checkout) -> None:
+    assert checkout.run("--dry_run").returncode == 0
+    folder = checkout.folder
+    before = (folder / "config.yaml").read_text()
+    # The code of the run, which alone knows what its checkpoint was made with.
+    node = folder / "code/slurm/node.sh"
+    text = node.read_text()
+    rewrite(node, "#!/usr/bin/env bash\nexit 2\n")
+    node.chmod(0o755)
+    done = checkout.run("--run", folder.name, "--", "--seed", "7")
+    assert done.returncode == 2
+    assert (folder / "config.yaml").read_text() == before
+    rewrite(node, text)
+    node.chmod(0o755)
+    assert checkout.run("--run", folder.name, "--", "--seed", "7").returncode == 0
+    assert settings(checkout)["seed"] == 7
 
 
 # ---- in an image ----

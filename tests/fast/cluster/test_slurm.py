@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster import notation, slurm
+from cluster import refusals, slurm
 
 
 class Says(slurm.Slurm):
@@ -27,13 +27,7 @@ def test_an_estimate_of_any_release(more: str) -> None:
 
 def test_an_estimate_that_is_none() -> None:
     trial = Says(prefix=("sbatch: some other words\n",)).trial(["sbatch", "x"], {})
-    assert trial == slurm.Trial(notices=("some other words",))
-
-
-def test_the_first_of_a_key_counts() -> None:
-    line = "NodeName=n1 OS=Linux 6.1 #1 SMP State=DOWN Reason=bad State=IDLE [root@today]"
-    fields = notation.fields_of(line)
-    assert (fields["OS"], fields["State"], fields["Reason"]) == ("Linux 6.1 #1 SMP", "DOWN", "bad")
+    assert trial == refusals.Trial(notices=("some other words",))
 
 
 # ---- what Slurm 22.05 said ------------------------------------------------------------------
@@ -46,6 +40,13 @@ sbatch: error: see https://site.example/projects
 SENTENCES = (
     "Welcome: this cluster is in beta.; you must name your project with --comment=PROJECT; "
     "see https://site.example/projects; Unspecified error"
+)
+# The last lines of sbatch --test-only that sbatch itself may not repeat, and those that it does.
+FOR_NOW = ("Requested node configuration is not available", "Requested nodes are busy")
+FOR_EVER = (
+    "Unspecified error",
+    "Job submission is temporarily disabled for your group",
+    "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
 )
 NO_DATABASE = """{0}: error: slurm_persist_conn_open_without_init: failed to open persistent \
 connection to host:10.77.0.10:16819: Connection refused
@@ -73,7 +74,7 @@ def test_all_sentences_of_a_refusal_are_kept_by_sbatch_and_by_its_trial_alike(
     trial = queue.trial(["sbatch", "x"], {})
     assert (trial.refusal, trial.is_for_now) == (SENTENCES, False)
     for_real = REFUSED.format("sbatch: error: Batch job submission failed: ")
-    with pytest.raises(slurm.SlurmError) as refused:
+    with pytest.raises(refusals.SlurmError) as refused:
         said(monkeypatch, err=for_real, code=1).call("sbatch", "x")
     assert str(refused.value) == SENTENCES
 
@@ -92,28 +93,46 @@ def test_a_greeting_is_a_notice_and_no_refusal(monkeypatch: pytest.MonkeyPatch) 
     assert said(monkeypatch, err=words, code=1).trial(["sbatch", "x"], {}).is_for_now
 
 
+@pytest.mark.parametrize("own", [*FOR_NOW, *FOR_EVER])
+def test_only_what_sbatch_itself_says_tells_whether_a_refusal_is_of_the_moment(
+    monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    greeting = "GPU nodes are temporarily reserved; you must name your project; not available now"
+    words = f"sbatch: error: {FOR_NOW[0]}\nsbatch: error: {greeting}\nallocation failure: {own}\n"
+    trial = said(monkeypatch, err=words, code=1).trial(["sbatch", "x"], {})
+    # Also where a plugin has said the same before.
+    assert trial.refused[-2:] == (greeting, own)
+    assert trial.is_for_now is (own in FOR_NOW)
+
+
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
-        (NO_DATABASE.format("sacctmgr"), slurm.DatabaseUnreachable),
-        (NO_DATABASE.format("sacct"), slurm.DatabaseUnreachable),
-        (OTHER_CLUSTER, slurm.DatabaseUnreachable),
+        (NO_DATABASE.format("sacctmgr"), refusals.DatabaseUnreachable),
+        (NO_DATABASE.format("sacct"), refusals.DatabaseUnreachable),
+        (OTHER_CLUSTER, refusals.DatabaseUnreachable),
         (
             "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n",
-            slurm.ControllerUnreachable,
+            refusals.ControllerUnreachable,
         ),
         (
             "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation\n",
-            slurm.NoAnswer,
+            refusals.NoAnswer,
         ),
-        ("scontrol: error: Invalid node name specified\n", slurm.SlurmError),
+        ("scontrol: error: Invalid node name specified\n", refusals.SlurmError),
+        # What a plugin tells of other things is not what sbatch has failed with.
+        (
+            "sbatch: error: Problem talking to the database? connection refused? Call us.\n"
+            "sbatch: error: Batch job submission failed: Invalid account\n",
+            refusals.SlurmError,
+        ),
     ],
 )
 def test_who_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, words: str, kind: type[Exception]
 ) -> None:
-    with pytest.raises(slurm.SlurmError) as refused:
-        said(monkeypatch, err=words, code=1).call("squeue")
+    with pytest.raises(refusals.SlurmError) as refused:
+        said(monkeypatch, err=words, code=1).call(words.partition(":")[0].split("_")[0])
     assert type(refused.value) is kind
 
 

@@ -272,3 +272,15 @@ def test_a_run_that_was_not_submitted_is_refused(slurm: FakeSlurm) -> None:
 def test_an_unknown_command_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"^'stats' is not a command; did you mean 'status'\?$"):
         main(["stats"])
+
+
+def test_a_held_job_is_released_on_the_cluster_that_has_it(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = slurm.run(NAME)
+    submit(folder, 12, cluster="far")
+    slurm.set_queue("12 PENDING JobHeldUser", cluster="far")
+    assert "scontrol --clusters=far release 12" in str(only(capsys)["note"])
+    submit(folder, 13, cluster="here")
+    slurm.set_queue("13 PENDING JobHeldUser")
+    assert "scontrol release 13" in str(only(capsys)["note"])

@@ -278,3 +278,13 @@ def test_a_step_that_slurm_refuses_is_no_nodes_fault_and_tried_once_more(job: Jo
         assert job.end(1, "--refused", why) == [decision]
         outcome = job.outcome(int(job.newest().name))
         assert (outcome["outcome"], outcome["reason"].endswith(why)) == ("failed", True)
+
+
+@pytest.mark.parametrize(("code", "kept"), [(2, "as before"), (0, "as given"), (1, "as given")])
+def test_settings_that_the_run_itself_refuses_are_not_kept(job: Job, code: int, kept: str) -> None:
+    (job.run / "config.yaml").write_text("as given")
+    (job.run / "config.before.yaml").write_text("as before")
+    job.begin()
+    job.end(code)
+    assert (job.run / "config.yaml").read_text() == kept
+    assert not (job.run / "config.before.yaml").exists()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.models import write_tied_model
+from tests.shared import SHARED
 from train import tinyllama
 from train.engine import arguments
 from train.engine.distributed import init_distributed
@@ -23,7 +24,7 @@ def environment(datasets_folder: Path) -> Iterator[None]:
     """Take what a launcher or Sluice set out of the environment, and train on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         for key in os.environ:
-            if key.startswith(("SLUICE_", "ACCELERATE_", "FSDP_")):
+            if key != SHARED and key.startswith(("SLUICE_", "ACCELERATE_", "FSDP_")):
                 patch.delenv(key)
         for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(key, raising=False)

@@ -90,6 +90,7 @@ def test_a_prompt_that_fills_the_context_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
+        ([], 'PROMPT: is empty; give a beginning, such as PROMPT="The cluster"'),
         (["--prompt", ""], 'PROMPT: is empty; give a beginning, such as PROMPT="The cluster"'),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not positive"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature: -1.0 is negative"),

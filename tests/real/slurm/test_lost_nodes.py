@@ -49,16 +49,12 @@ def test_preemption_saves_and_gives_way(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_a_bad_node_is_named_and_left_out_where_there_are_others(desk: Desk) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M,mode=1777", "none", "/var/tmp"]
-    desk.cluster.output(*mount, node="node1")
-    try:
+    with desk.cluster.full("node1", "/var/tmp"):
         run = desk.wait(desk.submit("NODES=1", "ARGS=--dry_run --max_steps 2"))
         # All nodes that there are: to leave one out would be to wait for ever.
         needs_both = desk.submit("NODES=2", "ARGS=--dry_run --max_steps 2")
         log = needs_both.folder / "attempts/1/batch.log"
         desk.wait_until(lambda: log.exists() and "not left out" in log.read_text(), needs_both)
-    finally:
-        desk.cluster.output("umount", "/var/tmp", node="node1")
     desk.wait(needs_both)
     assert "not left out: node1: without it the job could not run" in log.read_text()
     assert [each["outcome"] for each in needs_both.outcomes()] == ["unhealthy", "finished"]

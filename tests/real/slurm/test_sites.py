@@ -18,6 +18,7 @@ import pytest
 from cluster import jobs, slurm, submit
 from tests.checkout import lay_out
 from tests.fast import command
+from tests.real.desk import SITE
 from tests.real.private_slurm import LOCAL, Cluster, Result, start_cluster
 from tests.waiting import wait_until
 
@@ -35,6 +36,7 @@ function slurm_job_submit(job, partitions, user)
 end
 function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS end
 """
+# Its port is one of the private network of the cluster, which no other run can see.
 OTHER = r"""
 mkdir -p "$1/other/etc" "$1/other/save"
 sed -e "s/^ClusterName=.*/ClusterName=other/" \
@@ -50,24 +52,6 @@ sacctmgr -i add cluster other
 sacctmgr -i add account research cluster=other
 sacctmgr -i add user "$2" account=research cluster=other defaultaccount=research qos=normal
 SLURM_CONF=$1/other/etc/slurm.conf slurmctld
-"""
-SITE = """
-[slurm]
-partition = "gpu"
-cpus_per_node = 4
-gpus_per_node = 2
-save_s = 20
-sbatch_flags = {flags}
-[paths]
-scratch = "/var/tmp"
-[container]
-variant = "cpu"
-[preflight]
-min_free_memory_mb = 256
-min_free_scratch_mb = 64
-timeout_s = 600
-[environment]
-{environment}
 """
 
 
@@ -87,7 +71,8 @@ class Desk:
         environment: str = "",
         **variables: str,
     ) -> Result:
-        site = SITE.format(flags=flags, environment=environment)
+        # What a site sets for the training processes comes last.
+        site = SITE.format(save_s=20, sbatch_flags=flags) + environment
         (self.checkout / "site.toml").write_text(site)
         here = self.cluster.environment | {"VENV": sys.prefix} | variables
         main = module.main  # type: ignore[attr-defined]

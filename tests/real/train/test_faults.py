@@ -82,7 +82,10 @@ def hidden(run_folder: Path, step: int) -> set[str] | None:
 
 # ---- kills ----
 
-SHARD, REST = {"shard-00000-of-00001.safetensors"}, {"config.json", "generation_config.json", "state.json"}
+SHARD, REST = (
+    {"shard-00000-of-00001.safetensors"},
+    {"config.json", "generation_config.json", "state.json"},
+)
 # A moment, and what is there when the checkpoint of step N is made in it, with N - 1 and N - 2
 # before it: the hidden files, the published steps and what `latest` names, as numbers before N.
 KILLS: list[tuple[str, set[str] | None, list[int], int]] = [

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from train.engine import datafiles, hub, overlap, pooling, staging, texts, tokenizer
+from train.engine.classification import classnames
+from train.engine.classification.datasettings import SPLITS, LabelledDataSettings
 from train.engine.data import Piece
 from train.engine.datafiles import DataFiles
 from train.engine.errors import UserError, did_you_mean
@@ -24,71 +20,9 @@ from train.engine.rows import FORMAT as READ_FORMAT
 from train.engine.rows import Row, as_text, read_rows
 from train.engine.settings import EncoderSettings
 
-FORMAT = 2
-_DECIMAL = re.compile(r"([+-]?\d+)\.(\d*)")
-SPLITS = ("train", "test")
+FORMAT = 3
 # Of the tokenizer that goes with random weights.
 TINY_VOCABULARY = 1024
-
-
-@dataclass(kw_only=True)
-class LabelledDataSettings:
-    """Texts with their classes."""
-
-    PATHS = SPLITS
-
-    name: str | None = None
-    """A dataset's hub id (owner/name); `make fetch` stages its splits train and test."""
-    config: str | None = None
-    """The dataset's configuration."""
-    revision: str | None = None
-    """The commit of the dataset."""
-    train: str | None = None
-    """Local rows instead of `name`: a jsonl, json, csv, tsv, parquet or arrow file, or a folder."""
-    test: str | None = None
-    """Local rows to test on, once, at the end; needed with `train`."""
-    text_column: str = "text"
-    """The column that holds the text."""
-    label_column: str = "label"
-    """The column that holds the class: a name, a whole number, or true and false."""
-    title_column: str | None = None
-    """A column whose text is put before the text, where the rows have one."""
-    class_names: tuple[str, ...] | None = None
-    """Names for classes that are whole numbers, in the order of the numbers."""
-    validation_fraction: float = 0.1
-    """The part of the training rows, of each class, that is kept for validation."""
-    max_length: int = 256
-    """Tokens of a text that are read; the rest is cut off."""
-
-    def __post_init__(self) -> None:
-        if (self.train is None) != (self.test is None):
-            given, missing = ("train", "test") if self.train else ("test", "train")
-            raise UserError(
-                f"data.{given}: is given without data.{missing}; give both, so that local rows are "
-                "not mixed with a dataset of the hub"
-            )
-        columns = {"text_column": self.text_column, "label_column": self.label_column}
-        if self.title_column is not None:
-            columns["title_column"] = self.title_column
-        for (first, name), (setting, other) in combinations(columns.items(), 2):
-            if name == other:
-                raise UserError(f"data.{setting}: '{other}' is data.{first} as well")
-        if self.class_names is not None:
-            if len(self.class_names) < 2:
-                raise UserError(
-                    f"data.class_names: {len(self.class_names)} name is not two or more"
-                )
-            for name in self.class_names:
-                if not name.strip() or self.class_names.count(name) > 1:
-                    raise UserError(f"data.class_names: '{name}' is empty or there twice")
-        if not (
-            math.isfinite(self.validation_fraction) and 0.01 <= self.validation_fraction <= 0.5
-        ):
-            raise UserError(
-                f"data.validation_fraction: {self.validation_fraction} is not between 0.01 and 0.5"
-            )
-        if not 4 <= self.max_length <= 8192:
-            raise UserError(f"data.max_length: {self.max_length} is not between 4 and 8192")
 
 
 @dataclass(kw_only=True)
@@ -151,7 +85,7 @@ def _stage(
 ) -> StagedLabelled:
     files: dict[str, DataFiles | None] = dict.fromkeys(SPLITS)
     if data.train is not None and data.test is not None:
-        files["train"], files["test"] = datafiles.apart(
+        files["train"], files["test"] = overlap.apart(
             datafiles.find_rows(data.train, "data.train"),
             datafiles.find_rows(data.test, "data.test"),
         )
@@ -180,7 +114,7 @@ def _say_what_was_read(staged: StagedLabelled, files: dict[str, DataFiles | None
         if found := files[split]:
             texts.say(found.describe(f"{len(rows):,} rows"))
     if files["train"]:
-        texts.say(f"data.label_column: {len(classes)} classes: {_some(classes)}")
+        texts.say(f"data.label_column: {len(classes)} classes: {classnames.listed(classes)}")
     share = overlap.share_of_texts(train.texts, test.texts)
     if line := overlap.warning(share, "data.test", "data.train", "texts are"):
         texts.say(line)
@@ -248,36 +182,11 @@ def _write_rows(folder: Path, rows: Iterator[Row], columns: dict[str, str], name
             if not parts[-1]:
                 raise UserError(f"{where}: the text is empty; leave the row out")
             row = {"where": where, "text": " ".join(part for part in parts if part)}
-            row["label"] = _class_name(label, where, label_column)
+            row["label"] = classnames.of(label, where, label_column)
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     if count == 0:
         raise UserError(f"{name}: holds no rows; give one or more of each class")
-
-
-def _class_name(label: object, where: str, column: str) -> str:
-    """Return the name of a class, the same one however a file writes it: 1, 1.0, "1" or "1.0"."""
-    if label is None or label != label:  # NaN stands for what is missing as well
-        raise UserError(f"{where}: '{column}' is missing")
-    if not isinstance(label, str | int | float | Decimal):
-        raise UserError(f"{where}: '{column}' is not a name or a number but {label!r}")
-    name = str(label).strip()
-    if not name:
-        raise UserError(f"{where}: '{column}' is empty")
-    if name.lower() in ("true", "false"):
-        name = name.lower()
-    elif number := _DECIMAL.fullmatch(name):
-        if number[2].strip("0"):
-            raise UserError(
-                f"{where}: '{column}' is {name}, not a class; the labs tell classes apart and "
-                "predict no quantities: make classes of the numbers, or give them names"
-            )
-        name = str(int(number[1]))
-    elif not isinstance(label, str | int):
-        raise UserError(f"{where}: '{column}' is {name}, not a class")
-    if name == "-1":
-        raise UserError(f"{where}: '{column}' is -1, which stands for no class")
-    return name
 
 
 def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
@@ -292,23 +201,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
         file = staging.staged_path(getattr(staged, split)) / "rows.jsonl"
         columns = {name: name for name in ("where", "text", "label")}
         split_rows[split] = [values for _, values in read_rows(file, columns)]
-    counts = Counter(label for _, _, label in split_rows["train"])
-    classes = sorted(counts, key=lambda name: (not name.isdecimal(), name.zfill(12)))
-    if len(classes) < 2:
-        raise UserError(
-            f"data.train: all rows are of one class, '{classes[0]}'; there is nothing to tell apart"
-        )
-    rarest, rows = min(counts.items(), key=lambda pair: pair[1])
-    if rows < 2:
-        raise UserError(
-            f"data.train: class '{rarest}' has a single row, which cannot be trained on and kept "
-            "for validation; give it more rows or leave it out"
-        )
-    _check_distinct(classes)
-    if len(classes) > 1000:
-        raise UserError(
-            f"data.label_column: has {len(classes)} different values; it does not hold classes"
-        )
+    classes = classnames.of_rows(label for _, _, label in split_rows["train"])
     numbers = {name: number for number, name in enumerate(classes)}
     for where, _, label in split_rows["test"]:
         if label not in numbers:
@@ -326,21 +219,6 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
     return classes, train, test
 
 
-def _check_distinct(classes: list[str]) -> None:
-    """Raise `UserError` if two classes look like one that was written in two ways."""
-    alike: dict[str, str] = {}
-    for name in classes:
-        # Of several spaces, of capitals, of accents in one character or two, of leading zeros.
-        folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        folded = str(int(folded)) if folded.isdecimal() else folded
-        other = alike.setdefault(folded, name)
-        if other != name:
-            raise UserError(
-                f"data.label_column: the classes '{other}' and '{name}' differ only in how they "
-                "are written; write them as one, or name them apart"
-            )
-
-
 def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
     """Return `classes` under the names of `data.class_names`, if they are whole numbers.
 
@@ -351,17 +229,15 @@ def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
         return classes
     if len(names) != len(classes):
         raise UserError(
-            f"data.class_names: are {len(names)} for {len(classes)} classes ({_some(classes)})"
+            f"data.class_names: are {len(names)} for {len(classes)} classes "
+            f"({classnames.listed(classes)})"
         )
     if not all(name.isdecimal() for name in classes):
         raise UserError(
-            f"data.class_names: are for classes that are whole numbers; these are {_some(classes)}"
+            "data.class_names: are for classes that are whole numbers; these are "
+            + classnames.listed(classes)
         )
     return list(names)
-
-
-def _some(classes: list[str]) -> str:
-    return ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
 
 
 def split_validation(rows: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from train.engine import encoder, staging
 from train.engine.classification import labelled
-from train.engine.classification.labelled import LabelledDataSettings, StagedLabelled
+from train.engine.classification.datasettings import LabelledDataSettings
+from train.engine.classification.labelled import StagedLabelled
 
 
 @dataclass(frozen=True, kw_only=True)

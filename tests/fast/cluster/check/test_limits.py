@@ -15,9 +15,9 @@ from cluster.check.demand import Demand
 from cluster.check.demand import of as demand_of
 from cluster.check.finding import Finding, Verdict
 from cluster.check.limits import Rules
+from cluster.refusals import Trial
 from cluster.request import Request
 from cluster.site import PRIVATE
-from cluster.slurm import Trial
 
 REQUEST = Request(
     num_nodes=2,
@@ -267,23 +267,33 @@ def test_variables_that_do_not_reach_sbatch_are_said(monkeypatch: pytest.MonkeyP
     assert choice.of(PRIVATE).ignored == ["SBATCH_ARRAY_INX", "SBATCH_EXPORT"]
 
 
+NO_NODES = "Requested node configuration is not available"
+POLICY = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+
+
 @pytest.mark.parametrize(
-    ("refusal", "found", "expected"),
+    ("refused", "found", "expected"),
     [
-        ("You must name your project.; Unspecified error", False, [Verdict.NEVER]),
+        (("You must name your project.", "Unspecified error"), "", [Verdict.NEVER]),
         # Whatever else hinders it: sbatch would refuse it for this alone.
-        ("You must name your project.; Unspecified error", True, [Verdict.NEVER]),
-        ("Access/permission denied", True, [Verdict.NEVER]),
-        ("Requested node configuration is not available", True, []),
+        (("You must name your project.", "Unspecified error"), "Resources", [Verdict.NEVER]),
+        (("Access/permission denied",), "Resources", [Verdict.NEVER]),
+        ((NO_NODES,), "Resources", []),
         # The nodes are free, as far as is known: then it is their kind.
-        ("Requested node configuration is not available", False, [Verdict.NEVER]),
-        ("Requested nodes are busy", False, [Verdict.WAITS]),
-        ("Welcome.; Job violates accounting/QOS policy (job submit limit)", False, [Verdict.WAITS]),
+        ((NO_NODES,), "", [Verdict.NEVER]),
+        (("Requested nodes are busy",), "", [Verdict.WAITS]),
+        # Only sbatch itself says why.
+        ((NO_NODES, "Requested nodes are busy"), "", [Verdict.WAITS]),
+        (("Requested nodes are busy: try another group.", "Access denied"), "", [Verdict.NEVER]),
+        (("Welcome.", POLICY), "", [Verdict.NEVER]),
+        (("Welcome.", POLICY), "Resources", [Verdict.NEVER]),
+        # That of how many jobs may be queued, which is known to pass.
+        (("Welcome.", POLICY), "MaxSubmitJobs", []),
     ],
 )
 def test_what_sbatch_says_against_a_job_is_for_ever_unless_it_is_of_the_moment(
-    refusal: str, found: bool, expected: list[Verdict]
+    refused: tuple[str, ...], found: str, expected: list[Verdict]
 ) -> None:
-    other = Finding(verdict=Verdict.WAITS, limit="Resources", whose="", message="")
-    said = verdict._as_slurm_says(Trial(refusal=refusal), [other] if found else [], [], [])
+    other = Finding(verdict=Verdict.WAITS, limit=found, whose="", message="")
+    said = verdict._as_slurm_says(Trial(refused=refused), [other] if found else [], [], [])
     assert [finding.verdict for finding in said] == expected

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from train.engine import data
 from train.engine.data import Piece, from_rows, pieces, running_text
-from train.engine.datafiles import SUFFIXES
 from train.engine.errors import UserError
+from train.engine.filenames import SUFFIXES
 
 ROWS = ["one\n", "", " zwei, drei\r\n", 'a "quoted" word', "   ", "語"]
 texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"))
@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
         ("3", 'is not an object such as {"text": "..."}'),
         ('{"txet": "a"}', "has no column 'text'; choose from txet with --data.text_column"),
         ('{"text": 3}', "'text' is not text but int"),
-        ('{"text": "\\ud800"}', "'text' holds half a character"),
+        ('{"text": "\\ud800"}', "'text' contains invalid Unicode"),
         ("[" * 100_000, "is not JSON that can be read"),
         ("9" * 5000, "is not JSON that can be read"),
     ],

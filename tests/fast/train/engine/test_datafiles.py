@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
 import errno
-import gzip
-import lzma
+import json
 import os
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
-from train.engine import datafiles
+from train.engine import datafiles, overlap
 from train.engine.data import pieces
 from train.engine.datafiles import DataFiles
 from train.engine.errors import UserError
-
-
-def arrow_compress(codec: str) -> Callable[[bytes], bytes]:
-    def compress(data: bytes) -> bytes:
-        sink = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(sink, codec) as stream:
-            stream.write(data)
-        return bytes(sink.getvalue())
-
-    return compress
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": arrow_compress("zstd"),
-    ".lz4": arrow_compress("lz4"),
-}
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -111,7 +87,7 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path, target: str) -> No
 
 
 def test_data_in_a_form_that_is_not_read_is_refused_by_name(tmp_path: Path) -> None:
-    for name in ("x.parquet.gz", "x.jsonl.br", "x.csv.zip", "x.txt.Z"):
+    for name in ("x.parquet.gz", "x.jsonl.br", "x.csv.zip", "x.csv.tar", "x.txt.Z", "x.csv.part"):
         folder = make(tmp_path / name[-4:], "a.txt", name)
         assert f"{folder}/{name}" in refusal(folder)
 
@@ -128,8 +104,16 @@ def test_what_is_empty_is_named_and_what_stands_for_data_is_refused(tmp_path: Pa
 
 
 def test_a_file_beside_its_compressed_self_is_not_read_twice(tmp_path: Path) -> None:
-    make(tmp_path, "a.txt", "a.txt.gz")
+    make(tmp_path, "a.txt", "a.txt.gz", "b/A.txt.gz", "c/a.txt", "c/A.txt")
     assert refusal(tmp_path).startswith(f"data.train: {tmp_path}/a.txt.gz lies beside a.txt")
+    (tmp_path / "a.txt.gz").unlink()
+    assert len(find(tmp_path).files) == 4
+
+
+@pytest.mark.parametrize("first", ["a.JSONL", "A.jsonl", "a.jsonl.zst", "a.jsonl.GZ"])
+def test_nor_in_capitals_or_compressed_in_two_ways(tmp_path: Path, first: str) -> None:
+    make(tmp_path, first, "a.jsonl.gz")
+    assert "lies beside" in refusal(tmp_path)
 
 
 def test_a_folder_within_that_is_closed_is_not_left_out_in_silence(
@@ -144,8 +128,8 @@ def test_a_folder_within_that_is_closed_is_not_left_out_in_silence(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError):
-        find(tmp_path)
+    # By every caller: labs 1 and 3 as well.
+    assert refusal(tmp_path).startswith(f"data.train: {tmp_path}/closed cannot be read (Perm")
 
 
 def test_what_holds_no_text_is_refused_by_its_setting(tmp_path: Path) -> None:
@@ -153,9 +137,10 @@ def test_what_holds_no_text_is_refused_by_its_setting(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path, "holds no .txt"),
         (tmp_path / "none.txt", "does not exist"),
-        (tmp_path / "a.md", "is of no kind that is read; convert it to .txt, .jsonl"),
+        (tmp_path / "a.md", "has an unsupported suffix; use .txt, .jsonl"),
     ):
         assert refusal(path).startswith(f"data.train: {path} {said}")
+    assert refusal(Path("~no-such-user/a.txt")).endswith("~no-such-user/a.txt does not exist")
 
 
 def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
@@ -164,67 +149,57 @@ def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
         assert text_of(*find(tmp_path / name).files) == f"{name}\n"
 
 
-# ---- compressed ----
+# ---- folders of the datasets library ----
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_compressed_file_gives_its_text_and_one_that_is_cut_is_refused(
-    tmp_path: Path, suffix: str
+def save(folder: Path, *names: str) -> Path:
+    """Write what save_to_disk writes about a dataset whose files these are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_of_a_saved_dataset_its_own_files_are_read_and_not_what_was_made_of_them(
+    tmp_path: Path,
 ) -> None:
-    text = "".join(f"line {n} of some\n" for n in range(20_000))
-    # Two members, as `cat` and parallel compressors make them.
-    data = b"".join(COMPRESS[suffix](part.encode()) for part in (text[:5000], text[5000:]))
-    file = tmp_path / f"a.txt{suffix}"
-    file.write_bytes(data)
-    assert text_of(*find(tmp_path).files) == text
-    for wrong in (data[:-20], data[:1000], b"no such file"):
-        file.write_bytes(wrong)
-        with pytest.raises(UserError, match=r"a\.txt\.\w+: is cut short or damaged"):
-            text_of(file)
+    ours = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    stale = ["cache-0f3c.arrow", "data-00000-of-00001.arrow"]
+    make(save(tmp_path / "train", *ours), *ours, *stale)
+    found = find(tmp_path)
+    assert names(found, tmp_path) == [f"train/{name}" for name in ours]
+    assert [name.split(" ")[0] for name in found.left_out] == [
+        *(f"train/{name}" for name in stale),
+        "train/state.json",
+    ]
+    (tmp_path / "train" / ours[1]).unlink()
+    assert refusal(tmp_path).startswith(f"data.train: {tmp_path}/train/{ours[1]} does not exist")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.xz", "a.json.zst", "a.tsv.bz2"])
-def test_rows_are_read_from_compressed_files(tmp_path: Path, name: str) -> None:
-    rows = {"json": '[{"text": "x"}]', "jsonl": '{"text": "x"}', "csv": "text\nx\n"}
-    content = rows.get(name.split(".")[1], "text\nx\n")
-    (tmp_path / name).write_bytes(COMPRESS[Path(name).suffix](content.encode()))
-    assert text_of(tmp_path / name) == "x\n"
+def test_a_cache_of_the_library_is_not_read_where_no_state_json_says_what_is(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, "cache-0f3c.arrow", "wiki-train.arrow", "cache-1.jsonl")
+    assert names(find(tmp_path), tmp_path) == ["cache-1.jsonl", "wiki-train.arrow"]
 
 
-# ---- two settings ----
+# ---- splits ----
 
 
-def test_a_file_of_the_held_out_data_is_left_out_of_the_training_folder(tmp_path: Path) -> None:
-    folder = make(tmp_path, "a.txt", "b.txt", "held/c.txt", "held/d.txt")
-    # A copy by another name is the same text.
-    (folder / "copy.txt").write_text((folder / "held/c.txt").read_text())
-    for given, left in (
-        ("b.txt", ["a.txt", "copy.txt", "held/c.txt", "held/d.txt"]),
-        ("held", ["a.txt", "b.txt"]),
-        ("copy.txt", ["a.txt", "b.txt", "held/d.txt"]),
-    ):
-        held_out = datafiles.find(str(folder / given), "data.validation")
-        training, same = datafiles.apart(find(folder), held_out)
-        assert names(training, folder) == left
-        assert same == held_out
-        assert len(training.left_out) == len(find(folder).files) - len(left)
-
-
-def test_a_held_out_folder_around_the_training_file_loses_it(tmp_path: Path) -> None:
-    folder = make(tmp_path, "a.txt", "b.txt")
-    held_out = datafiles.find(str(folder), "data.validation")
-    training, rest = datafiles.apart(find(folder / "a.txt"), held_out)
-    assert (names(training, folder), names(rest, folder)) == (["a.txt"], ["b.txt"])
-
-
-def test_two_settings_that_mean_the_same_keep_it(tmp_path: Path) -> None:
-    given = find(make(tmp_path, "a.txt", "b.txt"))
-    assert datafiles.apart(given, given) == (given, given)
-    separate = find(make(tmp_path / "c", "d.txt"))
-    assert datafiles.apart(given, separate) == (given, separate)
-
-
-def test_gzip_of_the_command_line_is_read(tmp_path: Path) -> None:
-    make(tmp_path, "a.txt")
-    subprocess.run(["gzip", str(tmp_path / "a.txt")], check=True)
-    assert text_of(*find(tmp_path).files) == "a.txt\n"
+def test_files_that_are_named_like_another_split_are_read_and_said(tmp_path: Path) -> None:
+    ours = ["a.txt", "train/test.jsonl.gz", "train.jsonl", "validation.jsonl", "zoo/testimony.txt"]
+    make(tmp_path, *ours)
+    found = find(tmp_path)
+    assert names(found, tmp_path) == ours
+    assert found.of_other_splits() == ["train/test.jsonl.gz", "validation.jsonl"]
+    assert "like another split: train/test.jsonl.gz, validation.jsonl (" in found.describe("")
+    held_out = datafiles.find(str(tmp_path), "data.validation")
+    assert held_out.of_other_splits() == ["train/test.jsonl.gz", "train.jsonl"]
+    assert datafiles.find(str(tmp_path), "data.passages").of_other_splits() == []
+    # What is named itself is meant.
+    assert find(tmp_path / "validation.jsonl").of_other_splits() == []
+    # What is apart is not read.
+    training, _ = overlap.apart(
+        found, datafiles.find(f"{tmp_path}/validation.jsonl", "data.validation")
+    )
+    assert training.of_other_splits() == ["train/test.jsonl.gz"]

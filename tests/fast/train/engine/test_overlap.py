@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from train.engine import overlap
+from train.engine import datafiles, overlap
 from train.engine.data import Piece, from_rows
+from train.engine.datafiles import DataFiles
+from train.engine.errors import UserError
 
 ROWS = [f"Row number {n} says something that no other row says." for n in range(200)]
 NAMES = [f"n{n:02}" for n in range(100)]
@@ -57,3 +60,75 @@ def test_of_a_large_text_a_fair_sample_is_held(monkeypatch: pytest.MonkeyPatch) 
 def test_the_share_of_texts_counts_texts() -> None:
     assert overlap.share_of_texts(["a  b", "c"], ["a b", "d", "c", "c"]) == 0.75
     assert overlap.share_of_texts([], []) == 0
+
+
+def read(texts: list[list[str]], limit: int) -> tuple[list[str], bool]:
+    """Return what is read of texts at a limit, and whether that is all of them."""
+    beginnings = overlap.Beginnings([rows(text) for text in texts], limit)
+    return [piece.text for piece in beginnings], beginnings.are_all
+
+
+def test_of_a_large_text_the_beginning_of_every_file_is_read() -> None:
+    texts = [["a" * 10] * 100, ["b" * 10] * 2, ["c" * 10] * 100]
+    assert read(texts, 3000) == (texts[0] + texts[1] + texts[2], True)
+    assert read(texts, 2020) == (texts[0][:68] + texts[1] + texts[2], False)
+    found, is_all = read(texts, 120)
+    assert (found, is_all) == (texts[0][:4] + texts[1] + texts[2][:6], False)
+
+
+# ---- files ----
+
+
+def make(folder: Path, *names: str) -> Path:
+    """Make files, each with its own name as its content."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    return folder
+
+
+def find(path: Path) -> DataFiles:
+    return datafiles.find(str(path), "data.train")
+
+
+def names(found: DataFiles, folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in found.files]
+
+
+def test_a_file_of_the_held_out_data_is_left_out_of_the_training_folder(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a.txt", "b.txt", "held/c.txt", "held/d.txt")
+    # A copy by another name is the same text.
+    (folder / "copy.txt").write_text((folder / "held/c.txt").read_text())
+    for given, left in (
+        ("b.txt", ["a.txt", "copy.txt", "held/c.txt", "held/d.txt"]),
+        ("held", ["a.txt", "b.txt"]),
+        ("copy.txt", ["a.txt", "b.txt", "held/d.txt"]),
+    ):
+        held_out = datafiles.find(str(folder / given), "data.validation")
+        training, same = overlap.apart(find(folder), held_out)
+        assert names(training, folder) == left
+        assert same == held_out
+        assert len(training.left_out) == len(find(folder).files) - len(left)
+
+
+def test_a_held_out_folder_around_the_training_file_loses_it(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a.txt", "b.txt")
+    held_out = datafiles.find(str(folder), "data.validation")
+    training, rest = overlap.apart(find(folder / "a.txt"), held_out)
+    assert (names(training, folder), names(rest, folder)) == (["a.txt"], ["b.txt"])
+
+
+def test_two_settings_that_mean_the_same_keep_it(tmp_path: Path) -> None:
+    given = find(make(tmp_path, "a.txt", "b.txt"))
+    assert overlap.apart(given, given) == (given, given)
+    separate = find(make(tmp_path / "c", "d.txt"))
+    assert overlap.apart(given, separate) == (given, separate)
+
+
+def test_what_cannot_be_read_any_more_is_refused_by_its_setting(tmp_path: Path) -> None:
+    folder = make(tmp_path, "a.txt", "b.txt")
+    held_out = datafiles.find(str(folder / "b.txt"), "data.test")
+    training = find(folder / "a.txt")
+    (folder / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"data\.test: \S+/b\.txt cannot be read"):
+        overlap.apart(training, held_out)

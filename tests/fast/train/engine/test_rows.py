@@ -82,7 +82,7 @@ def test_a_text_is_text_and_a_null_is_none() -> None:
     assert as_text(None, "f:1", "text") == ""
     with pytest.raises(UserError, match="f:1: 'text' is not text but float"):
         as_text(1.5, "f:1", "text")
-    with pytest.raises(UserError, match="f:1: 'text' holds half a character"):
+    with pytest.raises(UserError, match="f:1: 'text' contains invalid Unicode"):
         as_text("\ud83d", "f:1", "text")
 
 

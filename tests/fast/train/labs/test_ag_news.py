@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
 from train.engine import arguments, metrics, signals
@@ -309,3 +310,25 @@ def test_steps_follow_from_epochs_and_seeds(environment: None) -> None:
 def test_torch_is_not_loaded_for_a_wrong_setting() -> None:
     check = "import sys, train.labs.ag_news; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=CHECKOUT, check=False).returncode == 0
+
+
+def test_it_computes_in_fp32_although_the_launchers_file_says_bf16(
+    straight: Path, clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["--config", JOB, "--dry_run", "--log_every_steps", "1", "--run_folder", str(tmp_path)]
+    # As `accelerate launch` sets it from every file of configs/accelerate.
+    environment = clean_environment | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = ranks.run("ddp", 1, "train.labs.ag_news", *words, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert predictions(tmp_path) == predictions(straight)
+    done = ranks.run(
+        "ddp",
+        1,
+        "train.labs.ag_news",
+        *words[:-1],
+        str(tmp_path / "bf16"),
+        *("--precision", "bf16"),
+        environment=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert predictions(tmp_path / "bf16") != predictions(straight)

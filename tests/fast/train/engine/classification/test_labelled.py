@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from train.engine import staging
 from train.engine.classification import labelled
+from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import (
     Labelled,
-    LabelledDataSettings,
     StagedLabelled,
     split_validation,
 )
@@ -59,6 +59,9 @@ def test_classes_that_are_numbers_are_in_their_order(environment: None, tmp_path
         ([True, False] * 2, ["True", "FALSE", "false", True], ["true", "false"]),
         ([-2, -3, "-2.0", -3.0], [-2], ["-2", "-3"]),
         ([-0.0, 1, "0", 1], ["-0.0"], ["0", "1"]),
+        (["+1", "-0", 1, "0"], ["+1.0", "-0"], ["0", "1"]),
+        ([".0", "1.0e+00", 1, "0"], ["0.", "+1"], ["0", "1"]),
+        (["007", "1e5", "1E5x", "none"] * 2, ["007"], ["007", "1e5", "1E5x", "none"]),
     ],
 )
 def test_a_class_is_the_same_however_a_file_writes_it(
@@ -91,6 +94,12 @@ def test_the_same_labels_in_a_table_and_in_csv_are_the_same_classes(
         ([0, 1, 0, float("inf")], r"train.jsonl:4: 'label' is inf, not a class"),
         ([0, 1, 0, [1]], r"train.jsonl:4: 'label' is not a name or a number but \[1\]"),
         ([0, 1, -1.0, 1], r"train.jsonl:3: 'label' is -1, which stands for no class"),
+        (["a", "b", "nan"], r"train.jsonl:3: 'label' is nan, which stands for a missing value"),
+        (["a", "NA", "b"], r"train.jsonl:2: 'label' is NA, which stands for a missing value"),
+        (["a", "b", "NULL"], r"train.jsonl:3: 'label' is NULL, which stands for"),
+        (["a", "b", "-01"], r"train.jsonl:3: 'label' is -01, which stands for no class"),
+        ([".5", "b", "a"], r"train.jsonl:1: 'label' is .5, not a class"),
+        (["-02", "-2", "1"] * 2, "'-02' and '-2' differ only in how"),
         (["Sport", "sport", "art", "art"] * 2, "'Sport' and 'sport' differ only in how"),
         (["new  york", "new york", "art"] * 2, "'new york' and 'new  york' differ only in how"),
         (["caf\u00e9", "cafe\u0301", "art"] * 2, "differ only in how"),
