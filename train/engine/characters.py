@@ -33,10 +33,12 @@ _UTF8_SEQUENCE = re.compile(
 def read(file: Path) -> Iterator[str]:
     """Yield a file's text with every byte of it, line ends too, so that bits per byte hold.
 
+    But for a mark (BOM) that it may begin with, which is no text.
+
     Raises:
         UserError: it is not UTF-8 text, with the line; or as `compression.opened`.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     with opened(file) as stream:
         data = b"first"

@@ -17,7 +17,7 @@ from train.engine.filenames import suffix_of
 Row = tuple[str, tuple[Any, ...]]
 
 # Another number when files are read to other rows: what was staged before is not found again.
-FORMAT = 2
+FORMAT = 3
 
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
@@ -43,7 +43,11 @@ def as_text(value: Any, where: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{where}: '{column}' is not text but {type(value).__name__}")
+        kind = type(value).__name__
+        hint = "give a column of text"
+        if isinstance(value, list | dict):
+            hint = "make a text of it first; of a conversation by tokenizer.apply_chat_template"
+        raise UserError(f"{where}: '{column}' is not text but {kind}; {hint}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -159,19 +163,39 @@ def _table_rows(
 
     try:
         table = open_table()
-        check_columns(str(file), columns, schema_of(table).names)
+        schema = schema_of(table)
+        check_columns(str(file), columns, schema.names)
+        classes = [_class_names(schema, column) for column in columns.values()]
+        number = 0
         for batch in batches_of(table):
             for start in range(0, batch.num_rows, 1000):
                 part = batch.slice(start, 1000)
                 lists = (part.column(name).to_pylist() for name in columns.values())
                 for values in zip(*lists, strict=True):
-                    yield str(file), values
+                    number += 1
+                    yield (
+                        f"{file}: row {number}",
+                        tuple(
+                            names[value] if names and value in range(len(names)) else value
+                            for names, value in zip(classes, values, strict=True)
+                        ),
+                    )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow's errors about what a file holds have no number.
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(file, error) from None
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: is damaged, or not a {file.suffix[1:]} file: {reason}") from None
+
+
+def _class_names(schema: Any, column: str) -> list[str]:
+    """Return the names that the `datasets` library keeps of a column's numbers; mostly none."""
+    try:
+        kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = kept["info"]["features"][column]
+        return list(feature["names"]) if feature["_type"] == "ClassLabel" else []
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 _READERS: dict[str, Callable[[Path, Mapping[str, str]], Iterator[Row]]] = {

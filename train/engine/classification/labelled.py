@@ -229,8 +229,8 @@ def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
         return classes
     if len(names) != len(classes):
         raise UserError(
-            f"data.class_names: are {len(names)} for {len(classes)} classes "
-            f"({classnames.listed(classes)})"
+            f"data.class_names: {len(names)} names for {len(classes)} classes "
+            f"({classnames.listed(classes)}); give one for each, in this order, or null"
         )
     if not all(name.isdecimal() for name in classes):
         raise UserError(

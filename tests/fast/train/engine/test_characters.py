@@ -70,3 +70,9 @@ def test_a_compressed_file_without_its_suffix_is_named_so(tmp_path: Path) -> Non
     name = refusal(file).rpartition(" ")[2]
     file.rename(tmp_path / name)
     assert "".join(characters.read(tmp_path / name)) == TEXT
+
+
+def test_the_mark_of_an_editor_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffcafé\r\n\ufeff".encode())
+    assert "".join(characters.read(file)) == "café\r\n\ufeff"

@@ -217,4 +217,4 @@ def test_damaged_parquet_is_refused_wherever_the_damage_is(tmp_path: Path) -> No
         write(path, ["a"], column="body")
     )
     pq.write_table(pa.table({"text": [1, 2]}), path)
-    assert refusal(path) == f"{path}: 'text' is not text but int"
+    assert refusal(path) == f"{path}: row 1: 'text' is not text but int; give a column of text"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -43,7 +45,7 @@ def write_parquet(file: Path) -> None:
     [
         ("jsonl", write_jsonl, [":1", ":3"]),
         ("csv", write_csv, [":2", ":4"]),
-        ("parquet", write_parquet, ["", ""]),
+        ("parquet", write_parquet, [": row 1", ": row 2"]),
     ],
 )
 def test_a_row_has_its_place_and_the_columns_in_the_order_asked_for(
@@ -134,4 +136,27 @@ def test_a_column_that_a_table_has_twice_is_refused_if_it_is_read(
             writer.write_table(table)
     with pytest.raises(UserError, match="has 2 columns 'text'"):
         list(read_rows(file, {"text_column": "text"}))
-    assert list(read_rows(file, {"label_column": "label"})) == [(str(file), ("z",))]
+    assert list(read_rows(file, {"label_column": "label"})) == [(f"{file}: row 1", ("z",))]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_class_has_the_name_that_datasets_keeps_for_its_number(
+    tmp_path: Path, suffix: str
+) -> None:
+    datasets: Any = importlib.import_module("datasets")
+    names = ["zeta", "beta", "alpha"]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [2, 0, -1]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    if suffix == "parquet":
+        file = tmp_path / "rows.parquet"
+        made.to_parquet(file)
+    else:
+        made.save_to_disk(tmp_path)
+        (file,) = tmp_path.glob("*.arrow")
+    columns = {"text_column": "text", "label_column": "label"}
+    found = [values for _, values in read_rows(file, columns)]
+    # -1 stands for no class.
+    assert found == [("a", "alpha"), ("b", "zeta"), ("c", -1)]

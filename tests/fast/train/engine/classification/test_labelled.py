@@ -174,7 +174,7 @@ def test_names_stand_for_numbers() -> None:
     assert labelled.named(numbers, ("x", "y", "z")) == ["x", "y", "z"]
     # Rows that have the names already, in whichever order.
     assert labelled.named(["x", "y", "z"], ("z", "x", "y")) == ["x", "y", "z"]
-    with pytest.raises(UserError, match=r"are 2 for 3 classes \(1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"2 names for 3 classes \(1, 2, 3\)"):
         labelled.named(numbers, ("x", "y"))
     with pytest.raises(UserError, match=r"these are a, b"):
         labelled.named(["a", "b"], ("x", "y"))
