@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import arguments
-from train.engine.errors import UserError, run_to_exit
+from train.engine.errors import UserError, run_to_exit, said_of_the_disk
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     if any(word.startswith(("--data.", "--model.")) for word in script_arguments):
         config = replace(config, staged=None)
     try:
-        config = script.stage(config, online=online)
+        with said_of_the_disk():
+            config = script.stage(config, online=online)
     except KeyboardInterrupt:
         # Ctrl+C during a long download; what is half done was put away on the way here.
         return 130

@@ -7,7 +7,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,16 @@ def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@contextmanager
+def said_of_the_disk() -> Iterator[None]:
+    """Turn what the system says of a file or a disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{error.filename}: {reason}" if error.filename else reason) from None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

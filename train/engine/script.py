@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from train.engine import arguments, moments, signals
-from train.engine.errors import EXIT_REQUEUE, UserError
+from train.engine.errors import EXIT_REQUEUE, UserError, said_of_the_disk
 from train.engine.runfolder import lock, say
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Script(Generic[Config]):
             raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
         run_folder = Path(named)
         if config.staged is None:
-            config = self.stage(config, online=False)
+            with said_of_the_disk():
+                config = self.stage(config, online=False)
         if os.environ.get("RANK", "0") == "0":
             run_folder.mkdir(parents=True, exist_ok=True)
             lock(run_folder)  # held until this process ends, however it ends

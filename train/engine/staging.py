@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import batches, hub, modelfolder, pooling, texts, tokenizer
-from train.engine.errors import UserError
+from train.engine.errors import UserError, said_of_the_disk
 from train.engine.once import datasets_folder, make_once, named_by_content
 from train.engine.presets import PRESETS
 from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL
@@ -50,7 +50,7 @@ def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
         UserError: something does not exist, is not what it should be, or is too short; or it
             would have to be downloaded and `online` is False.
     """
-    try:
+    with said_of_the_disk():
         staged, sources = config.staged, None
         if staged is None or not all(staged_path(name).exists() for name in _names(staged)):
             sources = texts.find(config)
@@ -58,9 +58,6 @@ def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
         _check_lengths(config, staged)
         if sources:
             _say_what_was_read(sources, staged, online)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{error.filename}: {reason}" if error.filename else reason) from None
     return staged
 
 

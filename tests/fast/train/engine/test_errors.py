@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from tests.shared import CHECKOUT
+from train.engine.errors import UserError, said_of_the_disk
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,9 @@ def test_what_the_locale_cannot_print_ends_nothing() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\\xe9 \\u8a9e\n", b"")
+
+
+def test_what_the_disk_says_is_one_line() -> None:
+    line = r"^/datasets/rows: No space left on device$"
+    with pytest.raises(UserError, match=line), said_of_the_disk():
+        raise OSError(errno.ENOSPC, "No space left on device", "/datasets/rows")
