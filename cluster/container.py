@@ -10,6 +10,7 @@ own paths and a path means inside what it means outside.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -162,12 +163,13 @@ def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Ctrl+C reaches it, too, and it puts away what is half done; `subprocess.call` would kill it
     after a quarter of a second.
     """
-    with subprocess.Popen(command, env=environment) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+    # A KeyboardInterrupt between the end of the child and the note of its code would lose the code,
+    # and Python would say 0. This handler is not handed down.
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        return subprocess.Popen(command, env=environment).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def variables(runtime: Runtime, binds: Iterable[str] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -209,15 +210,22 @@ def test_an_apptainer_that_cannot_start_is_one_line(apptainer: Path) -> None:
     call(apptainer, "x", STATUS="75")
 
 
-def test_a_command_that_is_interrupted_ends_in_its_own_time() -> None:
-    process = mock.MagicMock()
-    process.__enter__.return_value = process
-    # Ctrl+C, and again while the command puts away what is half done.
-    process.wait.side_effect = [KeyboardInterrupt, KeyboardInterrupt, 130]
-    with mock.patch.object(container.subprocess, "Popen", return_value=process):
-        host = container.Runtime()
-        assert container.call(host, "train.fetch", [], code=Path(), environment={}) == 130
-    process.kill.assert_not_called()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_command_that_is_interrupted_ends_in_its_own_time_with_its_own_code(when: str) -> None:
+    wait = os.waitpid
+
+    def interrupted(*words: int) -> tuple[int, int]:
+        """Press Ctrl+C, twice, beside the moment in which the command's end is told."""
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGINT)
+        ended = wait(*words)
+        os.kill(os.getpid(), signal.SIGINT)
+        return ended
+
+    # As `train.fetch` ends when it has put away what is half done.
+    with mock.patch.object(os, "waitpid", interrupted):
+        assert container._call(["bash", "-c", "exit 130"], {"PATH": os.environ["PATH"]}) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_parents_come_before_what_is_written_below_them(tmp_path: Path) -> None:
