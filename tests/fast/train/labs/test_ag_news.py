@@ -239,7 +239,7 @@ GOOD = '{"text": "rain again", "label": "a"}\n{"text": "sun", "label": "b"}\n' *
         (GOOD, "", [], r"data.test: .*test.jsonl: holds no rows"),
         (GOOD, GOOD, ["--data.text_column", "body"], r"no column 'body'; choose from text, label"),
         (GOOD, GOOD, ["--data.title_column", "text"], r"title_column: 'text' is data.text_column"),
-        (GOOD, GOOD, ["--data.class_names", "[x, y, z]"], r"class_names: are 3 for 2 classes"),
+        (GOOD, GOOD, ["--data.class_names", "[x, y, z]"], r"class_names: 3 names for 2 classes"),
         (GOOD, GOOD, ["--data.class_names", "[x, y]"], r"are for classes that are whole numbers"),
         (GOOD, GOOD, ["--data.class_names", "[x, x]"], r"class_names: 'x' is empty or there twice"),
         (GOOD, GOOD, ["--data.test", "null"], r"data.train: is given without data.test"),

@@ -233,7 +233,7 @@ GOOD = ['{"text": "good", "label": "pos"}', '{"text": "bad", "label": "neg"}'] *
         (GOOD, ["--unfreezing.head_lr", "0"], "head_lr: 0.0 is not a positive number"),
         (GOOD, ["--data.text_column", "review"], "rows.jsonl:1: has no column 'review'"),
         (GOOD, ["--data.max_length", "2"], "data.max_length: 2 is not between 4 and 8192"),
-        (GOOD, ["--data.class_names", "[a, b, c]"], "data.class_names: are 3 for 2 classes"),
+        (GOOD, ["--data.class_names", "[a, b, c]"], "data.class_names: 3 names for 2 classes"),
         (GOOD[:1] * 3, [], "all rows are of one class, 'pos'"),
         (GOOD[:3], [], "class 'neg' has a single row"),
         ([*GOOD, '{"text": " ", "label": "pos"}'], [], "rows.jsonl:5: the text is empty"),
