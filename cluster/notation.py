@@ -20,7 +20,7 @@ def fields_of(line: str) -> dict[str, str]:
 
 
 def number(fields: Mapping[str, str], key: str) -> int | None:
-    """Return the whole number that a field holds; None for UNLIMITED, and for what is none."""
+    """Return the whole number that a field holds; None for UNLIMITED and the like."""
     value = fields.get(key, "")
     return int(value) if value.isdecimal() and len(value) < 16 else None
 
@@ -32,7 +32,7 @@ def seconds(time: str) -> int | None:
     days-hours:minutes and days-hours:minutes:seconds (man sbatch, --time).
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is in none of these notations.
     """
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return None

@@ -135,7 +135,7 @@ class Slurm:
     def ended(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
         """Return what the accounting knows of jobs that the controller has forgotten.
 
-        Nothing where there is none, or it does not answer.
+        Nothing where the site keeps no accounting, or it does not answer.
         """
         wanted = ",".join(map(str, sorted(set(ids))))
         if not wanted:

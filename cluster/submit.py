@@ -82,7 +82,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     # A laptop's connection may be lost at any moment: what is queued has to be recorded.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     wanted = plan.request
-    settings, began_with = plan.folder / "config.yaml", ""
+    settings, before = plan.folder / "config.yaml", plan.folder / "config.before.yaml"
     if plan.is_new:
         record = plan.record | {
             "accel": plan.accel,
@@ -93,9 +93,8 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         runs.create(plan.folder, config=plan.config, record=record)
     try:
         if not plan.is_new:
-            began_with = settings.read_text(encoding="utf-8")
             # For the batch script, if the run refuses to go on with the new ones.
-            runs.write_whole(plan.folder / "config.before.yaml", began_with)
+            runs.write_whole(before, settings.read_text(encoding="utf-8"))
             runs.write_whole(settings, plan.config)
         (plan.folder / "cancel.json").unlink(missing_ok=True)
     except OSError as error:
@@ -112,8 +111,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         if plan.is_new:
             shutil.rmtree(plan.folder)
         else:
-            runs.write_whole(settings, began_with)
-            (plan.folder / "config.before.yaml").unlink(missing_ok=True)
+            before.replace(settings)
         raise _refused(str(error)) from None
     # From here to the record nothing interrupts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -44,7 +44,7 @@ def words_of(settings: Ssh) -> list[str]:
     """Return the ssh command of a site, as far as the name of the host.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no ssh command.
     """
     if shutil.which("ssh") is None:
         raise UserError('ssh.backend = "openssh": ssh is not on the PATH')

@@ -93,8 +93,6 @@ def max_length(model: PreTrainedModel, wanted: int) -> int:
 def tokenize(tokenizer_folder: Path, texts: Sequence[str], length: int) -> list[list[int]]:
     """Return the token ids of each text, with the encoder's special tokens, cut to `length`."""
     tokenizer = tokenizers.load(tokenizer_folder).tokenizer
-    # Encoders come with both set, to other lengths than theirs.
-    tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from train.engine.errors import UserError
 from train.engine.once import CutOff
-from train.engine.rows import Row, check_columns
+from train.engine.rows import Row, check_columns, class_name
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
@@ -124,16 +124,10 @@ def dataset_rows(
         )
     check_columns(what, columns, rows.column_names)
     names = list(columns.values())
-    classes = {name: getattr(rows.features[name], "names", None) for name in names}
-
-    def named(column: str, value: Any) -> Any:
-        known = classes[column]
-        # -1 stands for no class, as in the test splits of competitions.
-        return known[value] if known and isinstance(value, int) and value >= 0 else value
-
+    classes = [getattr(rows.features[name], "names", None) for name in names]
     for batch in rows.iter(batch_size=1000):
         for values in zip(*(batch[name] for name in names), strict=True):
-            yield what, tuple(named(*pair) for pair in zip(names, values, strict=True))
+            yield what, tuple(map(class_name, classes, values))
 
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

@@ -37,6 +37,18 @@ def check_whole(folder: Path) -> None:
             raise UserError(f"model.name: {file} {problem}; download the model again")
 
 
+def read_json(path: Path, setting: str) -> Any:
+    """Return what a JSON file of a model's folder holds; None where there is no such file.
+
+    Raises:
+        UserError: it cannot be read; `setting` is what named the folder.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be read: {error}") from None
+
+
 def read_shape(folder: Path, kind: str) -> dict[str, Any]:
     """Return the shape of a model folder as `rehearsal.rehearse` found it, now or before.
 
@@ -44,11 +56,8 @@ def read_shape(folder: Path, kind: str) -> dict[str, Any]:
         UserError: it is no model of this kind.
     """
     path = folder / "config.json"
-    try:
-        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            raise UserError(f"model.name: {path} holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {path} cannot be read: {error}") from None
+    if not isinstance(read_json(path, "model.name"), dict):
+        raise UserError(f"model.name: {path} is missing, or holds no JSON object")
 
     # What moves with a folder that is copied or mounted elsewhere, as on a node: the values of the
     # weights are looked at again whenever they are read.

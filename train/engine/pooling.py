@@ -5,13 +5,13 @@ A folder without modules.json is pooled by the mean over its tokens, as sentence
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.engine import tokenizer
 from train.engine.errors import UserError
+from train.engine.modelfolder import read_json
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -143,20 +143,11 @@ def _mode(folder: Path) -> str:
     return names[chosen[0]]
 
 
-def _read(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {path} cannot be read: {error}") from None
-
-
 def _object(path: Path) -> dict[str, Any]:
-    found = _read(path)
+    found = read_json(path, "model.name")
     return found if isinstance(found, dict) else {}
 
 
 def _list(path: Path) -> list[dict[str, Any]]:
-    found = _read(path)
+    found = read_json(path, "model.name")
     return found if isinstance(found, list) else []

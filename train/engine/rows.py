@@ -57,6 +57,12 @@ def as_text(value: Any, where: str, column: str) -> str:
     return value
 
 
+def class_name(names: Sequence[str] | None, value: Any) -> Any:
+    """Return the name of a class by its number; another value as it is, and -1, which is none."""
+    is_class = names and isinstance(value, int) and 0 <= value < len(names)
+    return names[value] if names and is_class else value
+
+
 def check_columns(where: str, columns: Mapping[str, str], found: Iterable[str]) -> None:
     """Raise `UserError` if a column is not among those `found`, which it names, or is twice."""
     names = [str(name) for name in found]
@@ -175,10 +181,7 @@ def _table_rows(
                     number += 1
                     yield (
                         f"{file}: row {number}",
-                        tuple(
-                            names[value] if names and value in range(len(names)) else value
-                            for names, value in zip(classes, values, strict=True)
-                        ),
+                        tuple(map(class_name, classes, values)),
                     )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow's errors about what a file holds have no number.

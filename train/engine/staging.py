@@ -71,8 +71,11 @@ def model_shape(config: TrainingConfig, model: Path | None) -> dict[str, Any]:
 
 def sequence_length(config: TrainingConfig, model: Path | None) -> int:
     """Return the tokens of a block: as set, or the model's context up to 2048."""
-    context = model_shape(config, model)["max_position_embeddings"] or 2048
-    return config.data.sequence_length or min(context, 2048)
+    return _length(config, model_shape(config, model))
+
+
+def _length(config: TrainingConfig, shape: dict[str, Any]) -> int:
+    return config.data.sequence_length or min(shape["max_position_embeddings"] or 2048, 2048)
 
 
 def _names(staged: StagedPaths) -> list[str]:
@@ -107,7 +110,7 @@ def _stage(config: TrainingConfig, sources: dict[str, texts.Source], online: boo
             loaded = tokenizer.load(
                 tokenizer_folder, parse_special_tokens=config.data.parse_special_tokens
             )
-            _check_vocabulary(config, model, loaded.text_vocab_size)
+            _check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
             batches.pack(source.read(), loaded, unfinished, source.name)
 
         packed[split] = make_once(folder, make, source.name, online=online or source.is_local)
@@ -130,15 +133,16 @@ def _say_what_was_read(sources: dict[str, texts.Source], staged: StagedPaths, on
 
 def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
     model = staged_path(staged.model) if staged.model else None
-    length = sequence_length(config, model)
-    context = model_shape(config, model)["max_position_embeddings"] or length
+    shape = model_shape(config, model)
+    length = _length(config, shape)
+    context = shape["max_position_embeddings"] or length
     if length > context:
         raise UserError(
             f"data.sequence_length: {length} is more than the {context} positions of the model; "
             f"try --data.sequence_length {context}"
         )
     blocks = batches.Blocks(staged_path(staged.train), length)
-    _check_vocabulary(config, model, blocks.packed.vocab_size)
+    _check_vocabulary(config, shape, blocks.packed.vocab_size)
     num_tokens = blocks.packed.num_tokens
     if blocks.num_full == 0:
         raise UserError(
@@ -152,9 +156,9 @@ def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
         )
 
 
-def _check_vocabulary(config: TrainingConfig, model: Path | None, vocab_size: int) -> None:
+def _check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size: int) -> None:
     # A preset's vocabulary grows with the tokenizer; weights that were trained do not.
-    if model is None or vocab_size <= (known := model_shape(config, model)["vocab_size"]):
+    if config.model.preset or vocab_size <= (known := shape["vocab_size"]):
         return
     raise UserError(
         f"model.tokenizer: gives ids up to {vocab_size - 1}, but the model {config.model.name} "

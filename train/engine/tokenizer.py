@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from train.engine.data import Piece
 from train.engine.errors import UserError
+from train.engine.modelfolder import read_json
 
 # What transformers writes of a tokenizer, or reads to make one.
 FILES = (
@@ -112,6 +113,8 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
             token["special"] = token["content"] in literal
         tokenizer = Tokenizer.from_str(json.dumps(form))
         tokenizer.encode_special_tokens = True
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"model.tokenizer: {path} cannot be read: {error}") from None
     return LoadedTokenizer(
@@ -127,15 +130,20 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
 
 def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
     """Return the frame of a folder of before there was `FRAME`: a run goes on with its own."""
-    tokens: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            tokens |= json.loads((folder / name).read_text(encoding="utf-8"))
+    tokens = _special_tokens(folder)
     vocabulary = form["model"].get("vocab")
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {token["content"]: token["id"] for token in form.get("added_tokens") or ()}
     bos, eos = (_content(tokens.get(key)) for key in ("bos_token", "eos_token"))
     return {"bos_id": ids.get(bos), "eos_id": ids.get(eos), "literal": []}
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    """Return what the files of a tokenizer say of its special tokens, the newer file last."""
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        said |= read_json(folder / name, "model.tokenizer") or {}
+    return said
 
 
 def _content(token: Any) -> Any:
@@ -155,7 +163,7 @@ def place(source: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(form, ensure_ascii=False), encoding="utf-8")
     if not (folder / "tokenizer_config.json").exists():
         _write_config(folder, bos=loaded.bos_token, eos=loaded.eos_token)
-    (folder / FRAME).write_text(json.dumps(_frame(home, loaded), indent=2) + "\n")
+    _write_frame(folder, _frame(home, loaded))
     load(folder)
 
 
@@ -243,10 +251,8 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
     `add_bos_token: false` says that the model never saw a bos. A special token that the chat
     template writes is one wherever a text spells it, and so is the eos that it names.
     """
-    said: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        said |= _read_object(home / name)
-    shape = _read_object(home / "config.json")
+    said = _special_tokens(home)
+    shape = read_json(home / "config.json", "model.tokenizer") or {}
     known = loaded.get_vocab().values()
 
     def one(name: str) -> int | None:
@@ -277,16 +283,6 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
         ),
         "read": sorted(written),
     }
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.tokenizer: {path} cannot be read: {error}") from None
-    return found
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -328,10 +324,13 @@ def train(text: Iterable[Piece], vocab_size: int, folder: Path, source: str) -> 
         raise UserError(f"{source} holds no text, or only white space")
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_config(folder, bos="<s>", eos="</s>")
-    frame = {"bos_id": 0, "eos_id": 1, "literal": ["</s>", "<s>"]}
-    (folder / FRAME).write_text(json.dumps(frame, indent=2) + "\n")
+    _write_frame(folder, {"bos_id": 0, "eos_id": 1, "literal": ["</s>", "<s>"]})
 
 
 def _write_config(folder: Path, *, bos: str | None, eos: str | None) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_frame(folder: Path, frame: dict[str, Any]) -> None:
+    (folder / FRAME).write_text(json.dumps(frame, indent=2) + "\n")

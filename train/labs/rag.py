@@ -135,8 +135,11 @@ def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
     model = config.model
     is_of_the_hub = model.preset is None and not Path(model.name).is_dir()
     pooling = pooling_of(embedder.model)
-    wanted = {"pooling": pooling.mode, "query_prompt": pooling.query_prompt}
-    wanted["document_prompt"] = pooling.document_prompt
+    wanted = {
+        "pooling": pooling.mode,
+        "query_prompt": pooling.query_prompt,
+        "document_prompt": pooling.document_prompt,
+    }
     return {
         # What every encoder of an older index had is not mentioned in it.
         **{k: v for k, v in wanted.items() if v not in ("mean", "")},

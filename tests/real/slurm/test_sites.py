@@ -209,7 +209,7 @@ def test_a_step_that_slurm_refuses_is_no_nodes_fault_and_without_requeues_the_jo
     assert outcome["outcome"] == "failed"
     assert "Slurm did not start its processes: Invalid generic resource" in outcome["reason"]
     assert not (first / "preflight/verdict.json").exists()
-    # It would be tried once more, if Slurm did so: that it does not is said at the beginning, too.
+    # Slurm would not queue it again, and that is said at the beginning, too.
     assert (outcome["next"], "Requeue=0" in outcome["why"]) == ("stop", True)
     assert "Requeue=0" in (first / "batch.log").read_text().splitlines()[1]
     assert json.loads((first / "slurm.json").read_text())["requeues"] is False

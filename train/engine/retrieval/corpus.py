@@ -139,9 +139,6 @@ def _write_chunks(
     rows: Path, tokenizer_folder: Path, settings: ChunkSettings, folder: Path
 ) -> None:
     loaded = tokenizer.load(tokenizer_folder).tokenizer
-    # Encoders come with both set, to other lengths than theirs.
-    loaded.no_padding()
-    loaded.no_truncation()
     count = 0
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
         for number, passage in enumerate(passages.read_passages(rows)):

@@ -9,26 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_folders import find, make, names
 from train.engine import datafiles, overlap
 from train.engine.data import pieces
-from train.engine.datafiles import DataFiles
 from train.engine.errors import UserError
-
-
-def make(folder: Path, *names: str) -> Path:
-    """Make files, each with its own name as its content."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{name}\n")
-    return folder
-
-
-def find(path: Path) -> DataFiles:
-    return datafiles.find(str(path), "data.train")
-
-
-def names(found: DataFiles, folder: Path) -> list[str]:
-    return [str(file.relative_to(folder)) for file in found.files]
 
 
 def text_of(*files: Path) -> str:

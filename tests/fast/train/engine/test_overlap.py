@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_folders import find, make, names
 from train.engine import datafiles, overlap
 from train.engine.data import Piece, from_rows
-from train.engine.datafiles import DataFiles
 from train.engine.errors import UserError
 
 ROWS = [f"Row number {n} says something that no other row says." for n in range(200)]
@@ -63,7 +63,7 @@ def test_the_share_of_texts_counts_texts() -> None:
 
 
 def read(texts: list[list[str]], limit: int) -> tuple[list[str], bool]:
-    """Return what is read of texts at a limit, and whether that is all of them."""
+    """Return what is read of texts up to a limit, and whether all of them were read."""
     beginnings = overlap.Beginnings([rows(text) for text in texts], limit)
     return [piece.text for piece in beginnings], beginnings.are_all
 
@@ -77,22 +77,6 @@ def test_of_a_large_text_the_beginning_of_every_file_is_read() -> None:
 
 
 # ---- files ----
-
-
-def make(folder: Path, *names: str) -> Path:
-    """Make files, each with its own name as its content."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{name}\n")
-    return folder
-
-
-def find(path: Path) -> DataFiles:
-    return datafiles.find(str(path), "data.train")
-
-
-def names(found: DataFiles, folder: Path) -> list[str]:
-    return [str(file.relative_to(folder)) for file in found.files]
 
 
 def test_a_file_of_the_held_out_data_is_left_out_of_the_training_folder(tmp_path: Path) -> None:

@@ -39,6 +39,19 @@ class Ragged:
         return self.inputs[indices], self.labels[indices]
 
 
+def wrap(loss: TokenLoss, device: torch.device) -> strategy.Strategy:
+    """Return a model under DDP, for the rows in two micro batches of two."""
+    return strategy.prepare(
+        loss,
+        OptimizerSettings(lr=1e-3),
+        name="ddp",
+        device=device,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        resume=None,
+    )
+
+
 def test_each_target_token_counts_once_however_the_micro_batches_are_cut(
     config: tinyllama.Config, device: torch.device
 ) -> None:
@@ -54,15 +67,7 @@ def test_each_target_token_counts_once_however_the_micro_batches_are_cut(
     norm = torch.nn.utils.get_total_norm([p.grad for p in loss.model.parameters()])
     loss.zero_grad(set_to_none=True)
 
-    wrapped = strategy.prepare(
-        loss,
-        OptimizerSettings(lr=1e-3),
-        name="ddp",
-        device=device,
-        micro_batch_size=2,
-        gradient_accumulation_steps=2,
-        resume=None,
-    )
+    wrapped = wrap(loss, device)
     done = take_step(wrapped, ragged, config, step=0, position=0, writing=False)
     assert done.tokens == sum(TARGETS)
     assert done.loss == pytest.approx(float(expected.detach()), rel=1e-6)
@@ -79,15 +84,7 @@ def test_a_step_has_its_dropout_and_its_checkpointing_whatever_came_before(
     built.config.attention_dropout = 0.5
     for layer in model.layers(built):
         layer.self_attn.attention_dropout = 0.5
-    wrapped = strategy.prepare(
-        TokenLoss(built, device, False),
-        OptimizerSettings(lr=1e-3),
-        name="ddp",
-        device=device,
-        micro_batch_size=2,
-        gradient_accumulation_steps=2,
-        resume=None,
-    )
+    wrapped = wrap(TokenLoss(built, device, False), device)
     wrapped.module.train(left_in == "training")
     calls: list[bool] = []
     # Once forward, and once more in the backward pass where activations are not kept.

@@ -208,12 +208,12 @@ def test_a_tokenizer_that_was_saved_after_a_call_cuts_and_pads_nothing(
 FRAMES: list[tuple[dict[str, Any] | None, dict[str, Any] | None, str | None, str | None]] = [
     ({"bos_token": "<s>", "eos_token": "</s>"}, None, "<s>", "</s>"),
     ({"eos_token": "</s>"}, None, None, "</s>"),
-    # config.json counts where the tokenizer says nothing, not where it says that there is none.
+    # config.json counts where the tokenizer says nothing, not where it says null.
     (None, {"bos_token_id": 0, "eos_token_id": 1}, "<s>", "</s>"),
     ({"eos_token": "</s>"}, {"bos_token_id": 0, "eos_token_id": 0}, "<s>", "</s>"),
     ({"bos_token": None, "eos_token": "</s>"}, {"bos_token_id": 0}, None, "</s>"),
     (None, {"eos_token_id": [1, 300, 301]}, None, "</s>"),
-    # An id that the tokenizer lacks is none.
+    # An id that the tokenizer lacks does not count.
     (None, {"bos_token_id": 9000, "eos_token_id": 1}, None, "</s>"),
     # Never seen at the start of a text.
     ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}, None, None, "</s>"),
