@@ -24,13 +24,15 @@ from paramiko.common import (
 )
 from paramiko.message import Message
 
-from cluster.ssh.link import Link
+from cluster.ssh.link import BROKEN, Link
 from cluster.ssh.private_key import string
 
 # A push code is answered on a telephone that has to be found first.
 PATIENCE_S = 600
 SERVICE = b"ssh-connection"
+LAST_WORDS_S = 1
 MOST_QUESTIONS = 64
+ENDED = "the connection ended"
 
 
 class SignInLost(Exception):
@@ -116,7 +118,7 @@ class Dialogue:
         message = Message()
         message.add_byte(cMSG_SERVICE_REQUEST)
         message.add_string("ssh-userauth")
-        self._link._send_user_message(message)
+        self._send(message)
         kind, _ = self._hear()
         if kind != MSG_SERVICE_ACCEPT:
             raise SignInLost("the server does not speak of a sign-in")
@@ -160,7 +162,7 @@ class Dialogue:
             response.add_int(len(answers))
             for text in answers:
                 response.add_string(text.encode(errors="surrogateescape"))
-            self._link._send_user_message(response)
+            self._send(response)
 
         self._request(b"keyboard-interactive", string(b"") + string(b""))
         return self._verdict(reply)
@@ -171,7 +173,15 @@ class Dialogue:
         for part in (self._user, SERVICE, method):
             message.add_string(part)
         message.add_bytes(body)
-        self._link._send_user_message(message)
+        self._send(message)
+
+    def _send(self, message: Message) -> None:
+        try:
+            self._link._send_user_message(message)
+        except BROKEN:
+            # The thread that reads may still be at the server's last words.
+            self._link.join(LAST_WORDS_S)
+            raise SignInLost(ENDED) from None
 
     def _verdict(self, on_question: Callable[[Any], Reply | None] | None = None) -> Reply:
         """Return what the server makes of a request; `on_question` may end it or go on (None)."""
@@ -197,12 +207,12 @@ class Dialogue:
                 kind, message = self._heard.get(timeout=1)
             except queue.Empty:
                 if not self._link.is_active():
-                    raise SignInLost("the connection ended") from None
+                    raise SignInLost(ENDED) from None
                 if time.monotonic() > deadline:
                     raise SignInLost(f"no answer for {PATIENCE_S} s") from None
                 continue
             if kind == 0:
-                raise SignInLost("the connection ended")
+                raise SignInLost(ENDED)
             if kind != MSG_USERAUTH_BANNER:
                 return kind, message
             self._on_banner(message.get_string().decode(errors="replace"))

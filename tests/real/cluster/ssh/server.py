@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,14 +84,14 @@ class Server:
             found += [pid, *_sshd_below(pid)]
         return found
 
+    def send_children(self, number: signal.Signals) -> None:
+        """Send a signal to each process that serves a connection."""
+        _send(self.children(), number)
+
     def stop(self) -> None:
         """End it and all its connections."""
-        pids = [self.process.pid, *self.children()] if self.process.poll() is None else []
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if self.process.poll() is None:
+            _send([self.process.pid, *self.children()], signal.SIGKILL)
         self.process.wait()
 
 
@@ -198,9 +199,19 @@ def _with_files(folder: Path, pam: str) -> list[str]:
     return ["unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh"]
 
 
+def _send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        # One of an earlier connection may just have ended.
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def _sshd_below(parent: int) -> list[int]:
-    try:
-        words = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        return [int(pid) for pid in words if Path(f"/proc/{pid}/comm").read_text()[:4] == "sshd"]
-    except (FileNotFoundError, ProcessLookupError):
-        return []  # it has ended meanwhile
+    found = []
+    # What has ended meanwhile is left out.
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+                    found.append(int(pid))
+    return found

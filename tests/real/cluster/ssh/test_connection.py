@@ -343,9 +343,7 @@ def test_a_silent_server_is_given_up_though_output_waits_for_it(new_server: NewS
         channel, other = connection.open_session(), connection.open_session()
         channel.exec_command("cat >/dev/null")
         other.exec_command("cat")
-        stopped = server.children()
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
+        server.send_children(signal.SIGSTOP)
         (hop,) = connection._hops
         hop.watchdog = Watchdog(hop.link, "server", interval_s=0.1, count_max=3)
         # More than the buffers between us hold.
@@ -357,8 +355,7 @@ def test_a_silent_server_is_given_up_though_output_waits_for_it(new_server: NewS
         assert re.fullmatch(r"no answer from server for \d+ s", connection.lost or "")
         with pytest.raises(UserError, match="no answer from server"):
             connection.open_session()
-        for pid in stopped:
-            os.kill(pid, signal.SIGKILL)
+        server.send_children(signal.SIGKILL)
 
 
 def test_a_server_that_dies_is_named(new_server: NewServer) -> None:
@@ -366,8 +363,7 @@ def test_a_server_that_dies_is_named(new_server: NewServer) -> None:
     with signed_in(host_of(server)) as connection:
         channel = connection.open_session()
         channel.exec_command("cat")
-        for pid in server.children():
-            os.kill(pid, signal.SIGKILL)
+        server.send_children(signal.SIGKILL)
         assert channel.recv(1) == b""
         wait_until(lambda: not connection.transport.is_active(), "the end", every_s=0.01)
         assert connection.lost == "server closed the connection"
@@ -381,8 +377,7 @@ def test_dead_hops_do_not_hold_up_the_end(
     config = chain(tmp_path, first=first, last=last)
     host = replace(resolve("last", config=str(config)), proxy_jump=("first",))
     connection = signed_in(host)
-    for pid in first.children():
-        os.kill(pid, signal.SIGSTOP)
+    first.send_children(signal.SIGSTOP)
     threads = {thread for thread in threading.enumerate() if "Transport" in repr(type(thread))}
     # They end at once; the limit of the wait for them is not needed.
     monkeypatch.setattr(connection_module, "CLOSE_S", HANGS_AFTER_S)

@@ -184,9 +184,8 @@ def own_master(server: Server, folder: Path) -> Iterator[subprocess.Popen[bytes]
         waiting.wait_until((folder / "master").exists, "a master")
         yield master
     finally:
-        for pid in server.children():
-            # What a test has stopped.
-            os.kill(pid, signal.SIGCONT)
+        # What a test has stopped.
+        server.send_children(signal.SIGCONT)
         master.send_signal(signal.SIGCONT)
         master.terminate()
         master.wait()
@@ -205,8 +204,10 @@ def test_a_master_that_does_not_answer_is_left_aside_and_said(
             assert there.ask("echo as it is") == b"as it is\n"
         assert account.log.count("Accepted publickey") == 1
         monkeypatch.setattr(openssh, "MASTER_S", 1)
-        for pid in [master.pid] if dead == "the process" else account.children():
-            os.kill(pid, signal.SIGSTOP)
+        if dead == "the process":
+            master.send_signal(signal.SIGSTOP)
+        else:
+            account.send_children(signal.SIGSTOP)
         with connected("openssh", account) as there:
             assert "ControlMaster" in capfd.readouterr().err
             assert there.ask("echo another") == b"another\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import re
 import shutil
 import signal
@@ -12,7 +11,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import pytest
 from cluster.errors import UserError
 from cluster.ssh.config import resolve
 from cluster.ssh.connection import connect
+from cluster.ssh.link import Link
 from tests.real.accounts import IS_ROOT
 from tests.real.cluster.ssh.agent import Agent
 from tests.real.cluster.ssh.answers import answers, host_of, output, signed_in
@@ -465,16 +464,21 @@ def test_nothing_secret_is_logged(
 
 
 @by_root
-def test_a_server_that_dies_at_the_question_is_told_in_one_line(password_server: Server) -> None:
+@pytest.mark.parametrize("dead", ["the server", "the way there"])
+def test_a_connection_that_ends_at_the_question_is_told_in_one_line(
+    password_server: Server, dead: str
+) -> None:
     server = password_server
     server.write_config(key=False)
 
     class Killer:
         def ask(self, question: str) -> str:
-            for pid in server.children():
-                # One of an earlier sign-in may just have ended.
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            (link,) = (thread for thread in threading.enumerate() if isinstance(thread, Link))
+            if dead == "the server":
+                server.send_children(signal.SIGKILL)
+            else:
+                # Nothing can be sent, and no end is heard yet.
+                link.sock.shutdown(socket.SHUT_WR)
             return "x"
 
         secret = ask
