@@ -108,8 +108,7 @@ class Remote:
         # Channel.get_pty has no modes to say.
         message = self._request("pty-req", wants_reply=True)
         message.add_string(os.fsencode(term))
-        for number in (size.columns, size.rows, size.width, size.height):
-            message.add_int(number)
+        _add_size(message, size)
         message.add_string(modes)
         self._channel._event_pending()
         try:
@@ -256,11 +255,12 @@ class Remote:
         self._transport._send_user_message(message)
 
     def _send_size(self, size: Size) -> None:
-        try:
-            self._channel.resize_pty(size.columns, size.rows, size.width, size.height)
-        except paramiko.SSHException:
-            if not self.is_over:
-                raise
+        # Channel.resize_pty raises once the program has closed its output, which may be long
+        # before it ends.
+        message = self._request("window-change", wants_reply=False)
+        _add_size(message, size)
+        if not self.is_over:
+            self._transport._send_user_message(message)
 
     def _request(self, kind: str, *, wants_reply: bool) -> paramiko.Message:
         message = paramiko.Message()
@@ -343,6 +343,11 @@ class _Bell:
 
     def clear(self) -> None:
         pass
+
+
+def _add_size(message: paramiko.Message, size: Size) -> None:
+    for number in (size.columns, size.rows, size.width, size.height):
+        message.add_int(number)
 
 
 def _has_room(sock: Any) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -298,6 +299,21 @@ def test_a_stop_from_elsewhere_gives_the_terminal_back(server: Server) -> None:
         screen.expect(r"local\$ ")
         screen.type("echo code=$?\r")
         screen.expect("code=5")
+
+
+def test_a_window_may_change_when_the_program_has_closed_its_output(
+    server: Server, tmp_path: Path
+) -> None:
+    silent, done = tmp_path / "silent", tmp_path / "done"
+    command = f"exec <&- >&- 2>&-; : >{silent}; until [ -e {done} ]; do sleep 0.05; done; exit 7"
+    with session(server, "--command", command) as screen:
+        wait_until(silent.exists, "a closed output", every_s=0.01)
+        for columns in (70, 90):
+            # The end of its output is here by the second at the latest.
+            time.sleep(0.3)
+            screen.resize(columns, 30)
+        done.touch()
+        assert screen.wait() == 7
 
 
 def test_one_connection_serves_one_command_after_the_other(server: Server) -> None:
