@@ -179,9 +179,10 @@ def test_the_log_has_the_self_test(image: Path) -> None:
 def inside(
     apptainer: str, image: Path, *command: str | Path, binds: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in an image."""
-    options = ["--userns"] if IS_ROOT else []
-    options += ["--cleanenv", "--no-home", *(f"--bind={bind}" for bind in binds)]
+    """Run a command in an image, as its root: what only that may read is looked at, too."""
+    options = ["--userns" if IS_ROOT else "--fakeroot", "--cleanenv", "--no-home"]
+    # An ordinary user's lies below /home, in which the image's own would not be seen.
+    options += ["--no-mount=cwd", *(f"--bind={bind}" for bind in binds)]
     return subprocess.run(
         [apptainer, "exec", *options, image, *command], check=False, capture_output=True, text=True
     )
