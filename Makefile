@@ -158,7 +158,7 @@ drills: | setup-dev ## what is random and long; ARGS="--seed N" repeats a drill
 	$(python) -m pytest -o testpaths=tests/drills $(ARGS)
 
 # pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
-lint: | setup-dev ## style, types, the wall between cluster/ and train/, shell scripts
+lint: | setup-dev ## style, types, the walls between the rooms, shell scripts
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy

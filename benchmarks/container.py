@@ -24,8 +24,9 @@ if __package__ in (None, ""):  # started as a file: the checkout is not on the p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import record
+from runfolder.errors import UserError
 from train.engine import arguments
-from train.engine.errors import RunFailed, UserError, run_to_exit
+from train.engine.errors import RunFailed, run_to_exit
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,9 @@ if __package__ in (None, ""):  # started as a file: the checkout is not on the p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import record
+from runfolder.errors import UserError
 from train.engine import arguments, batches
-from train.engine.errors import UserError, run_to_exit
+from train.engine.errors import run_to_exit
 from train.engine.presets import PRESETS
 
 CONVENTION = (

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from cluster import clusters, container, history, notation, runs, slurm
 from cluster import site as sites
-from cluster.errors import Parser, UserError, printable, run_to_exit
-from cluster.plan import PASSED
+from cluster.errors import Parser, run_to_exit
+from cluster.slurm import PASSED
+from runfolder import attempts, records
+from runfolder.errors import UserError, printable
 
 LISTENS = "tensorboard listens at"
 # What TensorBoard says when it is ready.
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
             f"{folder / 'tensorboard'}: holds no curves yet; how far the run is: "
             f"make logs RUN={history.name_of(folder)}"
         )
-    record = runs.record(folder)
+    record = records.read(folder)
     image = (record.get("image") or {}).get("path", "")
     runtime = container.choose(str(record.get("runtime") or "host"), image, ["cpu"])
     address, step = _place(folder)
@@ -70,8 +72,8 @@ def main(argv: list[str]) -> int:
 
 def _place(folder: Path) -> tuple[str, list[str]]:
     """Return the address to listen at, and the words that run a command there."""
-    last = history.submissions(folder)[-1:]
-    made = [each for each in history.attempts(folder) if last and each.is_of(last[0].job_id)]
+    last = records.submissions(folder)[-1:]
+    made = [each for each in attempts.read_all(folder) if last and each.is_of(last[0].job_id)]
     # Where the folder tells that the job is over, Slurm need not answer.
     if last and not history.is_settled(last[0], made):
         queue = clusters.at(slurm.of(sites.load()), last[0].cluster)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from cluster import clusters, history, progress, runs, site, slurm
-from cluster.errors import Parser, UserError
+from cluster.errors import Parser
 from cluster.reasons import ACTIVE, WAITING
 from cluster.refusals import ControllerUnreachable, SlurmError
+from runfolder import attempts, checkpoints, decision, records
+from runfolder.errors import UserError
 
 POLL_S = 2.0
 # After a plain scancel Slurm itself ends what remains: KillWait, 30 s by default, and an epilog.
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
     name = history.name_of(folder)
     if not (folder / "jobs.jsonl").exists():
         raise UserError(f"RUN={name}: was not submitted to Slurm; Ctrl+C ends a `make run`")
-    found = history.submissions(folder)
-    if not found or history.has_damaged_end(folder):
+    found = records.submissions(folder)
+    if not found or records.has_damaged_end(folder):
         raise UserError(
             f"{folder / 'jobs.jsonl'}: its last line is damaged; squeue --me lists your jobs, and "
             "scancel ends one"
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     queue = clusters.at(slurm.of(settings), last.cluster)
     job = clusters.look(queue, {folder: last}).get(folder)
     if job is None or job.state not in ACTIVE:
-        end = history.ending(folder, last, history.attempts(folder), job)
+        end = history.ending(folder, last, attempts.read_all(folder), job)
         at = f" at step {end.step}" if end.step is not None else ""
         again = (
             "make status" if end.word == "finished" else f"make submit RUN={name} goes on with it"
@@ -66,7 +67,6 @@ class Cancellation:
         self._job = job
         self._queue = queue
         self._save_s = save_s
-        self._request = folder / "cancel.json"
         self._stands = False
         """Whether Slurm was told."""
         self._refusals = 0
@@ -76,13 +76,13 @@ class Cancellation:
         """Ask, and wait until the job is over; return the exit code."""
         job_id = self._job.job_id
         # One that is there is another `make cancel`'s: that one has told Slurm, and needs it.
-        ours = not is_requested(self._folder, job_id)
+        ours = not decision.is_cancel_requested(self._folder, job_id)
         try:
             self._write_request()
             saved_in_time = self._until_over()
         except (KeyboardInterrupt, UserError) as error:
             if not self._stands and ours:
-                self._request.unlink(missing_ok=True)
+                decision.forget_cancel(self._folder)
             if isinstance(error, UserError):
                 told = f"; job {job_id} was told to end all the same: make status"
                 raise UserError(f"{error}{told if self._stands else ''}") from None
@@ -91,7 +91,7 @@ class Cancellation:
             else:
                 print(f"\njob {job_id} was not cancelled")
             return 130
-        self._request.unlink(missing_ok=True)
+        decision.forget_cancel(self._folder)
         self._say_end(saved_in_time)
         return 0
 
@@ -153,9 +153,9 @@ class Cancellation:
 
     def _write_request(self) -> None:
         try:
-            runs.write_whole(self._request, json.dumps({"job_id": self._job.job_id}) + "\n")
+            decision.request_cancel(self._folder, self._job.job_id)
         except OSError as error:
-            raise UserError(f"{self._request}: cannot be written: {error.strerror}") from None
+            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
     def _say(self, what: str) -> None:
         if what != self._said:
@@ -164,25 +164,18 @@ class Cancellation:
 
     def _say_end(self, saved_in_time: bool) -> None:
         name, job_id = history.name_of(self._folder), self._job.job_id
-        made = [a for a in history.attempts(self._folder) if a.is_of(job_id)]
+        made = [a for a in attempts.read_all(self._folder) if a.is_of(job_id)]
         outcome = (made[-1].outcome if made else None) or {}
         if outcome.get("outcome") == "finished":
             command = history.command_of(outcome, name)
             print(f"job {job_id} had finished before; next: {command}")
             return
-        saved = progress.saved_step(self._folder)
+        saved = checkpoints.newest_step(self._folder)
         late = "" if saved_in_time else "; its save was not finished in time"
-        serves = "no checkpoint, it starts anew" if saved is None else f"checkpoint step-{saved:08}"
+        serves = "no checkpoint, it starts anew"
+        if saved is not None:
+            serves = f"checkpoint {checkpoints.folder_name(saved)}"
         came = progress.of(self._folder, made[-1]).step if made else None
         if came is not None and (lost := came - (saved or 0)) > 0:
             serves += f"; {lost} step{'s' if lost != 1 else ''} {'are' if lost != 1 else 'is'} lost"
         print(f"job {job_id} is cancelled{late}; continue with make submit RUN={name} ({serves})")
-
-
-def is_requested(folder: Path, job_id: int) -> bool:
-    """Return whether the job was asked to end."""
-    try:
-        request = json.loads((folder / "cancel.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(request, dict) and request.get("job_id") == job_id

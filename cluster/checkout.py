@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import site
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 # What a checkout that was brought from a laptop says of the one that it was made from.
 ORIGIN = Path(".origin.json")

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster import history, slurm
-from cluster.errors import UserError
 from cluster.flags import CLUSTER_VARIABLES
-from cluster.history import Submission
 from cluster.refusals import SlurmError
 from cluster.site import Site
 from cluster.slurm import QueuedJob, Slurm
+from runfolder.errors import UserError
+from runfolder.records import Submission
 
 
 def chosen(site: Site) -> Slurm:

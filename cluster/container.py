@@ -23,7 +23,8 @@ import yaml
 
 from cluster import image as images
 from cluster import machine, runs
-from cluster.errors import Parser, UserError, did_you_mean, run_to_exit, split_at_dashes
+from cluster.errors import Parser, run_to_exit, split_at_dashes
+from runfolder.errors import UserError, did_you_mean
 
 RUNTIMES = ("apptainer", "host")
 # Of the root of a file system, what the image brings itself. /tmp is the container's own.

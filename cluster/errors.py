@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
-
-class UserError(ValueError):
-    """Something that the user can put right: one line that says what, where, and what to do."""
+from runfolder.errors import UserError, printable
+from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_READER_LEFT
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,25 +37,11 @@ def run_to_exit(main: Callable[[list[str]], int]) -> None:
     except UserError as error:
         # Some of its words may be somebody else's: a server's, a file's.
         print("error: " + printable(str(error)), file=sys.stderr)
-        code = 2
+        code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
         # Whoever read the output has left, as `head` does; Python would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = EXIT_READER_LEFT
     sys.exit(code)
-
-
-def printable(text: str) -> str:
-    """Return text of any origin as one line in which nothing steers a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return the end of a message about an unknown `word`: the nearest choice, or all of them."""
-    known = sorted(choices)
-    nearest = difflib.get_close_matches(word, known, n=1)
-    if nearest:
-        return f"; did you mean '{nearest[0]}'?"
-    return f"; choose from {', '.join(known)}" if known else ""

@@ -1,13 +1,7 @@
-"""What a run folder tells of its jobs: submissions, attempts, and how they ended.
-
-Jobs write here while others read, and may be killed while they write: what is damaged counts as
-unknown and is never an error.
-"""
+"""How the jobs of a run ended: what its folder tells, together with what Slurm still knows."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -16,50 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster import runs
-from cluster.errors import printable
 from cluster.reasons import OVER
 from cluster.slurm import QueuedJob
+from runfolder.attempts import OUTCOMES, Attempt
+from runfolder.files import last_lines, number, text
+from runfolder.records import Submission
 
-# A line of metrics.jsonl has some hundred bytes; a run of weeks, many megabytes.
-TAIL_BYTES = 65536
 # How Slurm says that the batch script did not even begin: in the queue, and in the accounting,
 # which keeps no reason but an exit code.
 CANNOT_LAUNCH = {"JobLaunchFailure", "0:53"}
-OUTCOMES = ("finished", "stopped", "failed", "unhealthy", "cancelled", "lost")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Submission:
-    """A line of jobs.jsonl."""
-
-    job_id: int
-    submitted: str
-    """ISO time."""
-    num_nodes: int | None
-    cluster: str = ""
-    """Of several on one accounting; empty in records from before it was kept: the one at hand."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """A folder of attempts/."""
-
-    number: int
-    folder: Path
-    slurm: dict[str, Any] | None
-    """slurm.json; {} if it is damaged, None without one, as in an attempt of `make run`."""
-    outcome: dict[str, Any] | None
-    """outcome.json; {} if it is damaged, None as long as there is none."""
-
-    def is_of(self, job_id: int) -> bool:
-        """Whether this job made it."""
-        return self.slurm is not None and self.slurm.get("job_id", job_id) == job_id
-
-    @property
-    def nodes(self) -> list[str]:
-        """Names of the nodes, the first being node 0."""
-        listed = (self.slurm or {}).get("nodes")
-        return [text(name) for name in listed] if isinstance(listed, list) else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,63 +45,12 @@ def submitted_runs() -> list[Path]:
     return sorted((path for path in found if path.name[0] != "."), key=lambda path: path.name)
 
 
-def submissions(folder: Path) -> list[Submission]:
-    """Return what jobs.jsonl tells, the newest last, without damaged lines."""
-    found = []
-    for line in last_lines(folder / "jobs.jsonl"):
-        content = json_object(line)
-        if job_id := number(content.get("job_id")):
-            found.append(
-                Submission(
-                    job_id=job_id,
-                    submitted=text(content.get("submitted")),
-                    num_nodes=number(content.get("num_nodes")),
-                    cluster=text(content.get("cluster")),
-                )
-            )
-    return found
-
-
-def has_damaged_end(folder: Path) -> bool:
-    """Return whether the newest submission cannot be read."""
-    content = (folder / "jobs.jsonl").read_bytes().rstrip(b"\n")
-    return number(json_object(content.rpartition(b"\n")[2]).get("job_id")) is None
-
-
 def job_of(folder: Path, job_id: int, queue: Mapping[int, QueuedJob]) -> QueuedJob | None:
     """Return the run's job, if it is in the queue: a new cluster counts its jobs from 1 again."""
     job = queue.get(job_id)
     # The same folder may have been named by another path, over a link.
     same = job is not None and Path(job.folder).resolve() == folder.resolve()
     return job if same else None
-
-
-def attempt_numbers(folder: Path) -> list[int]:
-    """Return the numbers of the attempts that there are."""
-    try:
-        names = [path.name for path in (folder / "attempts").iterdir()]
-    except OSError:
-        return []
-    return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name))
-
-
-def attempt(folder: Path, number: int) -> Attempt:
-    """Return what is known of an attempt."""
-    path = folder / "attempts" / str(number)
-    try:
-        # Listed, not just opened: an NFS client would go on to believe that a file is not there.
-        names = set(os.listdir(path))  # noqa: PTH208 names are all that is wanted
-    except OSError:
-        names = set()
-    slurm, outcome = (
-        _file(path / name) if name in names else None for name in ("slurm.json", "outcome.json")
-    )
-    return Attempt(number=number, folder=path, slurm=slurm, outcome=outcome)
-
-
-def attempts(folder: Path) -> list[Attempt]:
-    """Return all attempts, the newest last."""
-    return [attempt(folder, number) for number in attempt_numbers(folder)]
 
 
 def is_final(last: Submission, made: list[Attempt]) -> bool:
@@ -240,48 +148,6 @@ def reason_of(outcome: dict[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def text(value: object) -> str:
-    """Return a text of one line that is safe to show: no control character reaches a terminal."""
-    return printable(value) if isinstance(value, str) else ""
-
-
-def number(value: object) -> int | None:
-    """Return a whole number of 0 or more, or None if the value is none."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
-        return value
-    return None
-
-
-def json_object(content: bytes) -> dict[str, Any]:
-    """Return a JSON object; {} if it is damaged or something else."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def last_lines(path: Path) -> list[bytes]:
-    """Return the last complete lines of a file, as far as the tail of it goes."""
-    try:
-        with path.open("rb") as stream:
-            start = max(0, stream.seek(0, 2) - TAIL_BYTES)
-            stream.seek(start)
-            lines = stream.read(TAIL_BYTES).split(b"\n")
-    except OSError:
-        return []
-    return lines[1 if start else 0 : -1]
-
-
 def _outcome_of(last: Submission, made: list[Attempt]) -> dict[str, Any]:
     own = [attempt for attempt in made if attempt.is_of(last.job_id)]
     return (own[-1].outcome if own else None) or {}
-
-
-def _file(path: Path) -> dict[str, Any] | None:
-    try:
-        return json_object(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return {}

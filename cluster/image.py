@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import site
-from cluster.errors import Parser, UserError, did_you_mean, run_to_exit
+from cluster.errors import Parser, run_to_exit
+from runfolder.errors import UserError, did_you_mean
 
 # What each variant is made of, in the order in which the build joins the files.
 LOCKS = {"cpu": ("pip", "torch-cpu", "cpu"), "cuda": ("pip", "cuda")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cluster.errors import UserError, did_you_mean
+from runfolder.errors import UserError, did_you_mean
 
 JOBS = Path("configs/jobs")
 STRATEGIES = Path("configs/accelerate")

@@ -13,7 +13,8 @@ import io
 import sys
 
 from cluster import remote, site
-from cluster.errors import UserError, did_you_mean, run_to_exit
+from cluster.errors import run_to_exit
+from runfolder.errors import UserError, did_you_mean
 
 COMMANDS = {
     "status": "cluster.status",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import UserError, printable
+from runfolder.errors import UserError, printable
 
 # After so long it is said that the login files have not finished, and they are given up.
 SLOW_S = 10.0

@@ -6,11 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import clusters, history, progress, resolve, runs, site, slurm
-from cluster.errors import Parser, UserError
+from cluster import clusters, history, resolve, runs, site, slurm
+from cluster.errors import Parser
 from cluster.reasons import ACTIVE, WAITING, waits
 from cluster.refusals import SlurmError
 from cluster.tail import Screen, Tail
+from runfolder import attempts, checkpoints, exit_codes, files, records
+from runfolder.errors import UserError
 
 POLL_S = 1.0
 QUEUE_POLL_S = 5.0
@@ -22,7 +24,6 @@ GRACE_S = 10.0
 LAST_WORD_GRACE_S = 45.0
 # How the lines of batch.log begin that are written before the processes start.
 BEFORE_TRAINING = (b"attempt ", b"preflight")
-EXIT_CODES = {"finished": 0, "stopped": 75}
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not options.run:
         raise UserError("make logs: RUN= is missing; make status lists the runs")
     folder = runs.find(options.run)
-    node = history.number(int(options.node)) if options.node.isdecimal() else None
+    node = files.number(int(options.node)) if options.node.isdecimal() else None
     if options.node and node is None:
         raise UserError(f"NODE={options.node}: is not a node's number; the first is 0")
     screen = Screen()
@@ -73,9 +74,9 @@ class Queue:
             return False
         first, self._asked = self._asked < 0, now
         # Continued by another `make submit`, it is that job's log from there on.
-        if (found := history.submissions(self._folder)) and found[-1] != self.last:
+        if (found := records.submissions(self._folder)) and found[-1] != self.last:
             self.last, self._over_since = found[-1], None
-        if first and history.is_final(self.last, history.attempts(self._folder)):
+        if first and history.is_final(self.last, attempts.read_all(self._folder)):
             # A run of last month is shown although no Slurm answers.
             self._over_since = now
             return True
@@ -102,7 +103,7 @@ class Queue:
     @property
     def is_over(self) -> bool:
         """Whether the job is over and all that it wrote can be read."""
-        made = history.attempts(self._folder)
+        made = attempts.read_all(self._folder)
         if self.absent is not None:
             if not history.is_settled(self.last, made):
                 raise self.absent
@@ -145,8 +146,8 @@ class Follower:
 
     def follow(self) -> int:
         """Show all until the run is over; return the exit code."""
-        for number in history.attempt_numbers(self._folder)[:-1]:
-            self._screen.say(_summary(history.attempt(self._folder, number)))
+        for number in attempts.numbers(self._folder)[:-1]:
+            self._screen.say(_summary(attempts.read(self._folder, number)))
             self._attempt = number
         while True:
             # First the queue, then the files: what is over then has nothing more to say.
@@ -165,9 +166,9 @@ class Follower:
         """Show what was added since the last time; return whether anything was."""
         came = self._show_slurm_log()
         came |= self._show_tails()
-        for number in history.attempt_numbers(self._folder):
+        for number in attempts.numbers(self._folder):
             if number > self._attempt:
-                attempt = history.attempt(self._folder, number)
+                attempt = attempts.read(self._folder, number)
                 if not self._is_ready(attempt):
                     break
                 # What the last one wrote before it made way.
@@ -182,7 +183,7 @@ class Follower:
                 came = True
         return came
 
-    def _is_ready(self, attempt: history.Attempt) -> bool:
+    def _is_ready(self, attempt: attempts.Attempt) -> bool:
         """Whether an attempt has its record, or will have none."""
         since = self._waiting_since.setdefault(attempt.number, time.monotonic())
         logs = any(attempt.folder.glob("*.log"))
@@ -211,7 +212,7 @@ class Follower:
         self._waited = line
 
     def _end(self) -> int:
-        made = history.attempts(self._folder)
+        made = attempts.read_all(self._folder)
         end = history.ending(self._folder, self._queue.last, made, self._queue.job)
         own = [attempt for attempt in made if attempt.is_of(self._queue.last.job_id)]
         log = history.slurm_log(self._folder, self._queue.last.job_id)
@@ -221,11 +222,11 @@ class Follower:
             logs = [own[-1].folder / name for name in names]
             log = next((path for path in logs if path.exists()), log)
         self._screen.say(f"---- {_last_words(self._folder, end, log)}")
-        return EXIT_CODES.get(end.word, 1)
+        return exit_codes.of_outcome(end.word)
 
 
-def _newest(folder: Path) -> history.Submission:
-    found = history.submissions(folder)
+def _newest(folder: Path) -> records.Submission:
+    found = records.submissions(folder)
     if not found:
         raise UserError(
             f"{folder / 'jobs.jsonl'}: holds no job that can be read; squeue --me lists your jobs"
@@ -236,15 +237,15 @@ def _newest(folder: Path) -> history.Submission:
 def _show_local(folder: Path, node: int, screen: Screen) -> int:
     """Show the logs of a run that `make run` made."""
     screen.say(f"{history.name_of(folder)} ran without Slurm (make run); its logs:")
-    for number in history.attempt_numbers(folder):
-        attempt = history.attempt(folder, number)
+    for number in attempts.numbers(folder):
+        attempt = attempts.read(folder, number)
         screen.say(f"---- attempt {number} ----")
         Tail(attempt.folder / f"node-{node}.log").show(screen)
         screen.say(f"---- {_summary(attempt)}")
     return 0
 
 
-def _summary(attempt: history.Attempt) -> str:
+def _summary(attempt: attempts.Attempt) -> str:
     """Return a line on an attempt that is over."""
     words = [f"attempt {attempt.number}:"]
     if attempt.slurm is not None:
@@ -252,24 +253,24 @@ def _summary(attempt: history.Attempt) -> str:
     outcome = attempt.outcome
     if outcome is None:
         return " ".join([*words, "did not say how it ended"])
-    words.append(history.text(outcome.get("outcome")) or "?")
-    if (step := history.number(outcome.get("step"))) is not None:
+    words.append(files.text(outcome.get("outcome")) or "?")
+    if (step := files.number(outcome.get("step"))) is not None:
         words.append(f"at step {step}")
     if reason := history.reason_of(outcome):
         words.append(f"({reason})")
     return " ".join(words)
 
 
-def _ruler(attempt: history.Attempt) -> str:
+def _ruler(attempt: attempts.Attempt) -> str:
     if attempt.slurm is None:
         return f"---- attempt {attempt.number} ----"
-    job_id, step = (history.number(attempt.slurm.get(key)) for key in ("job_id", "step"))
+    job_id, step = (files.number(attempt.slurm.get(key)) for key in ("job_id", "step"))
     start = "?" if step is None else step
     job = "?" if job_id is None else job_id
     return f"---- attempt {attempt.number}: job {job}{_on(attempt)}, from step {start} ----"
 
 
-def _on(attempt: history.Attempt) -> str:
+def _on(attempt: attempts.Attempt) -> str:
     nodes = attempt.nodes
     if len(nodes) > 8:
         return f" on {nodes[0]} ... {nodes[-1]} ({len(nodes)} nodes)"
@@ -279,7 +280,7 @@ def _on(attempt: history.Attempt) -> str:
 def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
     """Return how a run ended and the next command."""
     name = history.name_of(folder)
-    saved = progress.saved_step(folder)
+    saved = checkpoints.newest_step(folder)
     at = f" at step {end.step}" if end.step is not None else ""
     reason = f" ({end.why})" if end.why else ""
     start = "from the start" if saved is None else f"from step {saved}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +14,13 @@ from cluster import clusters, container, history, request, resolve, runs, slurm
 from cluster import job as jobs
 from cluster import site as sites
 from cluster.check import limits
-from cluster.errors import UserError
 from cluster.reasons import ACTIVE
 from cluster.refusals import Trial
 from cluster.request import Request, Sizes
+from cluster.slurm import PASSED
+from runfolder import lock, records
+from runfolder.errors import UserError
 
-# What a job may see of the submitter's environment; all else stays on the login node.
-PASSED = re.compile(
-    "PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|SLURM_CONF|SBATCH_(ACCOUNT|RESERVATION)"
-    "|MODULEPATH|MODULESHOME|LMOD_(PKG|CMD|DIR)|SLUICE_(CLUSTER(_INSIDE)?|PAUSE_AT)"
-    "|(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+|TORCH_DISTRIBUTED_DEBUG|PYTORCH_(CUDA_)?ALLOC_CONF"
-)
 BATCH_SCRIPT = Path("code/slurm/train.sbatch")
 
 
@@ -94,24 +89,29 @@ def plan_continued(
         UserError: as for a new one; and a job of the run is still there.
     """
     folder = runs.find(options.run)
-    record = runs.record(folder)
+    record = records.read(folder)
     if not (folder / BATCH_SCRIPT).is_file():
         raise UserError(
             f"RUN={options.run}: its code is from before jobs could be submitted; continue it "
             "with make run, or start a new one"
         )
-    before = runs.submissions(folder)
-    last = before[-1] if before else {}
-    if last:
-        cluster = str(last.get("cluster", ""))
-        known = clusters.at(queue, cluster).jobs([last["job_id"]])
-        there = history.job_of(folder, last["job_id"], known)
+    last: dict[str, Any] = {}
+    if records.was_submitted(folder):
+        if records.has_damaged_end(folder):
+            raise UserError(
+                f"{folder / 'jobs.jsonl'}: its last line is damaged, so that the newest job is "
+                "not known; delete that line when squeue --me lists no job of this run"
+            )
+        newest = records.submissions(folder)[-1]
+        last = newest.content
+        known = clusters.at(queue, newest.cluster).jobs([newest.job_id])
+        there = history.job_of(folder, newest.job_id, known)
         if there is not None and there.state in ACTIVE:
             raise UserError(
                 f"RUN={options.run}: its job {there.job_id} is {there.state.lower()}; follow it "
                 "with make logs, or end it with make cancel"
             )
-    runs.check_free(folder)
+    lock.check_free(folder)
     settings = folder / "config.yaml"
     on_cpu = bool(yaml.safe_load(settings.read_text(encoding="utf-8")).get("dry_run"))
     resources = record["resources"]

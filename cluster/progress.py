@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.history import Attempt, json_object, last_lines, number
+from runfolder.attempts import Attempt
+from runfolder.checkpoints import newest_step
+from runfolder.files import json_object, last_lines, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +29,11 @@ class Progress:
         return max(0, self.max_steps - self.step) * self.seconds_per_step
 
 
-def saved_step(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint."""
-    found = (
-        re.fullmatch(r"step-([0-9]{1,18})", path.name) for path in folder.glob("checkpoints/step-*")
-    )
-    return max((int(match[1]) for match in found if match), default=None)
-
-
 def of(folder: Path, newest: Attempt | None) -> Progress:
     """Return how far the run came, by its newest logged step, checkpoint or outcome."""
     logged = [json_object(line) for line in last_lines(folder / "metrics.jsonl")]
     lines = [line for line in logged if number(line.get("step")) is not None]
-    told = [saved_step(folder)]
+    told = [newest_step(folder)]
     if newest is not None:
         told += [number((newest.slurm or {}).get("step"))]
         told += [number((newest.outcome or {}).get("step"))]

@@ -10,7 +10,7 @@ import shlex
 import time
 from fnmatch import fnmatchcase
 
-from cluster.errors import printable
+from runfolder.errors import printable
 
 # What squeue says of a job that is not over, and what that means. REQUEUED and the like appear for
 # moments only.

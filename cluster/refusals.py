@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import UserError, printable
+from runfolder.errors import UserError, printable
 
 # What any command says that wants the accounting database; behind it stands, as with a controller,
 # that the connection was refused.

@@ -10,13 +10,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cluster import site as sites
 from cluster.site import Site
-
-if TYPE_CHECKING:
-    from cluster.transport import Transport
+from cluster.transport import LOST, Transport
 
 
 def carry_out(site: Site, module: str, argv: list[str]) -> int:
@@ -26,11 +23,11 @@ def carry_out(site: Site, module: str, argv: list[str]) -> int:
         UserError: the login node cannot be reached, or the checkout not be brought there.
     """
     # What the login node itself has no use for.
-    from cluster import transport
+    from cluster.backends import connect
 
-    with transport.connect(site) as login:
+    with connect(site) as login:
         code = login.run(script(site, checkout(login, site), module, argv), site.ssh.modules)
-    if code == transport.LOST:
+    if code == LOST:
         print("what was begun there goes on or was not begun: make status", file=sys.stderr)
     return code
 

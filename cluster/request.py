@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import notation
-from cluster.errors import UserError
 from cluster.reasons import duration
 from cluster.site import Site
+from runfolder.errors import UserError
 
 # How much earlier than asked for Slurm may send the signal before the limit: man sbatch, --signal.
 SIGNAL_EARLY_S = 60

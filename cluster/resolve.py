@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from cluster import container, runs, site
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 
 def settings(

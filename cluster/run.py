@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -21,12 +20,11 @@ import yaml
 
 from cluster import container, history, machine, resolve, runs
 from cluster import job as jobs
-from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
+from cluster.errors import Parser, run_to_exit, split_at_dashes
 from cluster.output import run_logged
-from cluster.progress import saved_step
-
-# As train/engine/errors.py has it: the run refused its input before its first step.
-BAD_INPUT = 2
+from runfolder import attempts, checkpoints, files, lock, ports, records
+from runfolder.errors import UserError
+from runfolder.exit_codes import EXIT_BAD_INPUT
 
 
 def main(argv: list[str]) -> int:
@@ -119,8 +117,8 @@ def run(
     default = 2 if dry_run else max(1, len(devices))
     if continued:
         folder = runs.find(continued)
-        runs.check_free(folder)
-        record = runs.record(folder)
+        lock.check_free(folder)
+        record = records.read(folder)
         accel, default = accel or record["accel"], record["num_processes"]
         settings, code_folder = folder / "config.yaml", folder / "code"
     else:
@@ -166,14 +164,14 @@ def run(
     if continued:
         _say_what_differs(record, runtime.record())
         began_with = settings.read_text(encoding="utf-8")
-        settings.write_text(config, encoding="utf-8")
+        files.write_atomically(settings, config)
     else:
         make = ["make", "run", f"JOB={job.name}", f"ACCEL={accel}", f"NPROC={num_processes}"]
         record |= {"accel": accel, "num_nodes": 1, "num_processes": num_processes}
         record |= runtime.record()
         record["command"] = shlex.join([*make, f"ARGS={shlex.join(script_arguments)}"])
-        runs.create(folder, config=config, record=record)
-    attempt = runs.new_attempt(folder)
+        runs.create(folder, config=config, content=record)
+    attempt = attempts.begin(folder)
     print(f"run folder {resolve.short(folder)} ({runtime}), attempt {attempt}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         environment |= {
@@ -185,7 +183,7 @@ def run(
             "SLUICE_NUM_NODES": "1",
             "SLUICE_NODE_RANK": "0",
             "SLUICE_MASTER_ADDR": "127.0.0.1",
-            "SLUICE_MASTER_PORT": str(machine.free_port()),
+            "SLUICE_MASTER_PORT": str(ports.free_port()),
             "SLUICE_RUN_FOLDER": str(folder),
             "SLUICE_ATTEMPT": str(attempt),
             "SLUICE_SCRATCH": scratch,
@@ -196,11 +194,11 @@ def run(
             "--config",
             folder / "config.yaml",
         ]
-        log = folder / "attempts" / str(attempt) / "node-0.log"
+        log = attempts.folder_of(folder, attempt) / "node-0.log"
         code = run_logged(command, environment, log)
-    if continued and code == BAD_INPUT:
+    if continued and code == EXIT_BAD_INPUT:
         # Refused: the run goes on with what it had, as the next command expects.
-        settings.write_text(began_with, encoding="utf-8")
+        files.write_atomically(settings, began_with)
     _say_what_next(folder, attempt, code)
     return code
 
@@ -220,8 +218,7 @@ def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _say_what_next(folder: Path, attempt: int, code: int) -> None:
-    path = folder / "attempts" / str(attempt) / "outcome.json"
-    outcome = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    outcome = attempts.read(folder, attempt).outcome or {}
     name = folder.relative_to(folder.parent.parent)
     if outcome.get("outcome") == "finished":
         print(f"\nfinished at step {outcome['step']}")
@@ -242,9 +239,10 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"continue with: make run RUN={name}")
     elif code:
         # A script that ended well has said so; this one could not.
-        path.write_text(json.dumps({"outcome": "failed", "exit_code": code}, indent=2) + "\n")
-        print(f"\nfailed with exit code {code}; log: {resolve.short(path.parent / 'node-0.log')}")
-        if saved_step(folder) is not None:
+        attempts.write_outcome(folder, number=attempt, outcome="failed", exit_code=code)
+        log = attempts.folder_of(folder, attempt) / "node-0.log"
+        print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
+        if checkpoints.newest_step(folder) is not None:
             print(f"continue from the last checkpoint with: make run RUN={name}")
 
 

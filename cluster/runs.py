@@ -1,10 +1,7 @@
-"""Run folders: the record of a run, and the letter box between `cluster/` and `train/`."""
+"""Run folders: where they are, how they are found, and how one is made."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
 import re
 import secrets
@@ -14,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import checkout, site
-from cluster.errors import UserError
+from runfolder import records
+from runfolder.errors import UserError
 
 
 def runs_folder() -> Path:
@@ -73,8 +71,8 @@ def new_folder(job: str, name: str) -> Path:
     return folder
 
 
-def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
-    """Make the run folder: run.json, config.yaml and the code as it is now.
+def create(folder: Path, *, config: str, content: dict[str, Any]) -> None:
+    """Make the run folder: run.json with `content`, config.yaml and the code as it is now.
 
     It appears whole, by a rename.
 
@@ -88,8 +86,7 @@ def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
         if diff := git.pop("diff"):
             (unfinished / "code.diff").write_bytes(diff)
         (unfinished / "config.yaml").write_text(config, encoding="utf-8")
-        content = {**record, **git, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        (unfinished / "run.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        records.write(unfinished, content | git)
         unfinished.rename(folder)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,74 +96,3 @@ def create(folder: Path, *, config: str, record: dict[str, Any]) -> None:
             f"{site.folder_setting('runs')}: the run folder cannot be made: {error.filename}: "
             f"{error.strerror}; choose another place"
         ) from None
-
-
-def record(folder: Path) -> dict[str, Any]:
-    """Return the run.json of a run.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = folder / "run.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("job", "module", "accel", "num_processes"):
-            content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the record of a run: {error}") from None
-    return content
-
-
-def submissions(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's jobs.jsonl, one for each time that it was queued.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = folder / "jobs.jsonl"
-    if not path.exists():
-        return []
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for entry in entries:
-            int(entry["job_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the record of a run's jobs: {error}") from None
-    return entries
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of a run anew: readers see the old one or the new, on a full disk the old."""
-    # Its own name, because two commands may write at once.
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.rename(path)
-
-
-def new_attempt(folder: Path) -> int:
-    """Make the folder of the next attempt and return its number, 1 being the first."""
-    attempts = folder / "attempts"
-    attempts.mkdir(exist_ok=True)
-    numbers = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()]
-    number = 1 + max(numbers, default=0)
-    (attempts / str(number)).mkdir()
-    return number
-
-
-def check_free(folder: Path) -> None:
-    """Raise `UserError` if a run works on the folder; the run itself takes the lock again."""
-    try:
-        descriptor = os.open(folder / "run.lock", os.O_RDWR)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        raise UserError(f"{folder}: another run works on it ({holder}); wait or stop it") from None
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cluster import flags
-from cluster.errors import UserError, did_you_mean
+from runfolder.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
 # Set for a command that came from a laptop, so that it does not look for another machine.

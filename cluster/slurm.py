@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import UserError
 from cluster.reasons import OVER
 from cluster.refusals import (
     ControllerUnreachable,
@@ -23,8 +22,15 @@ from cluster.refusals import (
     sentences,
 )
 from cluster.site import EXAMPLE, Site
+from runfolder.errors import UserError
 
 PRIVATE_CLUSTER = Path("slurm/local")
+# What a job may see of the submitter's environment; all else stays on the login node.
+PASSED = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|SLURM_CONF|SBATCH_(ACCOUNT|RESERVATION)"
+    "|MODULEPATH|MODULESHOME|LMOD_(PKG|CMD|DIR)|SLUICE_(CLUSTER(_INSIDE)?|PAUSE_AT)"
+    "|(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+|TORCH_DISTRIBUTED_DEBUG|PYTORCH_(CUDA_)?ALLOC_CONF"
+)
 # Longer than Slurm's own patience with a controller that does not answer.
 TIMEOUT_S = 120
 # Those that act on another cluster if they are told so.

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster import clusters, history, notation, progress, runs, site, slurm
-from cluster.cancel import is_requested
-from cluster.errors import Parser, UserError, printable
+from cluster.errors import Parser
 from cluster.reasons import ACTIVE, WAITING, clock, duration, waits
 from cluster.refusals import SlurmError
+from runfolder import attempts, checkpoints, decision, files, records
+from runfolder.errors import UserError, printable
 
 RECENT_S = 24 * 3600
 VERSION = 1
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.run:
         folders = [runs.find(options.run)]
-        if not history.submissions(folders[0]):
+        if not records.submissions(folders[0]):
             raise UserError(
                 f"RUN={options.run}: was never submitted to Slurm; make submit "
                 f"RUN={history.name_of(folders[0])} does"
@@ -66,9 +67,9 @@ def facts(folders: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]],
     Raises:
         UserError: it does not answer.
     """
-    last = {folder: history.submissions(folder)[-1:] for folder in folders}
+    last = {folder: records.submissions(folder)[-1:] for folder in folders}
     latest = {folder: found[0] for folder, found in last.items() if found}
-    made = {folder: history.attempts(folder) for folder in latest}
+    made = {folder: attempts.read_all(folder) for folder in latest}
     asked = {
         folder: latest[folder]
         for folder in latest
@@ -97,8 +98,8 @@ def facts(folders: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]],
 
 def _active(
     folder: Path,
-    last: history.Submission,
-    made: list[history.Attempt],
+    last: records.Submission,
+    made: list[attempts.Attempt],
     job: slurm.QueuedJob,
     save_s: int,
 ) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _active(
         note = waits(job.reason, job.start, job.job_id, job.cluster)
     elif state == "saving" and own and own[-1].outcome is not None:
         state = "ending"
-    elif state == "running" and is_requested(folder, job.job_id):
+    elif state == "running" and decision.is_cancel_requested(folder, job.job_id):
         state, note = "cancelling", "it saves, and ends"
     elif state == "running" and came.needed_s is not None and left is not None:
         note = f"needs {duration(came.needed_s)}, {duration(left)} left"
@@ -134,8 +135,8 @@ def _active(
 
 def _over(
     folder: Path,
-    last: history.Submission,
-    made: list[history.Attempt],
+    last: records.Submission,
+    made: list[attempts.Attempt],
     job: slurm.QueuedJob | None,
 ) -> dict[str, Any]:
     """Return what is known of a run whose job is over."""
@@ -160,7 +161,7 @@ def _over(
 
 
 def _unknown(
-    folder: Path, last: history.Submission, made: list[history.Attempt], error: SlurmError
+    folder: Path, last: records.Submission, made: list[attempts.Attempt], error: SlurmError
 ) -> dict[str, Any]:
     """Return what is known of a run whose cluster does not answer."""
     return {
@@ -178,8 +179,8 @@ def _unknown(
 
 def _common(
     folder: Path,
-    last: history.Submission,
-    made: list[history.Attempt],
+    last: records.Submission,
+    made: list[attempts.Attempt],
     came: progress.Progress,
 ) -> dict[str, Any]:
     return {
@@ -192,7 +193,7 @@ def _common(
         "attempts": len(made),
         "step": came.step,
         "max_steps": came.max_steps,
-        "saved_step": progress.saved_step(folder),
+        "saved_step": checkpoints.newest_step(folder),
         "tokens_per_second": came.tokens_per_second,
     }
 
@@ -205,11 +206,11 @@ def _seconds(time_left: str) -> int | None:
         return None
 
 
-def _is_recent(folder: Path, made: list[history.Attempt]) -> bool:
+def _is_recent(folder: Path, made: list[attempts.Attempt]) -> bool:
     return time.time() - _last_sign(folder, made) < RECENT_S
 
 
-def _last_sign(folder: Path, made: list[history.Attempt]) -> float:
+def _last_sign(folder: Path, made: list[attempts.Attempt]) -> float:
     """Return when something was last written about the run's jobs."""
     places = [folder / "jobs.jsonl"]
     if made:
@@ -284,7 +285,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "run": row["run"],
         "job": str(row["job_id"]),
         "state": row["state"],
-        "nodes": history.text(row["nodes"]) or known("num_nodes"),
+        "nodes": files.text(row["nodes"]) or known("num_nodes"),
         "attempts": str(row["attempts"]),
         "since": clock(row["start"]) if started else "",
         "step": f"{known('step')}/{known('max_steps')}",

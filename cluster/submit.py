@@ -5,20 +5,20 @@ python -m cluster.submit --job tinyllama --accel zero2 --nodes 2 -- --max_steps 
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
 import signal
-import time
 
 from cluster import clusters, history, remote, resolve, runs, slurm
 from cluster import site as sites
 from cluster.check import choice
-from cluster.errors import Parser, UserError, run_to_exit, split_at_dashes
+from cluster.errors import Parser, run_to_exit, split_at_dashes
 from cluster.plan import Plan, plan_continued, plan_new
 from cluster.refusals import NoAnswer, SlurmError, sentences
 from cluster.request import Sizes
+from runfolder import decision, files, records
+from runfolder.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -90,13 +90,13 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
             "num_processes": wanted.world_size,
             **plan.runtime.record(),
         }
-        runs.create(plan.folder, config=plan.config, record=record)
+        runs.create(plan.folder, config=plan.config, content=record)
     try:
         if not plan.is_new:
             # For the batch script, if the run refuses to go on with the new ones.
-            runs.write_whole(before, settings.read_text(encoding="utf-8"))
-            runs.write_whole(settings, plan.config)
-        (plan.folder / "cancel.json").unlink(missing_ok=True)
+            files.write_atomically(before, settings.read_text(encoding="utf-8"))
+            files.write_atomically(settings, plan.config)
+        decision.forget_cancel(plan.folder)
     except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be written: {error.strerror}; nothing was queued"
@@ -121,9 +121,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         raise _unclear(queue, plan, f"its answer has no number: {answer.strip()[:100]!r}")
     job_id = int(found[1])
     entry = {
-        "job_id": job_id,
         "cluster": found[2] or plan.cluster,
-        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "accel": plan.accel,
         "num_nodes": wanted.num_nodes,
         "num_processes": wanted.world_size,
@@ -134,12 +132,11 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         "command": shlex.join(queue.words(*plan.command)),
     }
     try:
-        with (plan.folder / "jobs.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        records.add_submission(plan.folder, job_id, entry)
     except OSError as error:
         end = shlex.join(queue.words("scancel", str(job_id)))
         raise UserError(
-            f"{plan.folder / 'jobs.jsonl'}: {error.strerror}: job {job_id} is queued but not "
+            f"{error.filename}: {error.strerror}: job {job_id} is queued but not "
             f"recorded; end it with {end}, make room, and submit again"
         ) from None
     return job_id, [line for line in sentences(answer) if line != found[0]]

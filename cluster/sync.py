@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass
 
 from cluster import checkout
-from cluster.errors import UserError
 from cluster.site import FOLDERS, Site
 from cluster.transport import Transport
+from runfolder.errors import UserError
 
 # How many checkouts stay there: somebody may still follow a log with the code of an older one.
 KEPT = 10

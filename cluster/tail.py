@@ -6,7 +6,7 @@ import select
 import sys
 from pathlib import Path
 
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 

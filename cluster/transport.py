@@ -6,14 +6,11 @@ bash and the usual small commands; no SFTP, which some sites have switched off.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from cluster.site import Site
 
 # As ssh has it; a command's own 255 cannot be told from it.
 LOST = 255
@@ -83,30 +80,3 @@ class Transport(Protocol):
         Raises:
             UserError: nothing listens there, or sshd does not allow it.
         """
-
-
-def connect(site: Site) -> Transport:
-    """Return a connection to the site's login node, signed in.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    # What was made for the connection is removed then, too.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
-    # Neither library nor command is waited for by those who need the other.
-    if site.ssh.backend == "openssh":
-        from cluster.ssh.openssh import OpenSsh
-
-        return OpenSsh(site.ssh)
-    from cluster.ssh.channels import Channels
-
-    return Channels(site.ssh)
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    # Nothing interrupts what is given back on the way out.
-    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(other, signal.SIG_IGN)
-    raise SystemExit(128 + number)

@@ -16,9 +16,11 @@ from typing import NoReturn
 
 from cluster import remote
 from cluster import site as sites
+from cluster.backends import connect
 from cluster.board import LISTENS
-from cluster.errors import Parser, UserError, printable, run_to_exit
-from cluster.transport import Running, Stream, Transport, connect
+from cluster.errors import Parser, run_to_exit
+from cluster.transport import Running, Stream, Transport
+from runfolder.errors import UserError, printable
 
 TENSORBOARD_PORT = 6006
 BLOCK_BYTES = 1 << 16

@@ -15,7 +15,7 @@ $SLUICE_RUN_FOLDER:/run-folder:rw"
   if [[ -d ${SLUICE_CACHE:-} ]]; then SLUICE_BINDS+=$'\n'$SLUICE_CACHE:/cache:rw; fi
   # Lines as above, for what the job reads elsewhere.
   if [[ -n ${SLUICE_EXTRA_BINDS:-} ]]; then SLUICE_BINDS+=$'\n'$SLUICE_EXTRA_BINDS; fi
-  # Where a process that is to stop for a test says so (train/engine/moments.py).
+  # Where a process that is to stop for a test says so (runfolder/moments.py).
   if [[ -n ${SLUICE_PAUSE_AT:-} ]]; then
     SLUICE_BINDS+=$'\n'${SLUICE_PAUSE_AT%/*}:${SLUICE_PAUSE_AT%/*}:rw
   fi

@@ -1,12 +1,11 @@
 """`accelerate launch`, with the exit code of the training script instead of always 1.
 
-    python slurm/launch.py <arguments of accelerate launch>
+    python -m slurm.launch <arguments of accelerate launch>
 
 The caller must tell "saved, run me again" (75) from a failure and from bad input (2); the launcher
 itself exits 1 for all of them, after a traceback of its own that says nothing of the cause.
 """
 
-import json
 import os
 import signal
 import sys
@@ -18,12 +17,13 @@ if "SLUICE_STEP" in os.environ:
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
 
 from accelerate.commands.launch import main as accelerate_launch
-from interface import use_interface_towards
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-SAVED = 75
-EXIT_CODES = {"finished": 0, "stopped": SAVED}
+from runfolder import attempts
+from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SAVED, of_outcome
+from slurm.interface import use_interface_towards
+
 # How long the last words of a run may take after the processes of another node have ended.
 PATIENCE_S = 60
 
@@ -36,7 +36,7 @@ def main() -> int:
     if address := os.environ.get("SLUICE_MASTER_ADDR"):
         use_interface_towards(address)
     code = launch()
-    return 0 if code == SAVED and "SLUICE_STEP" in os.environ else code
+    return 0 if code == EXIT_SAVED and "SLUICE_STEP" in os.environ else code
 
 
 def launch() -> int:
@@ -46,24 +46,22 @@ def launch() -> int:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         # The other ranks fail because the first did: what it says counts.
-        telling = [code for code in codes if code in (2, 75)] or [
+        telling = [code for code in codes if code in (EXIT_BAD_INPUT, EXIT_SAVED)] or [
             code for code in codes if code > 0
         ]
         # A process that a signal killed has a negative code; shells say 128 + signal.
         return telling[0] if telling else 128 - codes[0]
     except SignalException:
         # The processes' codes are lost on this way; the attempt's outcome tells.
-        attempt = os.environ.get("SLUICE_ATTEMPT", "1")
-        folder = Path(os.environ["SLUICE_RUN_FOLDER"]) / "attempts" / attempt
-        outcome = folder / "outcome.json"
+        run = Path(os.environ["SLUICE_RUN_FOLDER"])
         # The first node writes it, when the processes of the others have ended already.
         is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
         until = time.monotonic() + (0 if is_first else PATIENCE_S)
-        while outcome not in folder.iterdir():
+        while (outcome := attempts.read(run, attempts.current()).outcome) is None:
             if time.monotonic() >= until:
-                return 1
+                return EXIT_FAILED
             time.sleep(0.2)
-        return EXIT_CODES.get(json.loads(outcome.read_text())["outcome"], 1)
+        return of_outcome(str(outcome.get("outcome")))
     return 0
 
 

@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/environment.sh
 
 # ---- launch ----
-exec "${python[@]}" slurm/launch.py \
+exec "${python[@]}" -m slurm.launch \
   --config_file "configs/accelerate/$SLUICE_ACCEL.yaml" \
   --num_machines "$SLUICE_NUM_NODES" \
   --machine_rank "$SLUICE_NODE_RANK" \

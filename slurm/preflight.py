@@ -1,7 +1,7 @@
 """Is this allocation healthy? Run by the batch script before training, in the job's container.
 
-    python slurm/preflight.py check     on each node, as a task: leaves node-K.json
-    python slurm/preflight.py judge     once afterwards, on the head node: leaves verdict.json
+    python -m slurm.preflight check     on each node, as a task: leaves node-K.json
+    python -m slurm.preflight judge     once afterwards, on the head node: leaves verdict.json
 
 `check` looks at its node first and at the network between the nodes then; exit code 0 if all is
 well, 1 if not. `judge`: 0 healthy, 1 the same is wrong with all nodes, 3 nodes to exclude were
@@ -13,69 +13,18 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 
-from health.report import Report, Unhealthy, preflight_folder
-from health.verdict import judge
+from runfolder import moments
+from runfolder.attempts import preflight_folder
+from slurm.health.report import Report, Unhealthy
+from slurm.health.settings import Settings
+from slurm.health.verdict import judge
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 GB = 1e9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the caller resolved; each field is the variable SLUICE_ and its name in capitals."""
-
-    num_nodes: int
-    node_rank: int
-    node_name: str
-    # Address and port of the first node; the port is one that training will use later.
-    master_addr: str
-    master_port: int
-    run_folder: Path
-    attempt: str
-    datasets: Path
-    # Node-local scratch as seen here.
-    scratch_inside: Path
-    # cpu or cuda.
-    device: str
-    gpus_per_node: int
-    # Bus bandwidth of an all-reduce over all processes; 0: none is asked for.
-    floor_bytes_per_second: float
-    max_clock_skew_s: float
-    min_free_memory_bytes: float
-    # Of each GPU's memory, 0 to 1.
-    min_free_gpu_fraction: float
-    min_free_scratch_bytes: float
-    # Of the whole check on a node.
-    preflight_timeout_s: float
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """Return the settings.
-
-        Raises:
-            ValueError: a variable is missing or not a number.
-        """
-        values: dict[str, object] = {}
-        for field in fields(cls):
-            name = f"SLUICE_{field.name.upper()}"
-            if not environment.get(name):
-                raise ValueError(f"{name} is not set; the batch script resolves it")
-            assert isinstance(field.type, type)
-            try:
-                values[field.name] = field.type(environment[name])
-            except ValueError:
-                raise ValueError(f"{name} is not a number: {environment[name]!r}") from None
-        return cls(**values)  # type: ignore[arg-type]
-
-    @property
-    def processes_per_node(self) -> int:
-        """Return how many processes of a node take part in the all-reduce."""
-        return self.gpus_per_node if self.device == "cuda" else 1
 
 
 # ---- what one node can tell of itself -------------------------------------------------------
@@ -206,26 +155,17 @@ def check(settings: Settings) -> int:
         except OSError as error:
             report.failed(Unhealthy(f"{name}: {error}"))
 
-    _reached("in-preflight")
+    moments.reached("in-preflight")
     # Only now, since they import torch, which takes seconds: what is above is known by then.
     if settings.device == "cuda" or settings.num_nodes > 1:
         # Its store warns of each connection that ends.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from health.network import check_network
+        from slurm.health.network import check_network
 
         check_network(settings, report)
     healthy = report.finish()
     watch.cancel()
     return 0 if healthy else 1
-
-
-def _reached(moment: str) -> None:
-    """Stop here for a test that asks for it; the training side, which knows how, is beside us."""
-    if os.environ.get("SLUICE_PAUSE_AT"):
-        sys.path.append(str(CHECKOUT))
-        from train.engine.moments import reached
-
-        reached(moment)
 
 
 def _give_up(report: Report, settings: Settings) -> None:
@@ -244,7 +184,7 @@ def main(arguments: list[str]) -> int:
             return check(Settings.from_environment(os.environ))
         if arguments == ["judge"]:
             return judge(os.environ)
-        raise ValueError("usage: python slurm/preflight.py check|judge")
+        raise ValueError("usage: python -m slurm.preflight check|judge")
     except (ValueError, OSError) as error:
         print(f"error: preflight: {error}", file=sys.stderr)
         return 2

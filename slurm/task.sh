@@ -87,7 +87,7 @@ check)
   if [[ -n ${SLUICE_IMAGE:-} ]]; then export SLUICE_SCRATCH_INSIDE=/tmp; else
     export SLUICE_SCRATCH_INSIDE=$SLUICE_SCRATCH
   fi
-  exec "${python[@]}" slurm/preflight.py check
+  exec "${python[@]}" -m slurm.preflight check
   ;;
 *)
   echo "error: slurm/task.sh $1: is not check, train, save or clean" >&2

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from runfolder import moments
 from tests.waiting import wait_until
-from train.engine import moments
 
 
 class Pause:

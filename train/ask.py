@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.engine import arguments, staging
-from train.engine.errors import UserError, run_to_exit
+from runfolder.errors import UserError
+from train.engine import arguments
+from train.engine.errors import run_to_exit
+from train.engine.once import staged_path
 from train.engine.retrieval import corpus, index, passages, prompt
 from train.engine.retrieval.chunks import readable
 from train.engine.retrieval.index import Hit
@@ -170,12 +172,12 @@ class Library:
             raise UserError(
                 f"{run_folder}: has no index; let the run come to its end, with `make run RUN=`"
             )
-        self.texts = passages.read_passages(staging.staged_path(config.staged.passages))
+        self.texts = passages.read_passages(staged_path(config.staged.passages))
         if options.k > len(self.texts):
             raise UserError(
                 f"--k: {options.k} is more than the {len(self.texts)} passages there are"
             )
-        self.chunks = corpus.read_chunks(staging.staged_path(config.staged.chunks))
+        self.chunks = corpus.read_chunks(staged_path(config.staged.chunks))
         self._owners = [chunk.passage for chunk in self.chunks]
         generator = None
         if options.generator.name:
@@ -183,7 +185,7 @@ class Library:
             assert given.name is not None
             generator = corpus.stage_generator(given.name, given.revision, online=False)
         elif config.staged.generator:
-            generator = staging.staged_path(config.staged.generator)
+            generator = staged_path(config.staged.generator)
 
         # Only now, so that a mistake above is answered at once.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -288,9 +290,9 @@ def read_config(run_folder: Path) -> rag.Config:
     if config.staged is None:
         raise UserError(f"{path}: does not say what the run read; give a run that `make run` made")
     for name in vars(config.staged).values():
-        if name and not staging.staged_path(name).exists():
+        if name and not staged_path(name).exists():
             raise UserError(
-                f"{staging.staged_path(name)}: is gone; SLUICE_DATASETS names "
+                f"{staged_path(name)}: is gone; SLUICE_DATASETS names "
                 "the folder of datasets, and `make run RUN=...` makes it again"
             )
     return config

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from train.engine import staging, tokenizer
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
+from train.engine import tokenizer
 from train.engine.durable import folder_at_once
-from train.engine.errors import UserError, check_writable_folder, run_to_exit
+from train.engine.errors import check_writable_folder, run_to_exit
+from train.engine.once import staged_path
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +97,9 @@ def newest_checkpoint(run_folder: Path) -> Path:
     Raises:
         UserError: it has none.
     """
-    from train.engine.checkpoint import find_damage, step_folders
+    from train.engine.checkpoint import find_damage
 
-    for folder in step_folders(run_folder / "checkpoints"):
+    for folder in published(run_folder / "checkpoints"):
         problem = find_damage(folder)
         if problem is None:
             return folder
@@ -121,7 +124,7 @@ def main(argv: list[str]) -> int:
     check_writable_folder(output.parent, "--output")
     try:
         config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
-        tokenizer_folder = staging.staged_path(config["staged"]["tokenizer"])
+        tokenizer_folder = staged_path(config["staged"]["tokenizer"])
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{run_folder}: is not a run folder: no config.yaml of a run") from None
     if "validation" not in config["staged"]:

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import arguments
-from train.engine.errors import UserError, run_to_exit, said_of_the_disk
+from train.engine.errors import run_to_exit, said_of_the_disk
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.engine.errors import UserError, run_to_exit
+from runfolder.errors import UserError
+from train.engine.errors import run_to_exit
 
 
 def main(argv: list[str]) -> int:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runfolder.attempts import write_outcome
 from train.engine import signals, staging
 from train.engine.batches import Blocks
 from train.engine.errors import run_to_exit
-from train.engine.runfolder import say, write_outcome
+from train.engine.once import staged_path
 from train.engine.script import Script
 from train.engine.settings import TrainingConfig
+from train.engine.story import say
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +67,11 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- data ----
     assert config.staged is not None
-    tokenizer_folder = staging.staged_path(config.staged.tokenizer)
-    model_folder = staging.staged_path(config.staged.model) if config.staged.model else None
+    tokenizer_folder = staged_path(config.staged.tokenizer)
+    model_folder = staged_path(config.staged.model) if config.staged.model else None
     sequence_length = staging.sequence_length(config, model_folder)
-    training = Blocks(staging.staged_path(config.staged.train), sequence_length)
-    validation = Blocks(staging.staged_path(config.staged.validation), sequence_length)
+    training = Blocks(staged_path(config.staged.train), sequence_length)
+    validation = Blocks(staged_path(config.staged.validation), sequence_length)
     global_batch_size = config.batch.global_batch_size
     micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())
 

@@ -19,8 +19,8 @@ from cluster.check.associations import (
     Qos,
 )
 from cluster.check.nodes import tres
-from cluster.errors import printable
 from cluster.refusals import SlurmError
+from runfolder.errors import printable
 
 
 def read(queue: slurm.Slurm, config: Mapping[str, str], user: str) -> Accounting:

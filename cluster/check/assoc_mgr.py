@@ -20,8 +20,8 @@ from cluster.check.associations import (
     Key,
     Qos,
 )
-from cluster.errors import printable
 from cluster.refusals import ControllerUnreachable, SlurmError
+from runfolder.errors import printable
 
 # Of what (cpu=), the limit (N: none), and how much is in use.
 VALUE = re.compile(r"(?:([\w/:.-]+)=)?(N|\d{1,18})(?:\((\d{1,18})(?:\.\d+)?\))?")

@@ -17,9 +17,10 @@ from cluster import job as jobs
 from cluster import site as sites
 from cluster.check import finding, overview, verdict
 from cluster.check.finding import Finding, Verdict
-from cluster.errors import Parser, UserError, printable, split_at_dashes
+from cluster.errors import Parser, split_at_dashes
 from cluster.refusals import SlurmError
 from cluster.request import Sizes
+from runfolder.errors import UserError, printable
 
 NO_VERDICT = 3
 

@@ -22,10 +22,10 @@ from cluster.check.demand import of as demand_of
 from cluster.check.finding import Finding, Verdict, never, over_time
 from cluster.check.nodes import Node
 from cluster.check.partitions import Partition
-from cluster.errors import UserError, did_you_mean, printable
 from cluster.refusals import ControllerUnreachable, SlurmError
 from cluster.request import Request
 from cluster.site import Site
+from runfolder.errors import UserError, did_you_mean, printable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import image, runs
-from cluster.errors import UserError, printable
+from runfolder.errors import UserError, printable
 
 # A file server that is away must not hold up the rest.
 PATIENCE_S = 5

@@ -18,9 +18,9 @@ from cluster.check.limits import Rules
 from cluster.check.nodes import Node
 from cluster.check.partitions import Partition
 from cluster.check.reservations import Reservation, epoch
-from cluster.errors import printable
 from cluster.reasons import WAITING, waits
 from cluster.refusals import ControllerUnreachable, SlurmError
+from runfolder.errors import printable
 
 VERSION = 1
 Answer = TypeVar("Answer")

@@ -13,8 +13,8 @@ from cluster.check.demand import Demand
 from cluster.check.finding import Finding, Verdict
 from cluster.check.nodes import Node
 from cluster.check.reservations import Reservation, epoch
-from cluster.errors import printable
 from cluster.reasons import clock, duration
+from runfolder.errors import printable
 
 # Slurm keeps these of its own clock for a job to start.
 START_S = 30

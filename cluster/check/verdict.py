@@ -12,12 +12,12 @@ from cluster import slurm
 from cluster.check import choice, limits, reservations, room
 from cluster.check.finding import Finding, Verdict
 from cluster.check.reservations import epoch
-from cluster.errors import printable
-from cluster.plan import PASSED
 from cluster.reasons import clock
 from cluster.refusals import POLICY, ControllerUnreachable, SlurmError, Trial
 from cluster.request import Request
 from cluster.site import Site, here
+from cluster.slurm import PASSED
+from runfolder.errors import printable
 
 # A start that is as near as this is now: the scheduler acts in turns.
 NOW_S = 60

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 
 from cluster import site
-from cluster.errors import Parser, UserError, run_to_exit
+from cluster.errors import Parser, run_to_exit
+from runfolder.errors import UserError
 
 
 def main(argv: list[str]) -> int:

@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import paramiko
 
-from cluster.errors import UserError
 from cluster.ssh.link import Link
+from runfolder.errors import UserError
 
 REQUEST_IDENTITIES, IDENTITIES_ANSWER = 11, 12
 SIGN_REQUEST, SIGN_RESPONSE = 13, 14

@@ -11,11 +11,11 @@ from types import TracebackType
 import paramiko
 
 from cluster import login
-from cluster.errors import UserError
 from cluster.site import Ssh
 from cluster.ssh import config, connection, session
 from cluster.ssh.link import BROKEN
 from cluster.transport import Running, Stream
+from runfolder.errors import UserError
 
 BLOCK_BYTES = 1 << 16
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
-from cluster.errors import UserError, printable
 from cluster.ssh import patterns, ssh_config, tokens
 from cluster.ssh.ssh_config import Settings
+from runfolder.errors import UserError, printable
 
 # `Match exec` and the names of a canonical host may ask the network.
 TIMEOUT_S = 60

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 import paramiko
 
-from cluster.errors import UserError, printable
 from cluster.ssh import agent, config, host_key, reach
 from cluster.ssh.config import Host
 from cluster.ssh.link import BROKEN, Link
 from cluster.ssh.prompts import Prompts, Refusal, Terminal
 from cluster.ssh.sign_in import sign_in
 from cluster.ssh.watchdog import Watchdog
+from runfolder.errors import UserError, printable
 
 # The servers of busy login nodes take their time before the first word.
 FIRST_WORDS_S = 60.0

@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_identity,
 )
 
-from cluster.errors import UserError
 from cluster.ssh import known_hosts
 from cluster.ssh.config import Host
 from cluster.ssh.known_hosts import Entry, Known
 from cluster.ssh.link import CERTIFICATE, HOST_KEYS
 from cluster.ssh.prompts import Prompts
+from runfolder.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from typing import Protocol
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from cluster.errors import UserError
 from cluster.ssh import private_key
 from cluster.ssh.agent import Agent, AgentError, AgentKey, Binding
 from cluster.ssh.config import Host
 from cluster.ssh.link import CERTIFICATE
 from cluster.ssh.private_key import PassphraseMissing, PrivateKey
 from cluster.ssh.prompts import Prompts
+from runfolder.errors import UserError
 
 PASSPHRASE_TRIES = 3
 SECURITY_KEY = "sk-"

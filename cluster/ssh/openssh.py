@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import IO, Literal
 
 from cluster import login
-from cluster.errors import UserError
 from cluster.login import LAST_WORDS_S
 from cluster.site import Ssh
 from cluster.transport import LOST, Running, Stream
+from runfolder.errors import UserError
 
 BLOCK_BYTES = 1 << 16
 # What a script there gets to end once its input has.

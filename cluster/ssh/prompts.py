@@ -8,8 +8,8 @@ import termios
 import threading
 from typing import Any, Protocol
 
-from cluster.errors import UserError, printable
 from cluster.ssh.alarm import Alarm
+from runfolder.errors import UserError, printable
 
 # A line's length in the kernel's line discipline.
 LINE_BYTES = 4096

@@ -13,9 +13,9 @@ from typing import Any
 
 import paramiko
 
-from cluster.errors import UserError, printable
 from cluster.ssh.config import Host
 from cluster.ssh.link import BROKEN
+from runfolder.errors import UserError, printable
 
 FAMILIES = {
     "any": socket.AF_UNSPEC,

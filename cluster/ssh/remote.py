@@ -19,10 +19,10 @@ from typing import Any
 import paramiko
 from paramiko import common
 
-from cluster.errors import UserError
 from cluster.ssh.link import BROKEN, Link
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.terminal import Size
+from runfolder.errors import UserError
 
 # As OpenSSH: what may be under way before it has been written here. Less for a terminal, where it
 # is what still comes after Ctrl+C.

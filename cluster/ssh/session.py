@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 
-from cluster.errors import UserError, printable
 from cluster.ssh import remote, tty_modes
 from cluster.ssh.alarm import ENDING, Alarm
 from cluster.ssh.connection import Connection
@@ -23,6 +22,7 @@ from cluster.ssh.link import BROKEN
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.remote import Remote
 from cluster.ssh.terminal import Size, Terminal
+from runfolder.errors import UserError, printable
 
 READ_BYTES = 1 << 18
 # As much as a terminal gives at once; memory for more would be mapped and unmapped for each key.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from cluster.errors import UserError, printable
 from cluster.ssh.agent import Binding
 from cluster.ssh.config import OPENSSH, Host
 from cluster.ssh.dialogue import Dialogue, PasswordExpired, Reply, Round, SignInLost
 from cluster.ssh.keys import Candidate, Keys, KeyUnusable
 from cluster.ssh.link import CERTIFICATE, Link
 from cluster.ssh.prompts import Prompts, printable_line
+from runfolder.errors import UserError, printable
 
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
 TRY_AGAIN = "Permission denied, please try again."

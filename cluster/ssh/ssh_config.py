@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from cluster.errors import UserError
 from cluster.ssh import patterns, tokens
+from runfolder.errors import UserError
 
 Settings = dict[str, list[str]]
 """In the words of `ssh -G`: keywords in lower case, each with its values in their order."""

@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 
 def of(

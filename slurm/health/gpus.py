@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from health.collective import Measurement, Place, measure
-from health.report import Unhealthy
+from slurm.health.collective import Measurement, Place, measure
+from slurm.health.report import Unhealthy
 
 GIB = 2**30
 # How long a process may take to give its GPU back.

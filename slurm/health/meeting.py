@@ -4,15 +4,13 @@ import json
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from health.reach import wait_until_reachable
-from health.report import Report, Unhealthy
-
-if TYPE_CHECKING:
-    from preflight import Settings
+from slurm.health.reach import wait_until_reachable
+from slurm.health.report import Report, Unhealthy
+from slurm.health.settings import Settings
 
 # Of the time for the whole check, how much passes before a node that is not there is given up.
 RENDEZVOUS_SHARE = 0.7
@@ -23,7 +21,7 @@ ANSWER_S = 5.0
 class Meeting:
     """The store on the head node, in which each node leaves a value under each topic."""
 
-    def __init__(self, settings: "Settings", report: Report) -> None:
+    def __init__(self, settings: Settings, report: Report) -> None:
         """Open the store or connect to it.
 
         Raises:

@@ -5,26 +5,22 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from interface import use_interface_towards
-
-from health.collective import Measurement, Place, measure, ring, slow_nodes
-from health.gpus import Processes, check_count
-from health.meeting import ANSWER_S, Meeting
-from health.reach import cut_off, listen, unreachable
-from health.report import Report, Unhealthy
-from health.verdict import largest_group, skewed_clocks
-
-if TYPE_CHECKING:
-    from preflight import Settings
+from slurm.health.collective import Measurement, Place, measure, ring, slow_nodes
+from slurm.health.gpus import Processes, check_count
+from slurm.health.meeting import ANSWER_S, Meeting
+from slurm.health.reach import cut_off, listen, unreachable
+from slurm.health.report import Report, Unhealthy
+from slurm.health.settings import Settings
+from slurm.health.verdict import largest_group, skewed_clocks
+from slurm.interface import use_interface_towards
 
 # Network file systems may show a new file some seconds late.
 FILES_APPEAR_S = 8.0
 GB = 1e9
 
 
-def check_network(settings: "Settings", report: Report) -> None:
+def check_network(settings: Settings, report: Report) -> None:
     """Do the checks that need torch, and record them: GPUs, then all that needs the other nodes."""
     ends = time.monotonic() + settings.preflight_timeout_s - report.seconds()
     processes, usable = None, True
@@ -62,7 +58,7 @@ def check_network(settings: "Settings", report: Report) -> None:
         processes.end()
 
 
-def _choose_interface(settings: "Settings", report: Report) -> None:
+def _choose_interface(settings: Settings, report: Report) -> None:
     """Tell Gloo and NCCL by which interface the other nodes are reached, unless they are told."""
     report.begin("interface", guilty=True)
     try:

@@ -19,11 +19,6 @@ class Unhealthy(Exception):
         self.guilty = guilty
 
 
-def preflight_folder(run_folder: Path, attempt: str) -> Path:
-    """Return where the nodes of an attempt leave what they found."""
-    return run_folder / "attempts" / attempt / "preflight"
-
-
 class Report:
     """The results of one node, in node-K.json; a hang or a kill leaves what was found before."""
 

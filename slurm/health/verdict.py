@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from health.report import preflight_folder
+from runfolder.attempts import preflight_folder
+from runfolder.decision import ALL_NODES_ALIKE, GUILTY_NODES, SUSPECT_NODES
+from runfolder.files import write_json
 
-# Exit codes. Alike: the same is wrong with all nodes, so that it is no node's fault.
-HEALTHY, ALL_ALIKE, GUILTY, SUSPECT = 0, 1, 3, 5
 # What lies on a node itself. With a single node there is none to compare with, and only these are
 # its own fault; a data set that is missing there would be missing on the next one, too.
 OF_THE_NODE = ("scratch", "memory", "gpus", "all-reduce", "bandwidth")
@@ -50,7 +50,7 @@ def judge(environment: Mapping[str, str]) -> int:
     """
     try:
         run_folder = Path(environment["SLUICE_RUN_FOLDER"])
-        folder = preflight_folder(run_folder, environment["SLUICE_ATTEMPT"])
+        folder = preflight_folder(run_folder, int(environment["SLUICE_ATTEMPT"]))
         names = environment["SLUICE_NODE_NAMES"].split()
         num_nodes = int(environment["SLUICE_NUM_NODES"])
     except KeyError as error:
@@ -71,18 +71,16 @@ def judge(environment: Mapping[str, str]) -> int:
         "suspects": suspects,
         "problems": problems,
     }
-    temporary = folder / ".verdict.json.new"
-    temporary.write_text(json.dumps(verdict, indent=2) + "\n")
-    temporary.replace(folder / "verdict.json")
+    write_json(folder / "verdict.json", verdict)
 
     if not findings:
         print(f"preflight: {_summary([report for report in reports if report])}")
-        return HEALTHY
+        return 0
     for problem in problems:
         print(f"preflight: {problem}")
     if guilty:
-        return GUILTY
-    return SUSPECT if suspects else ALL_ALIKE
+        return GUILTY_NODES
+    return SUSPECT_NODES if suspects else ALL_NODES_ALIKE
 
 
 def read_report(file: Path) -> dict[str, Any] | str | None:

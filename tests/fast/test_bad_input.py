@@ -299,7 +299,7 @@ CASES = {
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout for wrong job files, and a torch that leaves a trace when it is imported."""
     root = tmp_path_factory.mktemp("checkout")
-    lay_out(root, "cluster/", "configs/", "containers/", "slurm/", "train/")
+    lay_out(root, "cluster/", "runfolder/", "configs/", "containers/", "slurm/", "train/")
     # The environment of the tests has all.
     rewrite(root / "containers/venv.sh", "#!/bin/sh\n")
     rewrite(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from train.engine.errors import UserError, did_you_mean
+from runfolder.errors import UserError, did_you_mean
 
 Config = TypeVar("Config")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from runfolder.errors import UserError
 from train.engine.data import Piece
-from train.engine.errors import UserError
 from train.engine.tokenizer import LoadedTokenizer
 
 FORMAT = 2

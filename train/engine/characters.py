@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from runfolder.errors import UserError
 from train.engine.compression import opened, rewrite_command
-from train.engine.errors import UserError
 
 _PIECE = 64 * 1024
 # The longer mark first: that of UTF-32 begins with that of UTF-16.

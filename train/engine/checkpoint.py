@@ -20,6 +20,10 @@ import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig
 
+from runfolder.checkpoints import folder_name, published
+from runfolder.errors import UserError
+from runfolder.files import write_atomically, write_json
+from runfolder.moments import reached
 from train.engine.distributed import (
     barrier,
     from_main_process,
@@ -28,13 +32,12 @@ from train.engine.distributed import (
     rank,
     world_size,
 )
-from train.engine.durable import describe, fsync, sha256, write_atomically
-from train.engine.errors import RunFailed, UserError
-from train.engine.moments import reached
-from train.engine.runfolder import say
+from train.engine.durable import describe, fsync, sha256
+from train.engine.errors import RunFailed
 from train.engine.settings import CheckpointSettings
 from train.engine.shard import save_file
-from train.engine.strategy import STATES, Strategy
+from train.engine.story import say
+from train.engine.strategy.base import STATES, Strategy
 
 FORMAT = 1
 # Beside the states of the parameters; as the model has it, in its own type of number.
@@ -65,7 +68,7 @@ class Checkpoints:
             RunFailed: it could not be written; the earlier checkpoints are as they were.
         """
         self.finish()
-        unpublished = self.folder / f".step-{step:08d}"
+        unpublished = self.folder / f".{folder_name(step)}"
         if is_main_process():
             _or_fail(lambda: unpublished.mkdir(exist_ok=True), self.folder)
         barrier()
@@ -108,7 +111,7 @@ class Checkpoints:
                     # Not save_pretrained, which refuses what many models of the field come with.
                     generation.to_json_file(folder / GENERATION)
                     files.append(GENERATION)
-                write_atomically(folder / "state.json", json.dumps(state, indent=2) + "\n")
+                write_json(folder / "state.json", state)
             self._report = {"files": {name: describe(folder / name) for name in files}}
         except Exception as error:
             # Whatever it is, the other ranks must hear of it: they wait for this one's report.
@@ -147,7 +150,7 @@ class Checkpoints:
                 shutil.rmtree(unpublished, ignore_errors=True)
         problem = from_main_process(problem)
         if problem is not None:
-            kept = [path.name for path in step_folders(self.folder)]
+            kept = [path.name for path in published(self.folder)]
             raise RunFailed(
                 f"{self.folder}: checkpoint {step} could not be written ({problem}); "
                 + (f"{kept[0]} is complete" if kept else "there is no earlier one")
@@ -158,19 +161,19 @@ class Checkpoints:
         try:
             reached("before-manifest")
             manifest = {"format": FORMAT, "step": step, "files": files}
-            write_atomically(unpublished / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            write_json(unpublished / "manifest.json", manifest)
             fsync(unpublished)
             reached("before-rename")
-            unpublished.rename(self.folder / f"step-{step:08d}")
+            unpublished.rename(self.folder / folder_name(step))
         except OSError as error:
             return f"rank 0: {error}"
         reached("before-latest")
         try:
             fsync(self.folder)
             # For people and their scripts; resuming looks at the checkpoints themselves.
-            write_atomically(self.folder / "latest", f"step-{step:08d}\n")
+            write_atomically(self.folder / "latest", f"{folder_name(step)}\n")
             reached("after-latest")
-            for old in step_folders(self.folder)[self.settings.keep :]:
+            for old in published(self.folder)[self.settings.keep :]:
                 # Renamed first: a deletion that is cut off must not leave half a checkpoint.
                 doomed = old.with_name(f".{old.name}.deleted")
                 old.rename(doomed)
@@ -191,7 +194,7 @@ class Checkpoints:
             RunFailed: there are checkpoints, set aside now or before, and none is complete.
         """
         # Rank 0 looks: another node may see an older listing of a network file system.
-        found = from_main_process(json.dumps([path.name for path in step_folders(self.folder)]))
+        found = from_main_process(json.dumps([path.name for path in published(self.folder)]))
         folders = [self.folder / name for name in json.loads(found or "[]")]
         for folder in folders:
             problem = _first(gather_strings(find_damage(folder, rank(), world_size()) or ""))
@@ -214,7 +217,7 @@ class Checkpoints:
 
     def newest_folder(self) -> Path:
         """Return the folder of the newest checkpoint, which is there and was looked at."""
-        return step_folders(self.folder)[0]
+        return published(self.folder)[0]
 
 
 def prepare(folder: Path) -> None:
@@ -233,12 +236,6 @@ def prepare(folder: Path) -> None:
             problem = str(error)
     if problem := from_main_process(problem):
         raise RunFailed(f"{folder}: cannot be written ({problem})")
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Return the published checkpoints of a folder, the newest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:

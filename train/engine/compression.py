@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, cast
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 # For each suffix the program that packs and unpacks it, as a pipe.
 PROGRAMS = {

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from runfolder.errors import UserError
 from train.engine import characters
 from train.engine.compression import opened, rewrite_command
-from train.engine.errors import UserError
 
 # A quote that never closes takes the rest of the file for one field: so much is held of it.
 LONGEST_FIELD = 64 * 2**20

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
+from runfolder.errors import UserError
 from train.engine import filenames
 from train.engine.compression import is_compressed
-from train.engine.errors import UserError
 from train.engine.filenames import SUFFIXES, suffix_of
 
 _POINTER = b"version https://git-lfs"

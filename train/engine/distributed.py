@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 
 def init_distributed(timeout_s: int = 600) -> torch.device:

@@ -15,16 +15,6 @@ from safetensors import SafetensorError
 from train.engine.errors import RunFailed
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's content at once: a reader sees the old text or the new, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 @contextlib.contextmanager
 def folder_at_once(output: Path) -> Iterator[Path]:
     """Give a folder to write into, which is `output` when the block is left.

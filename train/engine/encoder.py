@@ -12,12 +12,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from runfolder.errors import UserError
 from train.engine import model as models
 from train.engine import pooling
 from train.engine import tokenizer as tokenizers
-from train.engine.errors import UserError
 from train.engine.presets import TINY_ENCODER_LAYERS, TINY_ENCODER_POSITIONS
-from train.engine.rehearsal import ENCODER
+from train.engine.pretrained import ENCODER
 
 
 def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedModel:

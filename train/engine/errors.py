@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-# EX_TEMPFAIL of sysexits.h: "saved, run me again". A batch script requeues on this code only.
-EXIT_REQUEUE = 75
-# What a shell says of a process that SIGPIPE ended.
-EXIT_READER_LEFT = 141
-
-
-class UserError(ValueError):
-    """Something that the user can put right: one line that says what, where, and what to do."""
+from runfolder.errors import UserError
+from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_READER_LEFT
 
 
 class RunFailed(RuntimeError):
@@ -65,15 +56,6 @@ def said_of_the_disk() -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{error.filename}: {reason}" if error.filename else reason) from None
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return the end of a message about an unknown `word`: the nearest choice, or all of them."""
-    known = sorted(choices)
-    nearest = difflib.get_close_matches(word, known, n=1)
-    if nearest:
-        return f"; did you mean '{nearest[0]}'?"
-    return f"; choose from {', '.join(known)}" if len(known) <= 12 else ""
 
 
 def check_writable_folder(folder: Path, setting: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.once import CutOff
 from train.engine.rows import Row, check_columns, class_name
 

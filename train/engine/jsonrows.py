@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import characters
 from train.engine.compression import opened
-from train.engine.errors import UserError
 
 _READ = 2**20
 # Of characters: a list is read row by row, an object only whole.

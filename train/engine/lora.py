@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
     """
     from train.engine import model as models
     from train.engine.checkpoint import load_weights, read_state
-    from train.engine.staging import staged_path
+    from train.engine.once import staged_path
 
     state = read_state(checkpoint)
     base = state["base"]

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from runfolder.moments import reached
 from train.engine import model as models
 from train.engine import signals
 from train.engine.batches import Blocks
 from train.engine.distributed import agree, rank, world_size
-from train.engine.moments import reached
 
 
 class TokenLoss(nn.Module):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from train.engine.durable import write_atomically
-from train.engine.runfolder import say
+from runfolder.files import write_atomically
+from train.engine.story import say
 
 # Dense bf16 peak in FLOP/s with fp32 accumulation, from the vendors' data sheets. The name that
 # the driver gives must start with the key; the longest key that matches counts.

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from runfolder.errors import UserError
 from train.engine import tokenizer as tokenizers
-from train.engine.errors import UserError
+from train.engine.once import staged_path
 from train.engine.presets import PRESETS
-from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
+from train.engine.pretrained import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
 from train.engine.settings import TrainingConfig
-from train.engine.staging import staged_path
 
 # What makes two models of one run the same; the rest of config.json may differ by version.
 SHAPE = (

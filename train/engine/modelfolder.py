@@ -1,18 +1,13 @@
-"""A Hugging Face model folder: whether it is whole, and what shape it has; torch only once each."""
+"""A Hugging Face model folder as files: whether it is whole, told by its headers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.engine.errors import UserError, check_writable_folder
-from train.engine.once import datasets_folder, make_once, named_by_content
+from runfolder.errors import UserError
 
-# Counts up when `rehearsal` asks more, so that folders are asked again.
-FORMAT = 2
 # The library reads no longer one.
 MAX_HEADER = 100_000_000
 
@@ -32,7 +27,7 @@ def check_whole(folder: Path) -> None:
             f"model.name: {folder} holds adapters (adapter_config.json) beside a model; merge them "
             "with it, or move them to a folder of their own"
         )
-    for file in _weights(folder):
+    for file in weights_of(folder):
         if problem := _find_damage(file):
             raise UserError(f"model.name: {file} {problem}; download the model again")
 
@@ -49,54 +44,7 @@ def read_json(path: Path, setting: str) -> Any:
         raise UserError(f"{setting}: {path} cannot be read: {error}") from None
 
 
-def read_shape(folder: Path, kind: str) -> dict[str, Any]:
-    """Return the shape of a model folder as `rehearsal.rehearse` found it, now or before.
-
-    Raises:
-        UserError: it is no model of this kind.
-    """
-    path = folder / "config.json"
-    if not isinstance(read_json(path, "model.name"), dict):
-        raise UserError(f"model.name: {path} is missing, or holds no JSON object")
-
-    # What moves with a folder that is copied or mounted elsewhere, as on a node: the values of the
-    # weights are looked at again whenever they are read.
-    config = hashlib.sha256(path.read_bytes()).hexdigest()
-    made_of = (FORMAT, kind, config, [_identity(file) for file in _weights(folder)])
-    record = named_by_content(datasets_folder() / "shapes", *made_of)
-    found: list[dict[str, Any]] = []
-
-    def make(unfinished: Path) -> None:
-        from train.engine.rehearsal import rehearse
-
-        found.append(rehearse(folder, kind))
-        (unfinished / "shape.json").write_text(json.dumps(found[0], indent=2) + "\n")
-
-    if not record.is_dir() and not _is_writable(record.parent):
-        with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
-            make(Path(scratch))
-        return found[0]
-    make_once(record, make, f"the config of {folder.name} and the list of its weights")
-    shape: dict[str, Any] = json.loads((record / "shape.json").read_text())
-    return shape
-
-
-def _identity(file: Path) -> tuple[str, int, str]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, MAX_HEADER))
-    return file.name, file.stat().st_size, hashlib.sha256(header).hexdigest()
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        check_writable_folder(folder, "SLUICE_DATASETS")
-    except UserError:
-        return False
-    return True
-
-
-def _weights(folder: Path) -> list[Path]:
+def weights_of(folder: Path) -> list[Path]:
     """Return the files that transformers would load: one, or those that an index names."""
     whole = folder / "model.safetensors"
     if whole.exists():

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.engine.errors import UserError, check_writable_folder
-from train.engine.moments import reached
+from runfolder.errors import UserError
+from runfolder.moments import reached
+from train.engine.errors import check_writable_folder
 
 
 class CutOff(UserError):
@@ -23,6 +24,17 @@ class CutOff(UserError):
 def datasets_folder() -> Path:
     """Return the folder for datasets: $SLUICE_DATASETS, or `datasets` in the current folder."""
     return Path(os.environ.get("SLUICE_DATASETS", "datasets")).absolute()
+
+
+def staged_path(name: str) -> Path:
+    """Return the place of a path of `StagedPaths`; relative ones are below the datasets folder."""
+    return datasets_folder() / name
+
+
+def relative_to_datasets(path: Path) -> str:
+    """Return how `StagedPaths` names a path: below the datasets folder without that folder's."""
+    root = datasets_folder()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def fingerprint(files: Iterable[Path]) -> list[Any]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import tokenizer
-from train.engine.errors import UserError
 from train.engine.modelfolder import read_json
 
 MODULES = "modules.json"

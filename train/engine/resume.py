@@ -9,7 +9,7 @@ from typing import Any
 
 from train.engine import checkpoint
 from train.engine import model as models
-from train.engine.strategy import ReadState
+from train.engine.strategy.base import ReadState
 
 
 @dataclass(frozen=True, kw_only=True)

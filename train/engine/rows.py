@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import csvrows, jsonrows
 from train.engine.compression import unreadable
-from train.engine.errors import UserError
 from train.engine.filenames import suffix_of
 
 # Where a row stands (file and line, where there are lines), and its values in the order asked for.

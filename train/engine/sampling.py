@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from train.engine import arguments, moments, signals
-from train.engine.errors import EXIT_REQUEUE, UserError, said_of_the_disk
-from train.engine.runfolder import lock, say
+from runfolder import moments
+from runfolder.errors import UserError
+from runfolder.exit_codes import of_outcome
+from runfolder.lock import lock
+from train.engine import arguments, signals
+from train.engine.errors import said_of_the_disk
+from train.engine.story import say
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +74,7 @@ class Script(Generic[Config]):
                     say("dry run: stopped as a cluster would stop it; resuming from the checkpoint")
                 signals.forget_rehearsal()
                 outcome = self.train(config, run_folder, device, rehearse_stop=False)
-        return 0 if outcome == "finished" else EXIT_REQUEUE
+        return of_outcome(outcome)
 
 
 def only_under_ddp(job: str) -> None:

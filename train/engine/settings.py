@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.engine.errors import UserError, did_you_mean
+from runfolder.errors import UserError, did_you_mean
 from train.engine.presets import PRESETS
 
 

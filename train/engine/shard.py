@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from train.engine import moments
+from runfolder import moments
 
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -11,12 +11,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import batches, hub, modelfolder, pooling, texts, tokenizer
-from train.engine.errors import UserError, said_of_the_disk
-from train.engine.once import datasets_folder, make_once, named_by_content
+from train.engine.errors import said_of_the_disk
+from train.engine.once import (
+    datasets_folder,
+    make_once,
+    named_by_content,
+    relative_to_datasets,
+    staged_path,
+)
 from train.engine.presets import PRESETS
-from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL
+from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
 from train.engine.settings import StagedPaths, TrainingConfig
+from train.engine.shape import read_shape
 
 # In the folder of an encoder of the hub that has no file about its pooling, and was asked for one.
 FETCHED = "fetched"
@@ -27,17 +35,6 @@ MODEL_FILES = (
     "generation_config.json",
     *pooling.FILES,
 )
-
-
-def staged_path(name: str) -> Path:
-    """Return the place of a path of `StagedPaths`; relative ones are below the datasets folder."""
-    return datasets_folder() / name
-
-
-def relative_to_datasets(path: Path) -> str:
-    """Return how `StagedPaths` names a path: below the datasets folder without that folder's."""
-    root = datasets_folder()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
@@ -66,7 +63,7 @@ def model_shape(config: TrainingConfig, model: Path | None) -> dict[str, Any]:
     if config.model.preset:
         return vars(PRESETS[config.model.preset])
     assert model is not None
-    return modelfolder.read_shape(model, LANGUAGE_MODEL)
+    return read_shape(model, LANGUAGE_MODEL)
 
 
 def sequence_length(config: TrainingConfig, model: Path | None) -> int:
@@ -216,7 +213,7 @@ def stage_model(
 def _checked(folder: Path, kind: str, tokenizer_source: str | None) -> Path:
     modelfolder.check_whole(folder)
     tokenizer.check(Path(tokenizer_source).expanduser() if tokenizer_source else folder)
-    for note in modelfolder.read_shape(folder, kind)["notes"]:
+    for note in read_shape(folder, kind)["notes"]:
         print(f"note: {note}", flush=True)
     return folder
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
+from runfolder.moments import reached
 from train.engine import guard, signals
 from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.distributed import agree, rank, world_size
 from train.engine.loss import global_target_tokens
-from train.engine.moments import reached
 from train.engine.schedule import lr_at
 from train.engine.settings import TrainingConfig
-from train.engine.strategy import Strategy
+from train.engine.strategy.base import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from runfolder.errors import UserError
 from train.engine.data import Piece
-from train.engine.errors import UserError
 from train.engine.modelfolder import read_json
 
 # What transformers writes of a tokenizer, or reads to make one.

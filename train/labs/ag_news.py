@@ -15,15 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import signals, staging
+from runfolder.attempts import write_outcome
+from runfolder.errors import UserError
+from train.engine import signals
 from train.engine.classification import labelled, scores
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.epochs import EpochSettings
 from train.engine.classification.labelled import StagedLabelled
 from train.engine.classification.seeds import read_tests, sentence, summary, write_test
 from train.engine.data import SAMPLES
-from train.engine.errors import UserError, run_to_exit
-from train.engine.runfolder import say, write_outcome
+from train.engine.errors import run_to_exit
+from train.engine.once import staged_path
 from train.engine.schedule import lr_at
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import (
@@ -34,6 +36,7 @@ from train.engine.settings import (
     OptimizerSettings,
     ScheduleSettings,
 )
+from train.engine.story import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,8 +212,8 @@ def new_model(config: Config, seed: int) -> PreTrainedModel:
 
     assert config.staged is not None
     classes = labelled.named(labelled.read(config.staged)[0], config.data.class_names)
-    folder = staging.staged_path(config.staged.model) if config.staged.model else None
-    return classifier.load(folder, staging.staged_path(config.staged.tokenizer), classes, seed)
+    folder = staged_path(config.staged.model) if config.staged.model else None
+    return classifier.load(folder, staged_path(config.staged.tokenizer), classes, seed)
 
 
 def train_seed(training: Training) -> tuple[str, dict[str, Any]]:

@@ -17,21 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from runfolder.attempts import write_outcome
+from runfolder.errors import UserError
+from runfolder.files import write_atomically
 from train.engine import lora, sampling, signals, staging, tokenizer
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES
-from train.engine.durable import write_atomically
-from train.engine.errors import UserError, run_to_exit
+from train.engine.errors import run_to_exit
 from train.engine.lora import LoraSettings
-from train.engine.runfolder import say, write_outcome
+from train.engine.once import staged_path
 from train.engine.sampling import SampleSettings
 from train.engine.script import Script
 from train.engine.settings import TrainingConfig
+from train.engine.story import say
 
 if TYPE_CHECKING:
     import torch
 
-    from train.engine.strategy import Strategy
+    from train.engine.strategy.base import Strategy
 
 # What the dry run is tuned to: text in another manner than the sample that tinyllama trains on.
 RECIPES = SAMPLES / "causal_lm"
@@ -84,7 +87,7 @@ def stage(config: Config, *, online: bool) -> Config:
         data = replace(data, train=recipes[0], validation=recipes[1])
     staged = staging.stage(replace(config, data=data), online=online)
 
-    model_folder = staging.staged_path(staged.model) if staged.model else None
+    model_folder = staged_path(staged.model) if staged.model else None
     if config.method == "lora" and model_folder:
         lora.check(config.lora, lora.sides_of_folder(model_folder), config.model.name)
     elif config.method == "lora" and config.model.preset:
@@ -93,7 +96,7 @@ def stage(config: Config, *, online: bool) -> Config:
     shape = staging.model_shape(config, model_folder)
     sampling.check_fits(
         config.sample,
-        tokenizer.load(staging.staged_path(staged.tokenizer)),
+        tokenizer.load(staged_path(staged.tokenizer)),
         int(shape.get("max_position_embeddings", 2048)),
     )
     return replace(config, staged=staged)
@@ -113,12 +116,12 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- data ----
     assert config.staged is not None
-    tokenizer_folder = staging.staged_path(config.staged.tokenizer)
+    tokenizer_folder = staged_path(config.staged.tokenizer)
     loaded_tokenizer = tokenizer.load(tokenizer_folder)
-    model_folder = staging.staged_path(config.staged.model) if config.staged.model else None
+    model_folder = staged_path(config.staged.model) if config.staged.model else None
     sequence_length = staging.sequence_length(config, model_folder)
-    training = Blocks(staging.staged_path(config.staged.train), sequence_length)
-    validation = Blocks(staging.staged_path(config.staged.validation), sequence_length)
+    training = Blocks(staged_path(config.staged.train), sequence_length)
+    validation = Blocks(staged_path(config.staged.validation), sequence_length)
 
     # ---- model, resume, optimizer ----
     model = _pretrained(config, tokenizer_folder)

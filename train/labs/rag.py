@@ -14,20 +14,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import signals, staging
+from runfolder.attempts import write_outcome
+from runfolder.errors import UserError
+from runfolder.moments import reached
+from train.engine import signals
 from train.engine.data import SAMPLES
 from train.engine.durable import sha256
-from train.engine.errors import RunFailed, UserError, run_to_exit
-from train.engine.moments import reached
+from train.engine.errors import RunFailed, run_to_exit
+from train.engine.once import relative_to_datasets, staged_path
 from train.engine.retrieval import corpus, passages
 from train.engine.retrieval import index as indexes
 from train.engine.retrieval.chunks import ChunkSettings
 from train.engine.retrieval.corpus import StagedPassages
 from train.engine.retrieval.index import IndexSettings
 from train.engine.retrieval.passages import PassageDataSettings
-from train.engine.runfolder import say, write_outcome
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import CheckpointSettings, EncoderSettings, LoopSettings
+from train.engine.story import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,8 +105,8 @@ def stage(config: Config, *, online: bool) -> Config:
         folder = corpus.stage_generator(
             config.generator.name, config.generator.revision, online=online
         )
-        staged = replace(staged, generator=staging.relative_to_datasets(folder))
-    count = corpus.count_chunks(staging.staged_path(staged.chunks))
+        staged = replace(staged, generator=relative_to_datasets(folder))
+    count = corpus.count_chunks(staged_path(staged.chunks))
     max_steps = -(-count // config.batch_size)
     # A run that is continued brings those that it began with.
     if config.staged is None and config.max_steps not in (1, max_steps):
@@ -120,8 +123,8 @@ def load_embedder(config: Config, device: torch.device) -> Embedder:
     from train.engine.retrieval.embedder import Embedder
 
     assert config.staged is not None
-    folder = staging.staged_path(config.staged.model) if config.staged.model else None
-    tokenizer_folder = staging.staged_path(config.staged.tokenizer)
+    folder = staged_path(config.staged.model) if config.staged.model else None
+    tokenizer_folder = staged_path(config.staged.tokenizer)
     model = encoder.load(folder, tokenizer_folder, config.seed)
     return Embedder(model, tokenizer_folder, config.chunks.length, device)
 
@@ -149,8 +152,8 @@ def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
         "dimension": embedder.dimension,
         "chunk_length": config.chunks.length,
         "chunk_overlap": config.chunks.overlap,
-        "passages_sha256": sha256(staging.staged_path(config.staged.passages) / "rows.jsonl"),
-        "chunks_sha256": sha256(staging.staged_path(config.staged.chunks) / "rows.jsonl"),
+        "passages_sha256": sha256(staged_path(config.staged.passages) / "rows.jsonl"),
+        "chunks_sha256": sha256(staged_path(config.staged.chunks) / "rows.jsonl"),
     }
 
 
@@ -162,6 +165,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     from train.engine import checkpoint, metrics, strategy
     from train.engine.distributed import agree, is_main_process, rank, world_size
     from train.engine.retrieval import search, vectors
+    from train.engine.strategy.base import assert_same_weights
 
     if (accel := strategy.name_from_environment()) != "ddp":
         raise UserError(
@@ -170,16 +174,16 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- data ----
     assert config.staged is not None
-    texts = passages.read_passages(staging.staged_path(config.staged.passages))
-    chunks = corpus.read_chunks(staging.staged_path(config.staged.chunks))
-    questions = passages.read_questions(staging.staged_path(config.staged.passages))
+    texts = passages.read_passages(staged_path(config.staged.passages))
+    chunks = corpus.read_chunks(staged_path(config.staged.chunks))
+    questions = passages.read_questions(staged_path(config.staged.passages))
     size, max_steps = config.batch_size, config.max_steps
     batches = batches_of(chunks, size)
     assert len(batches) == max_steps
 
     # ---- encoder, resume ----
     embedder = load_embedder(config, device)
-    strategy.assert_same_weights(embedder.model, device)
+    assert_same_weights(embedder.model, device)
     made_of = identity(config, embedder)
     checkpoints = vectors.VectorCheckpoints(run_folder / "checkpoints", config.checkpoint)
     last = checkpoints.newest()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.checkpoints import published
 from tests.conftest import losses
 from tests.ranks import Forked
 from tests.real.train.test_faults import settings_for
-from train.engine.checkpoint import find_damage, step_folders
+from train.engine.checkpoint import find_damage
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_killed_at_20_random_moments_the_curve_equals_the_uninterrupted_one(
                 os.kill(process.pid, signal.SIGKILL)
             process.wait()
         during_a_save += any((killed / "checkpoints").glob(".step-*"))
-        found = step_folders(killed / "checkpoints")
+        found = published(killed / "checkpoints")
         assert found, "a checkpoint was lost"
         assert [find_damage(folder) for folder in found] == [None] * len(found)
     print(f"{during_a_save} of 20 during a save")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 SMALLEST = ["--device=cpu", "--preset=tiny", "--sequence_length=64", "--global_batch_size=8"]
 SMALLEST += ["--compile=eager"]

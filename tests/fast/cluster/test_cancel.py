@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster import cancel
-from cluster.errors import UserError
 from cluster.jobs import main
+from runfolder.errors import UserError
 from tests.fake_slurm import FakeSlurm, attempt, log_step, submit
 
 NAME = "tinyllama/20260101-000000-abcdef"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster import cancel, clusters, history
-from cluster.errors import UserError
 from cluster.jobs import main
 from cluster.site import PRIVATE
+from runfolder.errors import UserError
 from tests.fake_slurm import FakeSlurm, attempt, make_old, submit
 
 HERE = "tinyllama/20260101-000000-aaaaaa"

@@ -17,7 +17,7 @@ import yaml
 
 from cluster import container
 from cluster import image as images
-from cluster.errors import UserError
+from runfolder.errors import UserError
 from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.shared import CHECKOUT

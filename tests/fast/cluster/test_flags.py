@@ -8,7 +8,7 @@ import pytest
 
 from cluster import flags
 from cluster import site as sites
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 SITE = """[slurm]
 partition = "gpu"

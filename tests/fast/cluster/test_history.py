@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cluster import history, progress
 from cluster.slurm import QueuedJob
+from runfolder import attempts, checkpoints, files, records
 from tests import fake_slurm
 
 values = st.recursive(
@@ -23,10 +24,10 @@ values = st.recursive(
 )
 keys = ["job_id", "submitted", "num_nodes", "nodes", "step", "outcome", "next", "why", "reason"]
 keys += ["tokens", "tokens_per_second", "max_steps"]
-records = st.dictionaries(st.sampled_from(keys), values | st.integers(0, 10**6))
-damaged = records.map(lambda record: json.dumps(record).encode()) | st.binary()
+entries = st.dictionaries(st.sampled_from(keys), values | st.integers(0, 10**6))
+damaged = entries.map(lambda record: json.dumps(record).encode()) | st.binary()
 cut = st.tuples(damaged, st.integers(0, 200)).map(lambda pair: pair[0][: pair[1]])
-files = st.lists(damaged | cut, max_size=4).map(b"\n".join)
+contents = st.lists(damaged | cut, max_size=4).map(b"\n".join)
 
 
 def queued(state: str, job_id: int = 7) -> QueuedJob:
@@ -51,7 +52,7 @@ def test_a_runs_job_is_its_own_by_whichever_path_the_run_is_named(tmp_path: Path
     assert history.job_of(tmp_path / "other", 7, {7: job}) is None
 
 
-@given(jobs=files, metrics=files, config=files, slurm=cut, outcome=cut, state=st.text())
+@given(jobs=contents, metrics=contents, config=contents, slurm=cut, outcome=cut, state=st.text())
 @example(b"", b"", b"", b"{}", b"", "\x1b")
 @settings(max_examples=40)
 def test_damaged_files_count_as_unknown(
@@ -65,34 +66,34 @@ def test_damaged_files_count_as_unknown(
         (folder / "config.yaml").write_bytes(config)
         (folder / "attempts/1/slurm.json").write_bytes(slurm)
         (folder / "attempts/1/outcome.json").write_bytes(outcome)
-        made = history.attempts(folder)
+        made = attempts.read_all(folder)
         came = progress.of(folder, made[-1])
         assert came.needed_s is None or came.needed_s >= 0
-        history.has_damaged_end(folder)
-        last = history.Submission(job_id=7, submitted="", num_nodes=None)
-        for submission in [last, *history.submissions(folder)]:
+        records.has_damaged_end(folder)
+        last = records.Submission(job_id=7, submitted="", num_nodes=None)
+        for submission in [last, *records.submissions(folder)]:
             history.is_final(submission, made)
             for job in (None, queued(state), queued("CANCELLED")):
                 end = history.ending(folder, submission, made, job)
-                assert end.word in (*history.OUTCOMES, "?")
+                assert end.word in (*attempts.OUTCOMES, "?")
                 assert (end.word + end.why).isprintable()
         assert all(node.isprintable() for node in made[-1].nodes)
 
 
 @given(st.text() | st.text(alphabet=string.printable + "\x1b\x9b\u202e\ud800"))
 def test_no_control_character_reaches_a_terminal(words: str) -> None:
-    shown = history.text(words)
+    shown = files.text(words)
     assert shown.isprintable()
     shown.encode()
 
 
 def test_half_a_line_is_no_submission(tmp_path: Path) -> None:
     fake_slurm.submit(tmp_path, 12)
-    assert not history.has_damaged_end(tmp_path)
+    assert not records.has_damaged_end(tmp_path)
     with (tmp_path / "jobs.jsonl").open("a") as stream:
         stream.write('{"job_id": 1')
-    assert [found.job_id for found in history.submissions(tmp_path)] == [12]
-    assert history.has_damaged_end(tmp_path)
+    assert [found.job_id for found in records.submissions(tmp_path)] == [12]
+    assert records.has_damaged_end(tmp_path)
 
 
 def test_progress_is_the_newest_line_of_a_long_record(tmp_path: Path) -> None:
@@ -112,10 +113,10 @@ def test_progress_without_a_record_is_the_newest_checkpoint_or_outcome(tmp_path:
     assert progress.of(tmp_path, None).step == 0
     (tmp_path / "checkpoints/step-00000100").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000900.damaged").mkdir()
-    assert progress.saved_step(tmp_path) == 100
+    assert checkpoints.newest_step(tmp_path) == 100
     assert progress.of(tmp_path, None).step == 100
     fake_slurm.attempt(tmp_path, 1, 12, outcome="stopped", step=110)
-    assert progress.of(tmp_path, history.attempt(tmp_path, 1)).step == 110
+    assert progress.of(tmp_path, attempts.read(tmp_path, 1)).step == 110
 
 
 def test_a_damaged_record_alone_is_an_unknown_step(tmp_path: Path) -> None:
@@ -141,16 +142,16 @@ def test_a_damaged_record_alone_is_an_unknown_step(tmp_path: Path) -> None:
 def test_the_attempt_tells_how_a_job_ended_and_slurm_only_without_it(
     tmp_path: Path, state: str, outcome: dict[str, object], word: str
 ) -> None:
-    last = history.Submission(job_id=7, submitted="", num_nodes=1)
+    last = records.Submission(job_id=7, submitted="", num_nodes=1)
     fake_slurm.attempt(tmp_path, 1, 7, **outcome)
     job = queued(state) if state else None
-    assert history.ending(tmp_path, last, history.attempts(tmp_path), job).word == word
+    assert history.ending(tmp_path, last, attempts.read_all(tmp_path), job).word == word
 
 
 def test_an_earlier_jobs_outcome_is_not_a_later_ones(tmp_path: Path) -> None:
-    last = history.Submission(job_id=8, submitted="", num_nodes=1)
+    last = records.Submission(job_id=8, submitted="", num_nodes=1)
     fake_slurm.attempt(tmp_path, 1, 7, outcome="finished", step=9)
-    made = history.attempts(tmp_path)
+    made = attempts.read_all(tmp_path)
     assert not history.is_final(last, made)
     assert history.ending(tmp_path, last, made, None).word == "lost"
     assert history.ending(tmp_path, last, made, queued("CANCELLED", 8)).why == "before it started"

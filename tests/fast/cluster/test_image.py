@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import image as images
-from cluster.errors import UserError
+from runfolder.errors import UserError
 from tests.fast import command
 
 # Signs by adding a line, and accepts a file that ends with the key's name.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import job
-from cluster.errors import UserError
+from runfolder.errors import UserError
 from tests.shared import CHECKOUT
 
 

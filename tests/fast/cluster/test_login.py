@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import login
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 SHELLS = [
     name for name in ("bash", "sh", "dash", "zsh", "fish", "tcsh", "csh") if shutil.which(name)

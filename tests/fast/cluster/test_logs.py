@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from cluster import logs
-from cluster.errors import UserError
 from cluster.jobs import main
+from runfolder.errors import UserError
 from tests.fake_slurm import FakeSlurm, attempt, submit
 from tests.shared import CHECKOUT
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from cluster import machine
-from tests.shared import free_port
 
 
 @pytest.mark.parametrize(
@@ -28,11 +25,3 @@ def test_the_gpus_are_those_that_are_visible(
     assert machine.gpus() == found
     monkeypatch.setenv("SLUICE_DEVICE", "cpu")
     assert machine.gpus() == []
-
-
-def test_a_port_that_somebody_listens_on_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        busy = taken.getsockname()[1]
-        free = free_port()
-        monkeypatch.setattr(machine, "PORTS", [busy] * 99 + [free])
-        assert machine.free_port() == free

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import notation, request
-from cluster.errors import UserError
 from cluster.request import Sizes
 from cluster.site import Container, Paths, Site, Slurm
+from runfolder.errors import UserError
 
 SITE = Site(
     slurm=Slurm(

@@ -85,7 +85,7 @@ def checkout(
     tmp_path: Path, clean_environment: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> Checkout:
     root = tmp_path / "a checkout"
-    lay_out(root, "cluster/", "configs/", "containers/locks/", "slurm/", "train/")
+    lay_out(root, "cluster/", "runfolder/", "configs/", "containers/locks/", "slurm/", "train/")
     # The environment of the tests has all; what the command asks for is noted.
     rewrite(root / "containers/venv.sh", '#!/bin/sh\necho "$VENV $@" >> set-up\n', 0o755)
     environment = {k: v for k, v in clean_environment.items() if k != "SLUICE_DATASETS"}

@@ -12,7 +12,8 @@ import pytest
 
 from cluster import checkout as code_of
 from cluster import runs, site
-from cluster.errors import UserError
+from runfolder import attempts, lock, records
+from runfolder.errors import UserError
 
 RECORD = {"job": "rag", "module": "train.labs.rag", "accel": "ddp", "num_processes": 2}
 
@@ -50,7 +51,7 @@ def git(checkout: Path) -> Git:
 
 def create(name: str = "20260101-000000-abcdef") -> Path:
     folder = runs.runs_folder() / "rag" / name
-    runs.create(folder, config="a: 1\n", record=dict(RECORD))
+    runs.create(folder, config="a: 1\n", content=dict(RECORD))
     return folder
 
 
@@ -64,7 +65,7 @@ def code(folder: Path) -> set[str]:
 
 def test_a_run_folder_holds_its_record_its_config_and_the_code(checkout: Path) -> None:
     folder = create()
-    assert runs.record(folder).items() >= RECORD.items()
+    assert records.read(folder).items() >= RECORD.items()
     assert (folder / "config.yaml").read_text() == "a: 1\n"
     assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
     assert (folder / "code/slurm/node.sh").stat().st_mode & 0o111
@@ -87,7 +88,7 @@ def test_without_git_the_code_is_all_but_data_and_caches(
     (checkout / "dangling").symlink_to("nowhere")
     folder = create()
     assert code(folder) == {"slurm/node.sh", "train/labs/rag.py", "README.md"}
-    assert runs.record(folder)["git_commit"] is None
+    assert records.read(folder)["git_commit"] is None
 
 
 @pytest.mark.needs("git")
@@ -106,7 +107,7 @@ def test_with_git_the_code_is_what_is_tracked_or_new_with_the_edits(
     folder = create()
     assert code(folder) == {".gitignore", "slurm/node.sh", "README.md", "train/new.py"}
     assert (folder / "code/README.md").read_text() == "edited"
-    record = runs.record(folder)
+    record = records.read(folder)
     assert len(record["git_commit"]) == 40
     diff = (folder / "code.diff").read_bytes()
     assert b"+edited" in diff
@@ -167,7 +168,7 @@ def test_a_place_that_takes_no_folder_is_refused_and_leaves_nothing(
     for place, said in (("README.md/runs", "README.md is not a folder"), ("/proc/x", "/proc")):
         monkeypatch.setenv("SLUICE_RUNS", place)
         with pytest.raises(UserError, match=f"^SLUICE_RUNS: .*{said}.*choose another place"):
-            runs.create(runs.new_folder("rag", ""), config="", record=dict(RECORD))
+            runs.create(runs.new_folder("rag", ""), config="", content=dict(RECORD))
     assert sorted(path.name for path in checkout.iterdir()) == ["README.md", "slurm", "train"]
 
 
@@ -206,7 +207,7 @@ def test_before_the_first_commit_git_still_tells_what_to_ignore(checkout: Path, 
     git("add", "README.md")
     folder = create()
     assert code(folder) == {".gitignore", "slurm/node.sh", "train/labs/rag.py", "README.md"}
-    assert runs.record(folder)["git_commit"] is None
+    assert records.read(folder)["git_commit"] is None
 
 
 @pytest.mark.needs("git")
@@ -234,7 +235,7 @@ def test_a_run_is_found_by_path_stamp_start_name_and_job(checkout: Path) -> None
     old = create("20260101-000000-abcdef-first-try")
     new = create("20260102-000000-123456")
     other = runs.runs_folder() / "imdb/20260103-000000-fedcba"
-    runs.create(other, config="", record=dict(RECORD))
+    runs.create(other, config="", content=dict(RECORD))
     for name, folder in (
         (str(old), old),
         ("runs/rag/20260101-000000-abcdef-first-try", old),
@@ -269,7 +270,7 @@ def test_a_damaged_record_is_refused(checkout: Path, text: str) -> None:
     folder = create()
     (folder / "run.json").write_text(text)
     with pytest.raises(UserError, match=f"^{folder}/run.json: is not the record of a run"):
-        runs.record(folder)
+        records.read(folder)
 
 
 # ---- attempts and the lock ----
@@ -277,25 +278,25 @@ def test_a_damaged_record_is_refused(checkout: Path, text: str) -> None:
 
 def test_attempts_count_from_one_and_pass_over_what_is_none(checkout: Path) -> None:
     folder = create()
-    assert runs.new_attempt(folder) == 1
+    assert attempts.begin(folder) == 1
     (folder / "attempts/notes").mkdir()
     (folder / "attempts/9").mkdir()
-    assert runs.new_attempt(folder) == 10
+    assert attempts.begin(folder) == 10
     assert (folder / "attempts/10").is_dir()
 
 
 def test_a_run_that_is_in_use_is_refused_with_its_holder(checkout: Path) -> None:
     folder = create()
-    runs.check_free(folder)
+    lock.check_free(folder)
     with (folder / "run.lock").open("w") as stream:
         stream.write("process 7 on node1")
         stream.flush()
-        runs.check_free(folder)
+        lock.check_free(folder)
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"another run works on it \(process 7 on node1\)"):
-            runs.check_free(folder)
-    runs.check_free(folder)
+            lock.check_free(folder)
+    lock.check_free(folder)
     (folder / "run.lock").unlink()
     (folder / "run.lock").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        runs.check_free(folder)
+        lock.check_free(folder)

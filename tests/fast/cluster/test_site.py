@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster import resolve, runs
 from cluster import site as sites
-from cluster.errors import UserError
+from runfolder.errors import UserError
 from tests.shared import CHECKOUT
 
 EXAMPLE = CHECKOUT / "configs/site.example.toml"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import UserError
 from cluster.jobs import main
+from runfolder.errors import UserError
 from tests.fake_slurm import FakeSlurm, attempt, log_step, make_old, submit
 from tests.shared import CHECKOUT
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import site, sync
-from cluster.errors import UserError
+from runfolder.errors import UserError
 
 SITE = """
 [slurm]

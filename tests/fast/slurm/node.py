@@ -23,16 +23,16 @@ def context() -> ForkServerContext:
 
 
 def check(environment: Mapping[str, str], output: Path, limits: Mapping[str, float]) -> None:
-    """Run `python slurm/preflight.py check` in this process, with other limits in it."""
+    """Run `python -m slurm.preflight check` in this process, with other limits in it."""
     with output.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(CHECKOUT)
-    sys.path.append(str(CHECKOUT / "slurm"))
-    import preflight
-    from health import collective, meeting, network
+
+    from slurm import preflight
+    from slurm.health import collective, meeting, network
 
     for name, value in limits.items():
         for module in (collective, meeting, network):

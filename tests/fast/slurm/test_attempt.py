@@ -12,11 +12,9 @@ from unittest import mock
 
 import pytest
 
+from slurm import attempt
 from tests import waiting
 from tests.shared import CHECKOUT
-
-sys.path.append(str(CHECKOUT / "slurm"))
-import attempt
 
 
 class Job:
@@ -71,8 +69,8 @@ def job(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Job:
 
 def test_the_batch_script_reads_the_attempt_and_the_decision(job: Job) -> None:
     def command(*words: str) -> tuple[int, str]:
-        path = str(CHECKOUT / "slurm/attempt.py")
-        done = waiting.run([sys.executable, path, *words], cwd=job.run, env=job.environment())
+        program = [sys.executable, "-m", "slurm.attempt"]
+        done = waiting.run([*program, *words], cwd=CHECKOUT, env=job.environment())
         return done.returncode, done.stdout
 
     words = ("--job", "12", "--restarts", "0", "--nodes", "node1", "--master", "10.0.0.1:23456")

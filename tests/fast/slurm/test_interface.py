@@ -8,10 +8,8 @@ import sys
 
 import pytest
 
+from slurm.interface import interface_towards
 from tests.shared import CHECKOUT
-
-sys.path.append(str(CHECKOUT / "slurm"))
-from interface import interface_towards
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.1.1", "::1", "localhost"])
@@ -34,7 +32,7 @@ ip address add 10.2.0.9/24 dev second
 ip route add 10.3.0.0/16 dev second src 10.2.0.9
 ip -6 address add fd01::1/64 dev first nodad
 exec "$0" - <<'PYTHON'
-from interface import interface_towards
+from slurm.interface import interface_towards
 
 for address in "10.1.0.2", "10.2.0.1", "10.3.0.1", "fd01::2", "10.9.9.9":
     try:
@@ -55,7 +53,7 @@ def test_each_address_has_its_own_interface_secondary_addresses_too() -> None:
         check=False,
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(CHECKOUT / "slurm")},
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(CHECKOUT)},
     )
     lines = process.stdout.splitlines()
     assert lines[:4] == ["first", "second", "second", "first"], process.stderr

@@ -16,17 +16,15 @@ from unittest import mock
 
 import pytest
 
+from slurm import preflight
+from slurm.health.reach import cut_off, listen, unreachable, wait_until_reachable
+from slurm.health.report import Report, Unhealthy
+from slurm.health.verdict import Finding, find, largest_group, read_report, skewed_clocks
+from slurm.preflight import Settings, memory_limit
 from tests import waiting
 from tests.fast.slurm import node
 from tests.shared import CHECKOUT, free_port
 from tests.waiting import HANGS_AFTER_S
-
-sys.path.append(str(CHECKOUT / "slurm"))
-import preflight
-from health.reach import cut_off, listen, unreachable, wait_until_reachable
-from health.report import Report, Unhealthy
-from health.verdict import Finding, find, largest_group, read_report, skewed_clocks
-from preflight import Settings, memory_limit
 
 # However long a busy machine takes, the nodes wait for one another.
 PATIENT = {"ANSWER_S": HANGS_AFTER_S, "FILES_APPEAR_S": HANGS_AFTER_S}
@@ -141,7 +139,7 @@ def test_a_healthy_node_is_found_healthy_by_the_commands_of_the_batch_script(
     allocation = Allocation(tmp_path, 1)
 
     def command(word: str) -> tuple[int, str, str]:
-        words = [sys.executable, "slurm/preflight.py", word]
+        words = [sys.executable, "-m", "slurm.preflight", word]
         done = waiting.run(words, cwd=CHECKOUT, env=allocation.environment_of(0))
         return done.returncode, done.stdout, done.stderr
 
@@ -306,7 +304,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "different", "message"),
     [
-        (["look"], {}, "usage: python slurm/preflight.py check|judge"),
+        (["look"], {}, "usage: python -m slurm.preflight check|judge"),
         (["check"], {"attempt": ""}, "SLUICE_ATTEMPT is not set; the batch script"),
         (["check"], {"node_rank": "one"}, "SLUICE_NODE_RANK is not a number: 'one'"),
         (["judge"], {"node_names": "node1"}, "SLUICE_NODE_NAMES has 1 names, not 2"),
@@ -413,7 +411,7 @@ def test_a_clock_is_measured_by_the_median_of_all() -> None:
 
 
 def test_the_node_between_two_slow_links_is_found() -> None:
-    from health.collective import ring, rounds, slow_nodes
+    from slurm.health.collective import ring, rounds, slow_nodes
 
     # Links 0-1, 1-2, 2-3, 3-0.
     assert slow_nodes([9, 9, 9, 9], 4, 5) == []
@@ -477,9 +475,10 @@ def test_each_device_has_a_process_that_takes_part_in_the_all_reduce(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch.distributed as dist
-    from health import gpus
-    from health.collective import Place
-    from health.gpus import Processes
+
+    from slurm.health import gpus
+    from slurm.health.collective import Place
+    from slurm.health.gpus import Processes
 
     # They are new processes with torch, only in less time.
     context = node.context()
@@ -532,7 +531,7 @@ class NotSupported(NvmlError):
     ],
 )
 def test_what_the_driver_holds_against_a_gpu(answers: dict[str, Any], problem: str | None) -> None:
-    from health.gpus import driver_problem
+    from slurm.health.gpus import driver_problem
 
     well = {"HandleByUUID": "gpu", "TotalEccErrors": 0, "RetiredPagesPendingStatus": 0}
     well |= {"RemappedRows": (0, 0, 0, 0)}
@@ -563,5 +562,5 @@ def test_settings_are_typed() -> None:
 
     environment = {f"SLUICE_{field.name.upper()}": "2" for field in fields(Settings)}
     settings = Settings.from_environment(environment | {"SLUICE_DEVICE": "cuda"})
-    assert (settings.num_nodes, settings.attempt, settings.datasets) == (2, "2", Path("2"))
+    assert (settings.num_nodes, settings.attempt, settings.datasets) == (2, 2, Path("2"))
     assert settings.processes_per_node == 2

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from runfolder.errors import UserError
 from tests.models import write_tied_model
 from train import ask
 from train.engine import arguments
-from train.engine.errors import UserError
 from train.labs import rag
 
 Ask = Callable[..., str]

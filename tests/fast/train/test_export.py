@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from train import export, tinyllama
 from train.engine import arguments, checkpoint, model, tokenizer
 from train.engine.durable import describe
-from train.engine.errors import RunFailed, UserError
-from train.engine.staging import staged_path
+from train.engine.errors import RunFailed
+from train.engine.once import staged_path
 
 TIED = ("--model.preset", "null", "--data.sequence_length", "32", "--model.name")
 
@@ -191,7 +193,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_exported(
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(run: Path) -> None:
-    for folder in checkpoint.step_folders(run / "checkpoints"):
+    for folder in published(run / "checkpoints"):
         (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds no complete checkpoint; let the run reach its"):
         export.main([str(run)])

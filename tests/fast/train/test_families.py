@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from train import tinyllama
 from train.engine.batches import Blocks
-from train.engine.staging import staged_path
+from train.engine.once import staged_path
 
 # What makes a model small, by all the names that configs have for it.
 TINY = {

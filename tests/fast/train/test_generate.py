@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from runfolder.errors import UserError
 from tests import waiting
 from tests.shared import CHECKOUT
 from train import generate
-from train.engine.errors import UserError
 
 Generate = Callable[..., str]
 

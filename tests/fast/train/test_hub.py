@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from runfolder.errors import UserError
 from tests import waiting
 from tests.conftest import read_metrics
 from tests.hub import Hub
@@ -25,7 +26,6 @@ from tests.shared import CHECKOUT
 from train import fetch as fetcher
 from train.engine import tokenizer
 from train.engine.data import SAMPLES, pieces
-from train.engine.errors import UserError
 from train.engine.presets import PRESETS
 
 JOB = yaml.safe_load((CHECKOUT / "configs/jobs/tinyllama.yaml").read_text())["arguments"]

@@ -24,9 +24,9 @@ import pytest
 from cluster import request, slurm
 from cluster.check import command, limits, overview, verdict
 from cluster.check.finding import Verdict
-from cluster.errors import UserError
 from cluster.request import Request, Sizes
 from cluster.site import PRIVATE, Site
+from runfolder.errors import UserError
 from tests import waiting
 from tests.real.private_slurm import LOCAL, Cluster, Result, start_cluster
 from tests.shared import CHECKOUT

@@ -13,12 +13,13 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from runfolder import checkpoints
 from tests import ranks, waiting
 from tests.conftest import losses, read_metrics
 from tests.moments import Pause
 from tests.ranks import Forked, Ranks
 from tests.shared import CHECKOUT
-from train.engine.checkpoint import find_damage, step_folders
+from train.engine.checkpoint import find_damage
 
 SETTINGS = [
     *("--model.preset", "tiny", "--data.sequence_length", "64"),
@@ -65,9 +66,9 @@ def train(start: Start) -> Train:
 
 def published(run_folder: Path) -> list[int]:
     """Return the steps of the published checkpoints, the newest first; all of them are whole."""
-    found = step_folders(run_folder / "checkpoints")
+    found = checkpoints.published(run_folder / "checkpoints")
     assert [find_damage(folder) for folder in found] == [None] * len(found)
-    return [int(folder.name[5:]) for folder in found]
+    return [checkpoints.step_of(folder) for folder in found]
 
 
 def latest(run_folder: Path) -> int:
@@ -310,7 +311,7 @@ def test_with_all_checkpoints_damaged_the_run_does_not_start_from_scratch(
     train: Train, a_run: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = shutil.copytree(a_run[0], tmp_path / "run")
-    for folder in step_folders(run / "checkpoints"):
+    for folder in checkpoints.published(run / "checkpoints"):
         flip_a_byte(folder)
     done = train(run, "--max_steps", "8")
     assert done.returncode == 1

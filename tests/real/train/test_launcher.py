@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from runfolder.checkpoints import published
 from tests.conftest import losses
 from tests.ranks import STRATEGIES, Forked, Ranks
 from tests.real.train.test_faults import SETTINGS
-from tests.shared import CHECKOUT, free_port
+from tests.shared import free_port
 from tests.waiting import wait_until
-from train.engine.checkpoint import step_folders
 
 
 def launcher(
@@ -37,8 +37,9 @@ def launcher(
     # As slurm/environment.sh has it; long, because a machine may be busy.
     own["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     own["PET_SHUTDOWN_TIMEOUT"] = "600"
-    program = str(CHECKOUT / "slurm/launch.py")
-    return Forked(program, *options, "--module", module, *words, environment=environment | own)
+    return Forked(
+        "slurm.launch", *options, "--module", module, *words, environment=environment | own
+    )
 
 
 def end_with(
@@ -143,6 +144,6 @@ def test_a_signal_to_it_saves_and_asks_to_be_run_again(
     assert (outcome["outcome"], outcome["reason"]) == ("stopped", number.name)
     # Saved at the step that the signal found it in, not at the interval.
     assert outcome["step"] == max(losses(tmp_path)) >= 12
-    assert [path.name for path in step_folders(tmp_path / "checkpoints")] == [
+    assert [path.name for path in published(tmp_path / "checkpoints")] == [
         f"step-{outcome['step']:08d}"
     ]

@@ -12,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from train.engine.errors import run_to_exit
-from train.engine.strategy import assert_synchronised
+from train.engine.strategy.base import assert_synchronised
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from train import tinyllama
 from train.engine import arguments, signals, strategy
 from train.engine.distributed import init_distributed, is_main_process
 from train.engine.errors import run_to_exit
+from train.engine.strategy.base import Strategy
 
 
 def main(argv: list[str]) -> int:
@@ -25,10 +26,10 @@ def main(argv: list[str]) -> int:
     config = tinyllama.stage(config, online=False)
     device = init_distributed()
 
-    prepared: list[strategy.Strategy] = []
+    prepared: list[Strategy] = []
     prepare = strategy.prepare
 
-    def remember(*positional: Any, **named: Any) -> strategy.Strategy:
+    def remember(*positional: Any, **named: Any) -> Strategy:
         prepared.append(prepare(*positional, **named))
         return prepared[-1]
 

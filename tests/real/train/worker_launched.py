@@ -14,9 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+from runfolder.files import write_atomically
 from tests.waiting import wait_until
 from train.engine import signals
-from train.engine.durable import write_atomically
 
 
 def main(folder: str, *codes: str) -> int:

@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from runfolder.errors import UserError
+from runfolder.moments import reached
 from train.engine import encoder, signals
 from train.engine import tokenizer as tokenizers
 from train.engine.distributed import agree, world_size
 from train.engine.durable import folder_at_once
-from train.engine.errors import UserError
-from train.engine.moments import reached
 from train.engine.shares import gather_in_order, share
 
 # Batches of an evaluation between two looks at whether the cluster asks to stop.

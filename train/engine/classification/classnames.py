@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 _WHOLE = re.compile(r"[+-]?\d{1,100}")
 # With a point only: 1e5 may well be a name.

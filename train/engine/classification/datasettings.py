@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import combinations
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 SPLITS = ("train", "test")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.settings import LoopSettings
 
 # Where neither steps nor epochs are given.

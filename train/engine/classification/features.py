@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from runfolder.files import write_json
 from train.engine import encoder as encoders
 from train.engine import signals
 from train.engine.distributed import agree, from_main_process, is_main_process, world_size
-from train.engine.durable import describe, sha256, write_atomically
+from train.engine.durable import describe, sha256
 from train.engine.errors import RunFailed
 from train.engine.model import weights_sha256
-from train.engine.runfolder import say
 from train.engine.shares import gather_in_order, share
+from train.engine.story import say
 
 # Rows of a file: what a run that is stopped loses at most.
 ROWS_PER_FILE = 1024
@@ -156,4 +157,4 @@ def _write(folder: Path, name: str, vectors: torch.Tensor, manifest: dict[str, A
     temporary.chmod(folder.stat().st_mode & 0o666)
     manifest["files"][name] = describe(temporary)
     temporary.replace(folder / name)
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / "manifest.json", manifest)

@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError, did_you_mean
 from train.engine import datafiles, hub, overlap, pooling, staging, texts, tokenizer
 from train.engine.classification import classnames
 from train.engine.classification.datasettings import SPLITS, LabelledDataSettings
 from train.engine.data import Piece
 from train.engine.datafiles import DataFiles
-from train.engine.errors import UserError, did_you_mean
-from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
-from train.engine.rehearsal import ENCODER
+from train.engine.once import (
+    datasets_folder,
+    fingerprint,
+    make_once,
+    named_by_content,
+    relative_to_datasets,
+    staged_path,
+)
+from train.engine.pretrained import ENCODER
 from train.engine.rows import FORMAT as READ_FORMAT
 from train.engine.rows import Row, as_text, read_rows
 from train.engine.settings import EncoderSettings
@@ -77,7 +84,7 @@ def stage(
 
 
 def _is_there(name: str) -> bool:
-    return staging.staged_path(name).exists()
+    return staged_path(name).exists()
 
 
 def _stage(
@@ -90,7 +97,7 @@ def _stage(
             datafiles.find_rows(data.test, "data.test"),
         )
     rows = {split: _stage_rows(data, split, files[split], sample, online) for split in SPLITS}
-    place = staging.relative_to_datasets
+    place = relative_to_datasets
     if model.preset is None:
         folder = staging.stage_model(model.name, model.revision, ENCODER, online=online)
         pooling.check_plain(folder)
@@ -198,7 +205,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
     """
     split_rows = {}
     for split in SPLITS:
-        file = staging.staged_path(getattr(staged, split)) / "rows.jsonl"
+        file = staged_path(getattr(staged, split)) / "rows.jsonl"
         columns = {name: name for name in ("where", "text", "label")}
         split_rows[split] = [values for _, values in read_rows(file, columns)]
     classes = classnames.of_rows(label for _, _, label in split_rows["train"])

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from runfolder.moments import reached
 from train.engine import guard, signals
 from train.engine import model as models
 from train.engine.batches import block_at, micro_batch_positions
 from train.engine.classification.transfer import STATISTICS, Classifier
 from train.engine.classification.unfreezing import Phase, UnfreezingSettings
 from train.engine.distributed import agree, rank, world_size
-from train.engine.moments import reached
 from train.engine.schedule import lr_at
 from train.engine.settings import BatchSettings, OptimizerSettings, ScheduleSettings
-from train.engine.strategy import Strategy, assert_same_weights, assert_synchronised
+from train.engine.strategy.base import Strategy, assert_same_weights, assert_synchronised
 
 
 class PhaseTraining(Strategy):

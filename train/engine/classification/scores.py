@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from train.engine.durable import fsync, write_atomically
+from runfolder.files import write_atomically
+from train.engine.durable import fsync
 
 
 @dataclass(frozen=True, kw_only=True)

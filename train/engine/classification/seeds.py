@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runfolder.files import write_json
 from train.engine.classification import scores
 from train.engine.classification.scores import Scores
-from train.engine.durable import write_atomically
 from train.engine.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_test(
         predictions = place / "predictions.jsonl"
         scores.write_predictions(predictions, test.texts, test.labels, probabilities_NC, classes)
         scores.draw_confusion(found, classes, place / "confusion.png")
-        write_atomically(place / "scores.json", json.dumps(told, indent=2) + "\n")
+        write_json(place / "scores.json", told)
     except OSError as error:
         raise RunFailed(f"{place}: could not be written ({error})") from None
 

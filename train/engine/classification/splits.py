@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from train.engine import encoder, staging
+from train.engine import encoder
 from train.engine.classification import labelled
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import StagedLabelled
+from train.engine.once import staged_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def read(
     _, rows, test = labelled.read(staged)
     training, validation = labelled.split_validation(rows, data.validation_fraction, seed)
     max_length = encoder.max_length(model, data.max_length)
-    tokenizer_folder: Path = staging.staged_path(staged.tokenizer)
+    tokenizer_folder: Path = staged_path(staged.tokenizer)
 
     def tokenized(split: labelled.Labelled) -> Split:
         ids = encoder.tokenize(tokenizer_folder, split.texts, max_length)

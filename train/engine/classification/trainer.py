@@ -6,7 +6,6 @@ a checkpoint stay the Trainer's.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from train.engine import encoder, strategy
+from runfolder.files import write_json
+from train.engine import encoder
 from train.engine.checkpoint import FORMAT, Checkpoints, read_state
 from train.engine.classification.grouped import GroupedBatches
 from train.engine.distributed import is_main_process, rank, world_size
-from train.engine.durable import describe, write_atomically
+from train.engine.durable import describe
+from train.engine.strategy.base import assert_synchronised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class TrainerCheckpoints(Checkpoints):
                 files = _files_of_this_rank(written)
                 if is_main_process():
                     state = {"format": FORMAT, "step": step, **state}
-                    write_atomically(written / "state.json", json.dumps(state, indent=2) + "\n")
+                    write_json(written / "state.json", state)
                     files.append(written / "state.json")
                 for file in files:
                     # safetensors makes files that only their owner reads.
@@ -202,7 +203,7 @@ class LabTrainer(Trainer):
     ) -> torch.Tensor:
         """Train on a micro batch, through a model that is known to be synchronised."""
         if not self._is_checked:
-            strategy.assert_synchronised(getattr(model, "_orig_mod", model))  # compiled or not
+            assert_synchronised(getattr(model, "_orig_mod", model))  # compiled or not
             self._is_checked = True
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 Freeze = Literal["backbone", "none", "gradual"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from runfolder.moments import reached
 from train.engine import guard, signals
 from train.engine.classification import scores
 from train.engine.classification.trainer import PaddedRows, RowLoss
 from train.engine.distributed import agree, rank
 from train.engine.metrics import Metrics, StepTimer, memory
-from train.engine.moments import reached
 
 
 class Watch(TrainerCallback):

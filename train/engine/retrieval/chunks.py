@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 
 # The end of a sentence, with its closing quotes and brackets; or of a line.
 SENTENCE_END = re.compile("[.!?\u2026][\"'\u201d\u2019)\\]]*(?=\\s)|[\u3002\uff01\uff1f]|\\n")

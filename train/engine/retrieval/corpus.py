@@ -9,17 +9,24 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.engine import modelfolder, pooling, staging, tokenizer
+from runfolder.errors import UserError
+from train.engine import pooling, staging, tokenizer
 from train.engine.classification import labelled
-from train.engine.errors import UserError
-from train.engine.once import datasets_folder, make_once, named_by_content
+from train.engine.once import (
+    datasets_folder,
+    make_once,
+    named_by_content,
+    relative_to_datasets,
+    staged_path,
+)
 from train.engine.presets import TINY_ENCODER_POSITIONS
-from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL
+from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
 from train.engine.retrieval import chunks, passages
 from train.engine.retrieval.chunks import Chunk, ChunkSettings
 from train.engine.retrieval.passages import PassageDataSettings
 from train.engine.rows import read_rows
 from train.engine.settings import EncoderSettings
+from train.engine.shape import read_shape
 
 FORMAT = 1
 
@@ -53,12 +60,12 @@ def stage(
         UserError: something does not exist or is wrong, a row with its line; or it would have to
             be downloaded and `online` is False.
     """
-    place = staging.relative_to_datasets
+    place = relative_to_datasets
     names = [staged.model, staged.tokenizer, staged.passages] if staged else [""]
-    if staged and all(staging.staged_path(name).exists() for name in names if name):
-        folder = staging.staged_path(staged.model) if staged.model else None
-        tokenizer_folder = staging.staged_path(staged.tokenizer)
-        rows = staging.staged_path(staged.passages)
+    if staged and all(staged_path(name).exists() for name in names if name):
+        folder = staged_path(staged.model) if staged.model else None
+        tokenizer_folder = staged_path(staged.tokenizer)
+        rows = staged_path(staged.passages)
     else:
         rows = passages.stage_rows(data, sample, online)
         if model.preset is None:
@@ -128,7 +135,7 @@ def max_positions(folder: Path | None) -> int:
     """Return the tokens that the encoder of a model folder reads at most; as encoder.max_length."""
     if folder is None:
         return TINY_ENCODER_POSITIONS
-    shape = modelfolder.read_shape(folder, ENCODER)
+    shape = read_shape(folder, ENCODER)
     positions = int(shape["max_position_embeddings"] or 8192)
     if "roberta" in shape["model_type"]:
         positions -= int(shape["pad_token_id"] or 0) + 1

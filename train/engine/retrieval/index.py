@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from train.engine.durable import describe, fsync, sha256, write_atomically
-from train.engine.errors import RunFailed, UserError
+from runfolder.errors import UserError
+from runfolder.files import write_json
+from train.engine.durable import describe, fsync, sha256
+from train.engine.errors import RunFailed
 
 if TYPE_CHECKING:
     pass
@@ -133,7 +135,7 @@ def publish(folder: Path, index: Any, identity: dict[str, Any], kind: dict[str, 
         unpublished.rename(folder / name)
         fsync(folder)
         manifest = {"format": FORMAT, "file": name, **entry, "index": kind, "made_of": identity}
-        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_json(folder / "manifest.json", manifest)
         for old in folder.glob("*.faiss"):
             if old.name != name:
                 old.unlink()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from runfolder.errors import UserError
 from train.engine import hub, texts
 from train.engine.datafiles import DataFiles, find_rows
-from train.engine.errors import UserError
 from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
 from train.engine.retrieval.chunks import Chunk, titled
 from train.engine.rows import FORMAT as READ_FORMAT

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.retrieval.chunks import SENTENCE_END
 
 INSTRUCTION = (

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.engine import checkpoint, signals
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
+from runfolder.files import write_atomically
+from train.engine import signals
 from train.engine.distributed import agree, from_main_process, is_main_process, world_size
-from train.engine.durable import write_atomically
-from train.engine.errors import RunFailed, UserError
+from train.engine.errors import RunFailed
 from train.engine.retrieval import index, vectors
 from train.engine.retrieval.embedder import Embedder
 from train.engine.retrieval.index import IndexSettings
@@ -33,7 +35,7 @@ def publish_index(
         try:
             manifest = index.read_manifest(folder)
             if manifest is None or manifest["index"] != kind:
-                newest = checkpoint.step_folders(run_folder / "checkpoints")[0]
+                newest = published(run_folder / "checkpoints")[0]
                 built = index.build(vectors.load(newest, count), settings)
                 index.publish(folder, built, made_of, kind)
         except (UserError, RunFailed, OSError) as error:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from train.engine.checkpoint import Checkpoints, prepare, step_folders
+from runfolder.checkpoints import folder_name, published
+from runfolder.files import write_json
+from train.engine.checkpoint import Checkpoints, prepare
 from train.engine.distributed import is_main_process, rank, world_size
-from train.engine.durable import describe, write_atomically
+from train.engine.durable import describe
 from train.engine.errors import RunFailed
-from train.engine.runfolder import say
 from train.engine.settings import CheckpointSettings
+from train.engine.story import say
 
 FORMAT = 1
 
@@ -42,12 +44,12 @@ class VectorCheckpoints(Checkpoints):
         Raises:
             RunFailed: it could not be written; the earlier checkpoints are as they were.
         """
-        unpublished = self.folder / f".step-{step:08d}"
+        unpublished = self.folder / f".{folder_name(step)}"
         self._report = {}
         try:
             files: dict[str, Any] = {}
             if vectors:
-                name = f"step-{step:08d}-{rank():05d}-of-{world_size():05d}.safetensors"
+                name = f"{folder_name(step)}-{rank():05d}-of-{world_size():05d}.safetensors"
                 hidden = self.shards / f".{name}"
                 numbers = np.array(list(vectors), dtype=np.int64)
                 save_file({"numbers": numbers, "vectors": np.stack(list(vectors.values()))}, hidden)
@@ -59,9 +61,9 @@ class VectorCheckpoints(Checkpoints):
             if is_main_process():
                 unpublished.mkdir(exist_ok=True)
                 state = {"format": FORMAT, "step": step, **state}
-                write_atomically(unpublished / "state.json", json.dumps(state, indent=2) + "\n")
+                write_json(unpublished / "state.json", state)
                 files["state.json"] = describe(unpublished / "state.json")
-                for before in step_folders(self.folder)[:1]:
+                for before in published(self.folder)[:1]:
                     files |= _shards_of(before)
             self._report = {"files": files}
         except Exception as error:

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     SSHCertificateType,
 )
 
-from cluster.errors import UserError
 from cluster.ssh import host_key, known_hosts
 from cluster.ssh.config import Host
+from runfolder.errors import UserError
 
 NAME, PORT = "farm.example.org", 2222
 KNOWN_AS = f"[{NAME}]:{PORT}"

@@ -11,10 +11,10 @@ from typing import Any, cast
 import paramiko
 import pytest
 
-from cluster.errors import UserError
 from cluster.ssh import session
 from cluster.ssh.outlet import Outlet
 from cluster.ssh.session import Session
+from runfolder.errors import UserError
 
 FAR_SIDE = SimpleNamespace(
     host=SimpleNamespace(alias="server"), transport=SimpleNamespace(), lost=None

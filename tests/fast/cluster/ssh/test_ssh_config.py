@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import UserError
 from cluster.ssh import config, ssh_config
 from cluster.ssh.config import Host, resolve
 from cluster.ssh.connection import route
+from runfolder.errors import UserError
 
 needs_ssh = pytest.mark.needs("sshd")
 

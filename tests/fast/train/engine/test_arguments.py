@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from train import tinyllama
 from train.engine import arguments
-from train.engine.errors import UserError
 from train.engine.settings import OptimizerSettings, StagedPaths, TrainingConfig
 
 

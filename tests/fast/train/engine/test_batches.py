@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from runfolder.errors import UserError
 from train.engine.batches import Blocks, block_at, pack, permute
 from train.engine.data import Piece
-from train.engine.errors import UserError
 from train.engine.tokenizer import LoadedTokenizer
 
 BOS, EOS = 1, 2

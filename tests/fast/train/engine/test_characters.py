@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.errors import UserError
 from train.engine import characters
-from train.engine.errors import UserError
 
 TEXT = "label,text\n" + "0,un caf\u00e9 pour deux \u2013 \u201ctr\u00e8s bon\u201d, dit-on\n" * 50
 ENCODINGS = ["cp1252", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]

@@ -15,25 +15,28 @@ from typing import Any
 import pytest
 import torch
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from tests.waiting import HANGS_AFTER_S
 from train import tinyllama
 from train.engine import checkpoint, model, strategy
-from train.engine.checkpoint import Checkpoints, find_damage, step_folders
-from train.engine.errors import RunFailed, UserError
+from train.engine.checkpoint import Checkpoints, find_damage
+from train.engine.errors import RunFailed
 from train.engine.loss import TokenLoss
+from train.engine.once import staged_path
 from train.engine.settings import OptimizerSettings, ShardCheckpointSettings
-from train.engine.staging import staged_path
+from train.engine.strategy.base import Strategy
 
 
 @pytest.fixture
-def trained(config: tinyllama.Config, device: torch.device) -> strategy.Strategy:
+def trained(config: tinyllama.Config, device: torch.device) -> Strategy:
     """Return the preset `tiny` under ddp after one step."""
     wrapped = prepared(config, device)
     train_a_step(wrapped)
     return wrapped
 
 
-def prepared(config: tinyllama.Config, device: torch.device) -> strategy.Strategy:
+def prepared(config: tinyllama.Config, device: torch.device) -> Strategy:
     """Return the preset `tiny` under ddp before its first step."""
     assert config.staged is not None
     built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
@@ -48,13 +51,13 @@ def prepared(config: tinyllama.Config, device: torch.device) -> strategy.Strateg
     )
 
 
-def train_a_step(wrapped: strategy.Strategy) -> None:
+def train_a_step(wrapped: Strategy) -> None:
     tokens = torch.arange(17).reshape(1, 17)
     wrapped.accumulate(tokens[:, :-1], tokens[:, 1:], scale=torch.tensor(1 / 16), last=True)
     wrapped.step()
 
 
-def in_memory(wrapped: strategy.Strategy) -> dict[str, torch.Tensor]:
+def in_memory(wrapped: Strategy) -> dict[str, torch.Tensor]:
     """Return copies of all that a checkpoint must hold of the model and the optimizer."""
     found = {}
     for name, parameter in wrapped.module.model.named_parameters():
@@ -86,7 +89,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_checkpoint_holds_weights_and_moments_to_the_last_bit(
-    trained: strategy.Strategy, tmp_path: Path, asynchronous: bool
+    trained: Strategy, tmp_path: Path, asynchronous: bool
 ) -> None:
     saving = checkpoints(tmp_path, asynchronous=asynchronous)
     saving.save(1, trained, {"position": 8})
@@ -102,7 +105,7 @@ def test_a_checkpoint_holds_weights_and_moments_to_the_last_bit(
 
 
 def test_asynchronous_and_synchronous_saves_write_the_same_bytes(
-    trained: strategy.Strategy, tmp_path: Path
+    trained: Strategy, tmp_path: Path
 ) -> None:
     for name, asynchronous in (("sync", False), ("async", True)):
         saving = checkpoints(tmp_path / name, asynchronous=asynchronous)
@@ -116,7 +119,7 @@ def test_asynchronous_and_synchronous_saves_write_the_same_bytes(
 
 
 def test_training_goes_on_during_an_asynchronous_save_and_does_not_reach_it(
-    trained: strategy.Strategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Strategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, write = threading.Event(), checkpoint.save_file
 
@@ -134,20 +137,20 @@ def test_training_goes_on_during_an_asynchronous_save_and_does_not_reach_it(
     assert not torch.equal(
         in_memory(trained)["weight/lm_head.weight"], at_save["weight/lm_head.weight"]
     )
-    assert step_folders(tmp_path) == [], "published before it was written"
+    assert published(tmp_path) == [], "published before it was written"
     go_on.set()
     saving.finish()
     assert not saving.pending
     assert_holds(tmp_path / "step-00000001", at_save)
 
 
-def test_the_next_save_publishes_the_one_before(trained: strategy.Strategy, tmp_path: Path) -> None:
+def test_the_next_save_publishes_the_one_before(trained: Strategy, tmp_path: Path) -> None:
     saving = checkpoints(tmp_path, asynchronous=True)
     saving.save(1, trained, {})
     saving.save(2, trained, {})
-    assert [path.name for path in step_folders(tmp_path)] == ["step-00000001"]
+    assert [path.name for path in published(tmp_path)] == ["step-00000001"]
     saving.finish()
-    assert [path.name for path in step_folders(tmp_path)] == ["step-00000002", "step-00000001"]
+    assert [path.name for path in published(tmp_path)] == ["step-00000002", "step-00000001"]
 
 
 def test_a_run_that_is_stopped_before_its_first_step_can_be_saved(
@@ -164,7 +167,7 @@ def test_a_run_that_is_stopped_before_its_first_step_can_be_saved(
 
 
 def test_only_the_newest_are_kept_and_latest_names_the_last(
-    trained: strategy.Strategy, tmp_path: Path
+    trained: Strategy, tmp_path: Path
 ) -> None:
     saving = checkpoints(tmp_path, keep=3)
     for step in (1, 2, 9, 10, 100):
@@ -178,7 +181,7 @@ def test_only_the_newest_are_kept_and_latest_names_the_last(
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
 def test_files_and_folders_have_the_modes_that_the_umask_says(
-    trained: strategy.Strategy, tmp_path: Path, umask: int
+    trained: Strategy, tmp_path: Path, umask: int
 ) -> None:
     before = os.umask(umask)
     try:
@@ -196,7 +199,7 @@ def test_files_and_folders_have_the_modes_that_the_umask_says(
 
 
 def test_what_a_killed_attempt_left_is_cleaned_up_and_the_rest_is_not(
-    trained: strategy.Strategy, tmp_path: Path
+    trained: Strategy, tmp_path: Path
 ) -> None:
     checkpoints(tmp_path).save(1, trained, {})
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002")
@@ -214,7 +217,7 @@ class Killed(BaseException):
 
 
 def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(
-    trained: strategy.Strategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Strategy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saving = checkpoints(tmp_path)
     for step in (1, 2):
@@ -228,8 +231,8 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(
         patch.setattr(checkpoint.shutil, "rmtree", cut_off)
         with pytest.raises(Killed):
             saving.save(3, trained, {})
-    assert [path.name for path in step_folders(tmp_path)] == ["step-00000003", "step-00000002"]
-    assert [find_damage(path) for path in step_folders(tmp_path)] == [None, None]
+    assert [path.name for path in published(tmp_path)] == ["step-00000003", "step-00000002"]
+    assert [find_damage(path) for path in published(tmp_path)] == [None, None]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
     checkpoints(tmp_path)
     assert names(tmp_path) == ["latest", "step-00000002", "step-00000003"]
@@ -237,7 +240,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_cannot_be_written_is_one_error_and_the_earlier_checkpoint_stays(
-    trained: strategy.Strategy,
+    trained: Strategy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     asynchronous: bool,
@@ -311,7 +314,7 @@ def test_ranks_that_share_the_hashing_find_every_damage_together(saved: Path) ->
 
 
 def test_a_damaged_checkpoint_is_set_aside_under_a_free_name_and_said(
-    trained: strategy.Strategy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Strategy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saving = checkpoints(tmp_path)
     for step in (1, 2):

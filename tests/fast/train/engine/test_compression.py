@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from runfolder.errors import UserError
 from train.engine import compression
 from train.engine.compression import opened
 from train.engine.data import pieces
-from train.engine.errors import UserError
 from train.engine.filenames import SUFFIXES
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from train.engine import csvrows
-from train.engine.errors import UserError
 
 
 def read(folder: Path, content: str | bytes, delimiter: str = ",") -> list[list[str]]:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from train.engine import data
 from train.engine.data import Piece, from_rows, pieces, running_text
-from train.engine.errors import UserError
 from train.engine.filenames import SUFFIXES
 
 ROWS = ["one\n", "", " zwei, drei\r\n", 'a "quoted" word', "   ", "語"]

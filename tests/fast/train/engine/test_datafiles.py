@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.errors import UserError
 from tests.data_folders import find, make, names
 from train.engine import datafiles, overlap
 from train.engine.data import pieces
-from train.engine.errors import UserError
 
 
 def text_of(*files: Path) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
+from runfolder.errors import UserError
 from train.engine import encoder, tokenizer
 from train.engine.data import Piece
-from train.engine.errors import UserError
 
 TEXTS = ["The rain came down.", "A", "She won the last race of the long, cold season.", "No rain."]
 

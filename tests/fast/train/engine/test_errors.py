@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from runfolder.errors import UserError
 from tests.shared import CHECKOUT
-from train.engine.errors import UserError, said_of_the_disk
+from train.engine.errors import said_of_the_disk
 
 
 @pytest.mark.parametrize(

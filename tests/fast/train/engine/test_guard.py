@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from runfolder.errors import UserError
 from train.engine import guard
-from train.engine.errors import RunFailed, UserError
+from train.engine.errors import RunFailed
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from train.engine import jsonrows
-from train.engine.errors import UserError
 from train.engine.rows import read_rows
 
 ROWS: list[dict[str, Any]] = [{"text": "one\n[", "n": [1, {"a": "}"}]}, {"text": "zw\u00f6lf"}]

@@ -17,7 +17,7 @@ from train.engine import batches, loss, model
 from train.engine.batches import Blocks
 from train.engine.data import Piece
 from train.engine.loss import TokenLoss, evaluate, global_target_tokens
-from train.engine.staging import staged_path
+from train.engine.once import staged_path
 from train.engine.tokenizer import LoadedTokenizer
 
 # fp32 sums of some thousand terms, taken in another order.

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from runfolder.errors import UserError
 from train import tinyllama
 from train.engine import model, tokenizer
 from train.engine.data import SAMPLES, pieces
-from train.engine.errors import UserError
+from train.engine.once import staged_path
 from train.engine.presets import PRESETS, Preset
 from train.engine.settings import ModelSettings
-from train.engine.staging import staged_path
 
 
 def build(config: tinyllama.Config, seed: int = 1) -> PreTrainedModel:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from runfolder.errors import UserError
 from train.engine import modelfolder
-from train.engine.errors import UserError
 
 
 @pytest.fixture

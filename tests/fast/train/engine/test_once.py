@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.errors import UserError
 from tests import waiting
 from tests.shared import CHECKOUT
-from train.engine.errors import UserError
 from train.engine.once import CutOff, make_once
 
 # Makes FOLDER, half of it before its stdin is closed; notes each making, to be counted.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from runfolder.errors import UserError
 from tests.data_folders import find, make, names
 from train.engine import datafiles, overlap
 from train.engine.data import Piece, from_rows
-from train.engine.errors import UserError
 
 ROWS = [f"Row number {n} says something that no other row says." for n in range(200)]
 NAMES = [f"n{n:02}" for n in range(100)]

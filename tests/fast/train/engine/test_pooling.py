@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import BertModel
 
+from runfolder.errors import UserError
 from train.engine import encoder, pooling, tokenizer
 from train.engine.data import Piece
-from train.engine.errors import UserError
 from train.engine.retrieval.embedder import Embedder
 
 TEXTS = ["The rain came down.", "She won the last race of the long, cold season.", "No rain."]

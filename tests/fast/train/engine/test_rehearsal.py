@@ -26,10 +26,12 @@ from transformers import (
     T5Model,
 )
 
+from runfolder.errors import UserError
 from train.engine import model as models
 from train.engine import modelfolder
-from train.engine.errors import UserError
-from train.engine.rehearsal import ENCODER, LANGUAGE_MODEL, rehearse
+from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
+from train.engine.rehearsal import rehearse
+from train.engine.shape import read_shape
 
 SMALL = {
     "vocab_size": 50,
@@ -162,7 +164,7 @@ def test_it_is_asked_once_wherever_the_folder_is_copied_and_again_when_it_change
     monkeypatch.setattr("train.engine.rehearsal.rehearse", count)
 
     def ask(folder: Path, kind: str) -> int:
-        return int(modelfolder.read_shape(folder, kind)["vocab_size"])
+        return int(read_shape(folder, kind)["vocab_size"])
 
     assert [ask(llama, LANGUAGE_MODEL) for _ in range(2)] == [1, 1]
     assert ask(llama, ENCODER) == 2

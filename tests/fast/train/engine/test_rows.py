@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.rows import as_text, read_rows
 
 COLUMNS = {"label_column": "label", "text_column": "text"}

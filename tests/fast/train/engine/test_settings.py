@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from tests.shared import CHECKOUT
-from train.engine.errors import UserError
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from runfolder.errors import UserError
 from tests.models import write_tied_model
 from tests.moments import Pause
 from tests.shared import CHECKOUT
@@ -20,7 +21,7 @@ from tests.waiting import finish
 from train.engine import rows, staging, tokenizer
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES, Piece
-from train.engine.errors import UserError
+from train.engine.once import staged_path
 from train.engine.settings import DataSettings, ModelSettings, StagedPaths, TrainingConfig
 
 TEXT = (SAMPLES / "validation.txt").read_text()
@@ -86,7 +87,7 @@ def test_the_second_time_the_same_is_said_of_the_data_and_nothing_is_touched(
         line for line in said if not line.startswith("staging ")
     ]
     assert {path: path.stat().st_mtime_ns for path in datasets.rglob("*")} == before
-    assert Blocks(staging.staged_path(first.train), 32).packed.num_bytes == len(TEXT)
+    assert Blocks(staged_path(first.train), 32).packed.num_bytes == len(TEXT)
 
 
 def rewrite(texts: Path) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_a_folder_is_packed_anew_when_a_file_joins_it(tmp_path: Path, texts: Pat
 
 def read_by(staged: StagedPaths) -> tuple[int, int]:
     """Return the bytes of the training text and of the validation text."""
-    folders = (staging.staged_path(name) for name in (staged.train, staged.validation))
+    folders = (staged_path(name) for name in (staged.train, staged.validation))
     train, validation = (Blocks(folder, 8).packed.num_bytes for folder in folders)
     return train, validation
 
@@ -192,7 +193,7 @@ def test_what_was_packed_before_files_were_read_otherwise_is_not_found_again(
 def test_a_model_folder_is_read_where_it_lies(texts: Path, model: Path) -> None:
     found = stage(configure(texts, ModelSettings(name=str(model))))
     assert found.model == str(model)
-    assert staging.staged_path(found.model) == model
+    assert staged_path(found.model) == model
     assert staging.sequence_length(configure(texts, ModelSettings(name=str(model))), model) == 64
 
 
@@ -206,7 +207,7 @@ def test_a_dry_run_stages_the_embedded_sample_and_says_so(
         "staging the embedded sample (validation)",
     ]
     size = (SAMPLES / "train.txt").stat().st_size
-    assert Blocks(staging.staged_path(found.train), 32).packed.num_bytes == size
+    assert Blocks(staged_path(found.train), 32).packed.num_bytes == size
 
 
 # ---- what a run was staged with ----
@@ -225,11 +226,11 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(texts: Path) -> None:
 def test_what_was_staged_and_is_gone_is_made_again(texts: Path) -> None:
     config = configure(texts)
     staged = stage(config)
-    for file in staging.staged_path(staged.train).iterdir():
+    for file in staged_path(staged.train).iterdir():
         file.unlink()
-    staging.staged_path(staged.train).rmdir()
+    staged_path(staged.train).rmdir()
     assert stage(replace(config, staged=staged)) == staged
-    assert Blocks(staging.staged_path(staged.train), 32).num_full > 0
+    assert Blocks(staged_path(staged.train), 32).num_full > 0
 
 
 # ---- refusals ----
@@ -368,5 +369,5 @@ def test_killed_while_it_packs_it_leaves_no_packed_text(
         killed.kill()
     assert [name for name in packed(datasets) if name[0] != "."] == []
     found = stage(configure(texts))
-    assert Blocks(staging.staged_path(found.train), 32).packed.num_bytes == 2 * len(TEXT)
+    assert Blocks(staged_path(found.train), 32).packed.num_bytes == 2 * len(TEXT)
     assert not list(datasets.glob("*/.*.unfinished"))

@@ -15,9 +15,10 @@ from train import tinyllama
 from train.engine import model, strategy
 from train.engine.batches import block_at
 from train.engine.loss import TokenLoss
+from train.engine.once import staged_path
 from train.engine.settings import OptimizerSettings
-from train.engine.staging import staged_path
 from train.engine.step import take_step
+from train.engine.strategy.base import Strategy
 
 LENGTH = 16
 # Targets of the four rows, two micro batches of two; a mean of means would be another number.
@@ -39,7 +40,7 @@ class Ragged:
         return self.inputs[indices], self.labels[indices]
 
 
-def wrap(loss: TokenLoss, device: torch.device) -> strategy.Strategy:
+def wrap(loss: TokenLoss, device: torch.device) -> Strategy:
     """Return a model under DDP, for the rows in two micro batches of two."""
     return strategy.prepare(
         loss,

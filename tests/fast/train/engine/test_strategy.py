@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from runfolder.errors import UserError
 from train import tinyllama
-from train.engine import checkpoint, model, strategy, zero
+from train.engine import checkpoint, model, strategy
 from train.engine.checkpoint import Checkpoints
-from train.engine.errors import UserError
 from train.engine.loss import TokenLoss
+from train.engine.once import staged_path
 from train.engine.settings import CheckpointSettings, OptimizerSettings
-from train.engine.staging import staged_path
+from train.engine.strategy import base, zero
+from train.engine.strategy.base import Strategy, assert_same_weights, assert_synchronised
 
 NAMES = ("ddp", "fsdp2")
 
@@ -34,7 +36,7 @@ def prepared(
     settings: OptimizerSettings | None = None,
     loss: TokenLoss | None = None,
     resume: Any = None,
-) -> strategy.Strategy:
+) -> Strategy:
     return strategy.prepare(
         loss or token_loss(config, device),
         settings or OptimizerSettings(lr=1e-2),
@@ -46,17 +48,17 @@ def prepared(
     )
 
 
-def train_a_step(wrapped: strategy.Strategy, seed: int = 0, scale: float = 1 / 32) -> float:
+def train_a_step(wrapped: Strategy, seed: int = 0, scale: float = 1 / 32) -> float:
     tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(seed))
     wrapped.accumulate(tokens[:, :-1], tokens[:, 1:], scale=torch.tensor(scale), last=True)
     return wrapped.step()
 
 
-def weights(wrapped: strategy.Strategy) -> dict[str, torch.Tensor]:
+def weights(wrapped: Strategy) -> dict[str, torch.Tensor]:
     return {name: wrapped.full(p, "weight").clone() for name, p in wrapped.parameters()}
 
 
-def moments(wrapped: strategy.Strategy) -> dict[str, torch.Tensor]:
+def moments(wrapped: Strategy) -> dict[str, torch.Tensor]:
     return {
         f"{key}/{name}": wrapped.full(parameter, key).clone()
         for name, parameter in wrapped.parameters()
@@ -137,12 +139,12 @@ def test_a_bare_model_is_refused_as_soon_as_there_are_two_processes(
     bare = nn.Linear(2, 2)
     wrapped = [nn.parallel.DistributedDataParallel(nn.Linear(2, 2))]
     wrapped.append(prepared(config, device, "fsdp2").module)
-    strategy.assert_synchronised(bare)  # one process has nothing to synchronise
-    monkeypatch.setattr(strategy, "world_size", lambda: 2)
+    assert_synchronised(bare)  # one process has nothing to synchronise
+    monkeypatch.setattr(base, "world_size", lambda: 2)
     with pytest.raises(UserError, match="2 processes, but the model is a bare Linear"):
-        strategy.assert_synchronised(bare)
+        assert_synchronised(bare)
     for module in wrapped:
-        strategy.assert_synchronised(module)
+        assert_synchronised(module)
 
 
 def test_weights_that_differ_between_ranks_are_refused(
@@ -154,10 +156,10 @@ def test_weights_that_differ_between_ranks_are_refused(
             tensor[-1] += 1e-7
 
     module = nn.Linear(2, 2)
-    strategy.assert_same_weights(module, device)
-    monkeypatch.setattr(strategy.dist, "all_reduce", other_rank)
+    assert_same_weights(module, device)
+    monkeypatch.setattr(base.dist, "all_reduce", other_rank)
     with pytest.raises(UserError, match="the processes start from different weights"):
-        strategy.assert_same_weights(module, device)
+        assert_same_weights(module, device)
 
 
 @pytest.mark.parametrize("name", NAMES)

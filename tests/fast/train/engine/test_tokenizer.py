@@ -12,9 +12,9 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
+from runfolder.errors import UserError
 from train.engine import batches, tokenizer
 from train.engine.data import SAMPLES, Piece, pieces
-from train.engine.errors import UserError
 
 TEXT = "The cluster trains a model.\n  Ünïcode 語, tabs\tand   spaces.\n"
 

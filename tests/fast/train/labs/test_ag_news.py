@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
 from train.engine import arguments, metrics, signals
-from train.engine.checkpoint import step_folders
-from train.engine.errors import RunFailed, UserError
+from train.engine.errors import RunFailed
 from train.labs import ag_news
 
 JOB = "configs/jobs/ag_news.yaml"
@@ -61,14 +62,14 @@ def test_stopped_and_resumed_ends_bit_for_bit_as_uninterrupted(
     config = make_config()
     assert ag_news.train(config, tmp_path, device, rehearse_stop=True) == "rehearsed"
     # The signal comes before the validation rows of this step are scored, and stops that.
-    half = step_folders(tmp_path / "checkpoints")[0]
+    half = published(tmp_path / "checkpoints")[0]
     assert half.name == "step-00000030"
     assert max(line["step"] for line in read_metrics(tmp_path)) == 29
     assert not (tmp_path / "attempts").exists()
     assert not (tmp_path / "seed-42").exists()
     # Asked again while it makes up for those: they are scored to the end, and it stops then.
     assert ag_news.train(config, tmp_path, device, rehearse_stop=False) == "stopped"
-    assert step_folders(tmp_path / "checkpoints")[0].name == "step-00000031"
+    assert published(tmp_path / "checkpoints")[0].name == "step-00000031"
     signals.forget_rehearsal()
     assert ag_news.train(config, tmp_path, device, rehearse_stop=False) == "finished"
 
@@ -78,7 +79,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_as_uninterrupted(
         for key in ("step", "lr", "grad_norm", "tokens", "padding", "validation_loss"):
             assert line.get(key) == expected.get(key), (line["step"], key)
     weights, expected_weights = (
-        load_file(step_folders(folder / "checkpoints")[0] / "model.safetensors")
+        load_file(published(folder / "checkpoints")[0] / "model.safetensors")
         for folder in (tmp_path, straight)
     )
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
@@ -102,7 +103,7 @@ def test_it_learns_and_the_scores_are_those_of_the_predictions(straight: Path) -
 
 
 def test_retention_keeps_the_newest_and_nothing_hidden(straight: Path) -> None:
-    kept = [folder.name for folder in step_folders(straight / "checkpoints")]
+    kept = [folder.name for folder in published(straight / "checkpoints")]
     assert kept == ["step-00000060", "step-00000050", "step-00000040"]
     assert not list((straight / "checkpoints" / ".trainer").glob("*"))
 
@@ -215,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunFailed, match=r"could not be written \(rank 0: .*No space left"):
         ag_news.train(make_config(), tmp_path, device, rehearse_stop=False)
-    assert [folder.name for folder in step_folders(tmp_path / "checkpoints")] == ["step-00000010"]
+    assert [folder.name for folder in published(tmp_path / "checkpoints")] == ["step-00000010"]
 
 
 # ---- what is wrong is said at once ------------------------------------------------------------

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from tests.conftest import read_metrics
 from train import export, generate
-from train.engine import arguments, checkpoint, signals, staging, strategy
+from train.engine import arguments, checkpoint, signals
 from train.engine.batches import Blocks
-from train.engine.errors import UserError
+from train.engine.once import staged_path
+from train.engine.strategy.base import STATES
 from train.labs import causal_lm
 
 Make = Callable[..., causal_lm.Config]
@@ -130,13 +133,13 @@ def test_a_run_is_not_continued_as_another(make: Make, adapted: Path, device: to
 def test_only_the_adapters_train_and_only_they_are_saved(
     adapted: Path, tied_model_folder: Path
 ) -> None:
-    newest = checkpoint.step_folders(adapted / "checkpoints")[0]
+    newest = published(adapted / "checkpoints")[0]
     _, names = checkpoint.reader(newest)
     # Seven matrices in each of two layers, A and B.
     assert len(names) == 2 * 7 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
     files = load_file(newest / "shard-00000-of-00001.safetensors")
-    assert {key.partition("/")[0] for key in files} == set(strategy.STATES)
+    assert {key.partition("/")[0] for key in files} == set(STATES)
     base = load_file(tied_model_folder / "model.safetensors")
     merged = load_file(adapted / "export/model.safetensors")
     assert merged.keys() == base.keys()
@@ -181,7 +184,7 @@ def test_named_layers_alone_get_adapters(make: Make, device: torch.device, tmp_p
     words = ("--method", "lora", "--lora.target_modules", "q_proj, v_proj", "--lora.dropout", "0.5")
     config = make(*words, "--max_steps", "1", "--export", "false")
     assert run(config, tmp_path, device) == "finished"
-    _, names = checkpoint.reader(checkpoint.step_folders(tmp_path / "checkpoints")[0])
+    _, names = checkpoint.reader(published(tmp_path / "checkpoints")[0])
     assert len(names) == 2 * 2 * 2
     assert all("q_proj" in name or "v_proj" in name for name in names)
 
@@ -192,7 +195,7 @@ def test_named_layers_alone_get_adapters(make: Make, device: torch.device, tmp_p
 def test_perplexity_is_of_the_whole_text_and_falls(adapted: Path, make: Make) -> None:
     config = make()
     assert config.staged is not None
-    blocks = Blocks(staging.staged_path(config.staged.validation), 24)
+    blocks = Blocks(staged_path(config.staged.validation), 24)
     assert blocks.num_all > blocks.num_full, "the last block must be a short one"
     merged = AutoModelForCausalLM.from_pretrained(adapted / "export", dtype=torch.float32)
     nats, count = 0.0, 0

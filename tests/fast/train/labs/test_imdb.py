@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from tests.conftest import read_metrics
 from tests.shared import CHECKOUT
 from train.engine import arguments, signals
-from train.engine.checkpoint import find_damage, step_folders
-from train.engine.errors import UserError
+from train.engine.checkpoint import find_damage
 from train.engine.metrics import Metrics
-from train.labs import imdb
+from train.labs.imdb import script
+from train.labs.imdb.settings import Config
 
 SAMPLES = CHECKOUT / "train/samples/imdb"
 # Phases of 8, 6 and 6 steps.
@@ -27,11 +29,11 @@ SETTINGS = ["--max_steps", "20", "--evaluation.every_steps", "5", "--checkpoint.
 SETTINGS += ["--log_every_steps", "1", "--checkpoint.keep", "9"]
 
 
-def config_of(*words: str) -> imdb.Config:
+def config_of(*words: str) -> Config:
     config = arguments.parse(
-        imdb.Config, ["--dry_run", *SETTINGS, *words], prog="test", dry_run=imdb.DRY_RUN
+        Config, ["--dry_run", *SETTINGS, *words], prog="test", dry_run=script.DRY_RUN
     )
-    return imdb.stage(config, online=False)
+    return script.stage(config, online=False)
 
 
 @pytest.fixture
@@ -49,9 +51,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_step
 
 
-def train(config: imdb.Config, run_folder: Path, device: torch.device) -> str:
+def train(config: Config, run_folder: Path, device: torch.device) -> str:
     run_folder.mkdir(exist_ok=True)
-    return imdb.train(config, run_folder, device, rehearse_stop=False)
+    return script.train(config, run_folder, device, rehearse_stop=False)
 
 
 def outcome_of(run_folder: Path) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def test_a_run_stopped_in_each_phase_and_between_two_ends_bit_for_bit_as_one_tha
     for asked, step in ((3, 3), (8, 8), (11, 10), (13, 13), (14, 14)):
         stop_after(asked)
         assert train(config_of(), tmp_path, device) == "stopped"
-        newest = step_folders(tmp_path / "checkpoints")[0]
+        newest = published(tmp_path / "checkpoints")[0]
         assert newest.name == f"step-{step:08d}" and find_damage(newest) is None
         assert outcome_of(tmp_path) | {"step": step, "reason": "SIGUSR1"} == outcome_of(tmp_path)
     monkeypatch.undo()
@@ -119,7 +121,7 @@ def test_a_run_stopped_in_its_features_saves_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(signals, "received", lambda: "SIGTERM")
         assert train(config_of(), tmp_path, device) == "stopped"
-    assert [path.name for path in step_folders(tmp_path / "checkpoints")] == ["step-00000000"]
+    assert [path.name for path in published(tmp_path / "checkpoints")] == ["step-00000000"]
     assert not (tmp_path / "features").exists()
     assert train(config_of(), tmp_path, device) == "finished"
     assert deterministic(tmp_path) == deterministic(straight)
@@ -249,7 +251,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     run_folder = tmp_path / "run"
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         settings = ["--dry_run", "--run_folder", str(run_folder), "--data.train", data]
-        imdb.SCRIPT.main([*settings, "--data.test", data, *words])
+        script.SCRIPT.main([*settings, "--data.test", data, *words])
     assert "\n" not in str(raised.value)
     assert not run_folder.exists()
 
@@ -269,4 +271,4 @@ def test_local_rows_need_both_parts_and_a_test_row_a_known_class(
     # Enough of both; the sample's rows are not asked for.
     rows = [json.dumps({"text": f"{text} {i}", "label": text}) for i in range(3) for text in "ab"]
     path = rows_file(tmp_path, *rows)
-    assert imdb.phases_of(config_of("--data.train", path, "--data.test", path))[-1].end == 20
+    assert script.phases_of(config_of("--data.train", path, "--data.test", path))[-1].end == 20

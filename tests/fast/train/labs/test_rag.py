@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from runfolder.checkpoints import published
+from runfolder.errors import UserError
 from tests.conftest import read_metrics
 from tests.shared import CHECKOUT
-from train.engine import arguments, signals, staging
-from train.engine.checkpoint import step_folders
-from train.engine.errors import UserError
+from train.engine import arguments, signals
+from train.engine.once import staged_path
 from train.engine.retrieval import corpus
 from train.labs import rag
 
@@ -71,13 +72,13 @@ def test_questions_find_their_passages_far_more_often_than_by_chance(finished: P
 def test_the_run_counts_its_batches_as_steps(finished: Path, configured: MakeConfig) -> None:
     config = configured()
     assert config.staged is not None
-    chunks = corpus.read_chunks(staging.staged_path(config.staged.chunks))
+    chunks = corpus.read_chunks(staged_path(config.staged.chunks))
     assert config.max_steps == -(-len(chunks) // 7)
     steps = [line["step"] for line in read_metrics(finished)]
     assert steps == sorted(set(steps))
     assert steps[-1] == config.max_steps
     assert read_metrics(finished)[-1]["chunks"] == len(chunks)
-    assert step_folders(finished / "checkpoints")[0].name == f"step-{config.max_steps:08d}"
+    assert published(finished / "checkpoints")[0].name == f"step-{config.max_steps:08d}"
 
 
 def test_a_run_that_is_stopped_at_any_time_ends_as_one_that_was_not(
@@ -102,7 +103,7 @@ def test_a_run_that_is_stopped_at_any_time_ends_as_one_that_was_not(
         attempts.append(rag.train(configured(), tmp_path, device, rehearse_stop=False))
         assert len(attempts) < 30
         if attempts[-1] == "stopped":
-            newest = step_folders(tmp_path / "checkpoints")[0]
+            newest = published(tmp_path / "checkpoints")[0]
             outcome = json.loads((tmp_path / "attempts/1/outcome.json").read_text())
             assert (outcome["outcome"], outcome["checkpoint"]) == ("stopped", newest.name)
             if newest.name == f"step-{configured().max_steps:08d}":
@@ -129,7 +130,7 @@ def test_a_damaged_shard_is_embedded_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = without_index
-    before = step_folders(run / "checkpoints")
+    before = published(run / "checkpoints")
     shard = max((run / "vectors").iterdir())
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -6,12 +6,13 @@ from types import ModuleType
 
 import pytest
 
+from runfolder.errors import UserError
 from train.engine import arguments
-from train.engine.errors import UserError
-from train.labs import ag_news, imdb, rag
+from train.labs import ag_news, rag
+from train.labs.imdb import script
 
 
-@pytest.mark.parametrize("lab", [ag_news, imdb, rag], ids=lambda lab: lab.__name__)
+@pytest.mark.parametrize("lab", [ag_news, script, rag], ids=lambda lab: lab.__name__)
 def test_another_strategy_than_ddp_is_refused_before_anything_is_staged(
     environment: None, monkeypatch: pytest.MonkeyPatch, lab: ModuleType
 ) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from cluster.errors import UserError
 from cluster.ssh import connection as connection_module
 from cluster.ssh.config import Host, resolve
 from cluster.ssh.connection import connect, route
 from cluster.ssh.link import FIRST_AFTER_KEX
 from cluster.ssh.watchdog import Watchdog
+from runfolder.errors import UserError
 from tests.real.cluster.ssh.answers import answers, host_of, output, signed_in
 from tests.real.cluster.ssh.server import USER, NewServer, Server
 from tests.waiting import HANGS_AFTER_S, wait_until

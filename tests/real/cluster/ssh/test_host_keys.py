@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import UserError
 from cluster.ssh.config import Host
 from cluster.ssh.connection import connect
+from runfolder.errors import UserError
 from tests.real.cluster.ssh.answers import Answers, answers, host_of, signed_in
 from tests.real.cluster.ssh.server import Server, keygen, start
 

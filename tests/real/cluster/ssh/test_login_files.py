@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from cluster import login
-from cluster.errors import UserError
 from cluster.site import Ssh
 from cluster.ssh import openssh
 from cluster.ssh.channels import Channels
 from cluster.ssh.openssh import OpenSsh
 from cluster.transport import Transport
+from runfolder.errors import UserError
 from tests import waiting
 from tests.real.cluster.ssh.server import NewServer, Server
 from tests.shared import CHECKOUT

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import UserError
 from cluster.ssh.config import resolve
 from cluster.ssh.connection import connect
+from runfolder.errors import UserError
 from tests.real.cluster.ssh.answers import answers, signed_in
 from tests.real.cluster.ssh.questioner import Questioner
 from tests.real.cluster.ssh.screen import Screen

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import UserError
 from cluster.ssh.config import resolve
 from cluster.ssh.connection import connect
 from cluster.ssh.link import Link
+from runfolder.errors import UserError
 from tests.real.accounts import IS_ROOT
 from tests.real.cluster.ssh.agent import Agent
 from tests.real.cluster.ssh.answers import answers, host_of, output, signed_in

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runfolder.checkpoints import published
 from tests import ranks
 from tests.conftest import read_metrics
 from tests.ranks import STRATEGIES
@@ -98,7 +99,7 @@ def test_samples_are_the_same_under_every_strategy(runs: Runs) -> None:
 
 def test_checkpoints_hold_the_same_adapters_and_merge(runs: Runs) -> None:
     def adapters(run: Path) -> dict[str, torch.Tensor]:
-        read, names = checkpoint.reader(checkpoint.step_folders(run / "checkpoints")[0])
+        read, names = checkpoint.reader(published(run / "checkpoints")[0])
         return {name: read(name, "weight") for name in names}
 
     expected = adapters(runs["lora"])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from transformers import DistilBertConfig, DistilBertModel
 
+from runfolder.checkpoints import published
 from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
 from train.engine import tokenizer
-from train.engine.checkpoint import find_damage, step_folders
+from train.engine.checkpoint import find_damage
 from train.engine.data import Piece
 
 SAMPLES = CHECKOUT / "train/samples/imdb"
@@ -55,14 +56,14 @@ def test_two_processes_train_and_predict_as_one_does(
     predictions: list[list[dict[str, Any]]] = []
     for num_processes in (1, 2):
         run = tmp_path / f"run{num_processes}"
-        words = ["train.labs.imdb", *inputs, "--run_folder", str(run)]
+        words = ["train.labs.imdb.script", *inputs, "--run_folder", str(run)]
         done = ranks.run("ddp", num_processes, *words, environment=clean_environment)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"batch {num_processes} x 4 x {4 // num_processes} rows" in done.stdout
         # It rehearsed a stop within the second phase; the step after agrees on it.
         assert "stopped by SIGUSR1 at step 11" in done.stdout
         assert "resuming from step-00000011" in done.stdout
-        newest = step_folders(run / "checkpoints")[0]
+        newest = published(run / "checkpoints")[0]
         assert newest.name == "step-00000020" and find_damage(newest) is None
         lines = (run / "predictions.jsonl").read_text().splitlines()
         predictions.append([json.loads(line) for line in lines])

@@ -12,10 +12,10 @@ from transformers import (
     BertModel,
 )
 
+from runfolder.errors import UserError
 from train.engine import encoder, signals, tokenizer
 from train.engine.classification import classifier
 from train.engine.data import Piece
-from train.engine.errors import UserError
 
 TEXTS = ["The rain came down.", "A", "She won the last race of the long, cold season.", "No rain."]
 CLASSES = ["dry", "wet", "other"]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from runfolder.errors import UserError
 from train.engine.classification.epochs import EpochSettings
-from train.engine.errors import UserError
 
 
 @pytest.mark.parametrize(

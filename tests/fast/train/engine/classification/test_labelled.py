@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.engine import staging
+from runfolder.errors import UserError
 from train.engine.classification import labelled
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import (
@@ -19,7 +19,7 @@ from train.engine.classification.labelled import (
     StagedLabelled,
     split_validation,
 )
-from train.engine.errors import UserError
+from train.engine.once import staged_path
 from train.engine.settings import EncoderSettings
 
 TINY = EncoderSettings(preset="tiny")
@@ -165,7 +165,7 @@ def test_what_is_staged_is_kept_while_it_is_there_and_made_anew_when_the_file_ch
     assert not Path(first.train).is_absolute()
     gone = StagedLabelled(**{**vars(first), "test": "rows/not-there"})
     assert stage(data, staged=gone) == second
-    assert staging.staged_path(second.tokenizer).is_dir()
+    assert staged_path(second.tokenizer).is_dir()
 
 
 def test_names_stand_for_numbers() -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runfolder.errors import UserError
 from train.engine.classification.unfreezing import Phase, UnfreezingSettings, plan
-from train.engine.errors import UserError
 
 
 @given(st.integers(1, 10_000), st.sampled_from(["backbone", "none", "gradual"]))

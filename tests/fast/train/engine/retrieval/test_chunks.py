@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from runfolder.errors import UserError
 from train.engine.data import SAMPLES
-from train.engine.errors import UserError
 from train.engine.retrieval.chunks import ChunkSettings, cut, short_title, titled
 
 

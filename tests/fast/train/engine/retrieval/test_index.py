@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.engine.errors import RunFailed, UserError
+from runfolder.errors import UserError
+from train.engine.errors import RunFailed
 from train.engine.retrieval import index
 from train.engine.retrieval.index import DECIMALS, IndexSettings
 

@@ -12,8 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from train.engine import hub, modelfolder, staging
-from train.engine.errors import UserError
+from runfolder.errors import UserError
+from train.engine import hub
+from train.engine.once import staged_path
 from train.engine.retrieval import corpus, passages
 from train.engine.retrieval.chunks import ChunkSettings
 from train.engine.retrieval.corpus import StagedPassages
@@ -62,7 +63,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def read(staged: StagedPassages) -> tuple[list[tuple[str, str, str]], list[tuple[str, int]]]:
-    folder = staging.staged_path(staged.passages)
+    folder = staged_path(staged.passages)
     found = [(p.id, p.title, p.text) for p in passages.read_passages(folder)]
     return found, [(q.text, q.passage) for q in passages.read_questions(folder)]
 
@@ -139,8 +140,8 @@ def test_chunks_are_cut_again_for_another_length_and_a_run_keeps_its_rows(
     text = " ".join(f"Sentence {n} is about the sea." for n in range(30))
     file = write(tmp_path / "rows.jsonl", [{"title": "Sea", "text": text}])
     first = stage(passages=file)
-    chunks = corpus.read_chunks(staging.staged_path(first.chunks))
-    assert corpus.count_chunks(staging.staged_path(first.chunks)) == len(chunks) > 5
+    chunks = corpus.read_chunks(staged_path(first.chunks))
+    assert corpus.count_chunks(staged_path(first.chunks)) == len(chunks) > 5
     assert max(chunk.tokens for chunk in chunks) <= 32
     write(tmp_path / "rows.jsonl", [{"title": "Sea", "text": "Changed."}])
     again = stage(passages=file, staged=first, length=64)
@@ -211,7 +212,7 @@ def test_the_positions_of_a_roberta_begin_after_its_padding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"model_type": "bert", "max_position_embeddings": 514, "pad_token_id": 1}
-    monkeypatch.setattr(modelfolder, "read_shape", lambda folder, kind: shape)
+    monkeypatch.setattr(corpus, "read_shape", lambda folder, kind: shape)
     assert corpus.max_positions(tmp_path) == 514
     shape["model_type"] = "xlm-roberta"
     assert corpus.max_positions(tmp_path) == 512

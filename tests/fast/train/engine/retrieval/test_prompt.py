@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.retrieval.prompt import INSTRUCTION, Source, build, printable
 
 SOURCES = [

@@ -1,8 +1,7 @@
-"""The run folder: one run at a time works on it, and what it says is whole."""
+"""runfolder/lock.py: one run at a time works on a folder."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from runfolder import lock as module
+from runfolder.errors import UserError
+from runfolder.lock import lock
 from tests.shared import CHECKOUT
-from train.engine import runfolder
-from train.engine.errors import UserError
-from train.engine.runfolder import attempt_folder, lock, write_outcome
 
 HOLDER = """
 import sys
 from pathlib import Path
-from train.engine.runfolder import lock
+from runfolder.lock import lock
 lock(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()
@@ -73,10 +72,10 @@ def test_in_a_step_of_slurms_it_waits_for_the_lock_of_an_attempt_that_is_over(
         holder.kill()
         holder.wait()
 
-    monkeypatch.setattr(runfolder.time, "sleep", end_the_holder)
+    monkeypatch.setattr(module.time, "sleep", end_the_holder)
     os.close(lock(tmp_path))
     assert len(waits) == 1
-    monkeypatch.setattr(runfolder, "LEASE_S", 0)
+    monkeypatch.setattr(module, "LEASE_S", 0)
     held = lock(tmp_path)
     with pytest.raises(UserError, match="another run works on it"):
         lock(tmp_path)
@@ -105,36 +104,3 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> N
     (tmp_path / "run.lock").mkdir()
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         lock(tmp_path)
-
-
-def test_an_outcome_belongs_to_its_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLUICE_ATTEMPT", raising=False)
-    write_outcome(tmp_path, outcome="stopped", step=3)
-    monkeypatch.setenv("SLUICE_ATTEMPT", "2")
-    write_outcome(tmp_path, outcome="stopped", step=4)
-    write_outcome(tmp_path, outcome="finished", step=5)
-    assert attempt_folder(tmp_path) == tmp_path / "attempts/2"
-    found = {
-        path.parent.name: json.loads(path.read_text())
-        for path in tmp_path.glob("attempts/*/outcome.json")
-    }
-    assert found == {
-        "1": {"outcome": "stopped", "step": 3},
-        "2": {"outcome": "finished", "step": 5},
-    }
-    assert [path.name for path in (tmp_path / "attempts/2").iterdir()] == ["outcome.json"]
-
-
-def test_what_is_said_is_out_at_once() -> None:
-    # Into a pipe, which Python would fill before it hands anything on; _exit empties nothing.
-    program = "import os; from train.engine.runfolder import say; say('step 1'); os._exit(0)"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        check=True,
-        cwd=CHECKOUT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "step 1\n"

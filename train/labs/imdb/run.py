@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from train.engine import checkpoint, staging, strategy
+from runfolder.attempts import write_outcome
+from runfolder.checkpoints import folder_name
+from runfolder.errors import UserError
+from train.engine import checkpoint, strategy
 from train.engine import encoder as encoders
 from train.engine.checkpoint import Checkpoints
 from train.engine.classification import baseline, comparison, labelled
@@ -24,13 +27,11 @@ from train.engine.classification.scores import score, table, write_predictions
 from train.engine.classification.transfer import Classifier, export, load_trained
 from train.engine.classification.unfreezing import Phase
 from train.engine.distributed import is_main_process, world_size
-from train.engine.errors import UserError
 from train.engine.metrics import Metrics
 from train.engine.model import weights_sha256
-from train.engine.runfolder import say, write_outcome
-
-if TYPE_CHECKING:
-    from train.labs.imdb import Config
+from train.engine.once import staged_path
+from train.engine.story import say
+from train.labs.imdb.settings import Config
 
 
 @dataclass(kw_only=True)
@@ -96,8 +97,8 @@ def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch
     if accel != "ddp":
         raise UserError(f"ACCEL={accel}: the lab imdb teaches ddp; leave ACCEL out")
     assert config.staged is not None
-    tokenizer_folder = staging.staged_path(config.staged.tokenizer)
-    model_folder = staging.staged_path(config.staged.model) if config.staged.model else None
+    tokenizer_folder = staged_path(config.staged.tokenizer)
+    model_folder = staged_path(config.staged.model) if config.staged.model else None
     classes, rows, test = labelled.read(config.staged)
     training, validation = labelled.split_validation(
         rows, config.data.validation_fraction, config.seed
@@ -271,7 +272,7 @@ def report(run: Run, probabilities_NC: np.ndarray) -> None:
         run.folder,
         outcome="finished",
         step=run.step,
-        checkpoint=f"step-{run.step:08d}",
+        checkpoint=folder_name(run.step),
         metrics=run.metrics_line
         | comparison.flat(ours, "test")
         | comparison.flat(base, "baseline"),

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from train.engine.errors import UserError, did_you_mean
+from runfolder.errors import UserError, did_you_mean
 
 VARIABLE = "SLUICE_PAUSE_AT"
 MOMENTS = {

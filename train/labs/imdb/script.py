@@ -6,41 +6,36 @@
 --freeze backbone: the encoder turns each text into a vector, once; a linear head trains on these.
 --freeze none: everything trains from the first step. --freeze gradual: first the head, then the
 top layers with it, then deeper. Each is a list of phases (unfreezing.py), so that one loop serves
-all three. Reads top to bottom; what is not the idea of this lab is in train/engine/classification.
+all three. Reads top to bottom; what is not the idea of this lab is in run.py and train/engine.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.engine import modelfolder, signals, staging
+from runfolder.attempts import write_outcome
+from runfolder.checkpoints import folder_name
+from runfolder.errors import UserError
+from train.engine import signals
 from train.engine.classification import labelled, unfreezing
-from train.engine.classification.datasettings import LabelledDataSettings
-from train.engine.classification.labelled import StagedLabelled
-from train.engine.classification.unfreezing import Freeze, Phase, UnfreezingSettings
+from train.engine.classification.unfreezing import Phase
 from train.engine.data import SAMPLES
-from train.engine.errors import UserError, run_to_exit
+from train.engine.errors import run_to_exit
+from train.engine.once import staged_path
 from train.engine.presets import TINY_ENCODER_LAYERS
-from train.engine.rehearsal import ENCODER
-from train.engine.runfolder import say, write_outcome
+from train.engine.pretrained import ENCODER
 from train.engine.script import Script, only_under_ddp
-from train.engine.settings import (
-    BatchSettings,
-    EncoderSettings,
-    EvaluationSettings,
-    LoopSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    ShardCheckpointSettings,
-)
+from train.engine.shape import read_shape
+from train.engine.story import say
+from train.labs.imdb.settings import Config
 
 if TYPE_CHECKING:
     import torch
 
-    from train.engine.classification.transfer_run import Inputs, Run
+    from train.labs.imdb.run import Inputs, Run
 
 # What --dry_run changes; the command line still wins over it.
 DRY_RUN: dict[str, Any] = {
@@ -56,34 +51,6 @@ DRY_RUN: dict[str, Any] = {
     "max_steps": 120,
     "log_every_steps": 10,
 }
-
-
-@dataclass(kw_only=True)
-class Config(LoopSettings):
-    """Put a new head on a pretrained encoder, and train the head, all of it, or step by step."""
-
-    run_folder: str = ""
-    """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
-    freeze: Freeze = "backbone"
-    """backbone: only the head trains. none: everything does. gradual: as `unfreezing.phases`."""
-    model: EncoderSettings = field(default_factory=EncoderSettings)
-    data: LabelledDataSettings = field(default_factory=LabelledDataSettings)
-    batch: BatchSettings = field(default_factory=BatchSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    unfreezing: UnfreezingSettings = field(default_factory=UnfreezingSettings)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """A phase ends with one, too."""
-    checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
-    staged: StagedLabelled | None = None
-    """Written by the set-up; not for the command line."""
-    dry_run: bool = False
-    """A few steps of a small random encoder on the embedded sample: train, stop, resume, test."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compile:
-            raise UserError("compile: this lab has no compiled form; leave it out")
 
 
 def stage(config: Config, *, online: bool) -> Config:
@@ -109,7 +76,7 @@ def phases_of(config: Config) -> list[Phase]:
     assert config.staged is not None
     num_layers = TINY_ENCODER_LAYERS
     if config.staged.model:
-        shape = modelfolder.read_shape(staging.staged_path(config.staged.model), ENCODER)
+        shape = read_shape(staged_path(config.staged.model), ENCODER)
         num_layers = int(shape["num_hidden_layers"])
     phases = unfreezing.plan(
         config.freeze, config.unfreezing, max_steps=config.max_steps, num_blocks=num_layers + 1
@@ -129,7 +96,7 @@ def phases_of(config: Config) -> list[Phase]:
 def train_phase(run: Run, phase: Phase) -> bool:
     """Train to the end of a phase; return False if a rank was asked to stop before."""
     from train.engine.classification.phase_training import take_step
-    from train.engine.classification.transfer_run import (
+    from train.labs.imdb.run import (
         prepare_features,
         prepare_tokens,
         save,
@@ -208,15 +175,15 @@ def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
-    from train.engine.classification.transfer_run import (
+    from train.engine.distributed import is_main_process
+    from train.engine.metrics import Metrics
+    from train.labs.imdb.run import (
         evaluate,
         introduce,
         prepare,
         report,
         restore,
     )
-    from train.engine.distributed import is_main_process
-    from train.engine.metrics import Metrics
 
     run = prepare(config, phases_of(config), run_folder, device)
     restore(run)
@@ -236,7 +203,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         return "finished"
     if is_main_process():
         reason = signals.received() or "another rank's signal"
-        newest = f"step-{run.step:08d}"
+        newest = folder_name(run.step)
         say(f"stopped by {reason} at step {run.step}; saved as {newest}")
         if not run.is_rehearsed:
             write_outcome(
@@ -246,7 +213,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
 
 SCRIPT = Script(
-    prog="train/labs/imdb.py", config_class=Config, dry_run=DRY_RUN, stage=stage, train=train
+    prog="train/labs/imdb/script.py", config_class=Config, dry_run=DRY_RUN, stage=stage, train=train
 )
 
 if __name__ == "__main__":

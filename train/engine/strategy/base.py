@@ -1,15 +1,7 @@
-"""What differs between ddp, zero1..3 and fsdp2; the only module that knows their names.
-
-`accelerate launch` reads one file of configs/accelerate and tells each process of it through the
-environment; here the model is wrapped accordingly. The wrapping is done by torch and DeepSpeed
-themselves and then checked, because a launcher's or a library's guess about the hardware has
-been seen to leave a model unwrapped, and unsynchronised copies train with plausible losses.
-"""
+"""What all strategies share: the loop's view of a wrapped model, and the checks of the wrapping."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.engine import model as models
-from train.engine.distributed import truth, world_size
-from train.engine.errors import UserError
+from runfolder.errors import UserError
+from train.engine.distributed import world_size
 from train.engine.loss import TokenLoss
 from train.engine.settings import OptimizerSettings
 
@@ -27,79 +18,6 @@ from train.engine.settings import OptimizerSettings
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 # Returns one state of one parameter from a checkpoint: (name, state) -> full tensor.
 ReadState = Callable[[str, str], torch.Tensor]
-
-
-def name_from_environment() -> str:
-    """Return the strategy that the launcher's file asked for: ddp, zero1, zero2, zero3 or fsdp2."""
-    if truth("ACCELERATE_USE_DEEPSPEED"):
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        if stage not in ("1", "2", "3"):
-            raise UserError(f"ZeRO stage {stage or 'none'} is not one of 1, 2, 3 (zero_stage)")
-        return f"zero{stage}"
-    if truth("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION") != "2":
-            raise UserError("FSDP version 1 is not supported; set fsdp_version: 2")
-        return "fsdp2"
-    return "ddp"
-
-
-def bf16_from_environment() -> bool:
-    """Return whether the launcher's file says mixed_precision: bf16.
-
-    Raises:
-        UserError: it asks for fp16 or fp8, which want loss scaling or other hardware.
-    """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16"):
-        raise UserError(f"mixed_precision: {precision} is not supported; use bf16 or no")
-    return precision == "bf16"
-
-
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Return whether the setting `precision` (auto, bf16, fp32) means bf16 autocast here.
-
-    Raises:
-        UserError: as `bf16_from_environment`.
-    """
-    if precision == "auto":
-        return device.type == "cuda" and bf16_from_environment()
-    return precision == "bf16"
-
-
-def prepare(
-    loss: TokenLoss,
-    settings: OptimizerSettings,
-    *,
-    name: str,
-    device: torch.device,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    resume: tuple[int, ReadState] | None,
-) -> Strategy:
-    """Wrap a model (fp32, on the CPU, the same on every rank) for training.
-
-    `resume` gives the optimizer steps done and the reader of the optimizer's states; the weights
-    are in the model already.
-
-    Raises:
-        UserError: the ranks start from different weights.
-    """
-    assert_same_weights(loss, device)
-    arguments = (loss, settings, device, micro_batch_size, gradient_accumulation_steps)
-    strategy: Strategy
-    if name.startswith("zero"):
-        # DeepSpeed is slow to import, and not there on every machine that trains with ddp.
-        from train.engine.zero import Zero
-
-        strategy = Zero(*arguments, stage=int(name[-1]))
-    elif name == "fsdp2":
-        strategy = _Fsdp2(*arguments)
-    else:
-        strategy = _Ddp(*arguments)
-    assert_synchronised(strategy.module)
-    if resume is not None:
-        strategy.load_optimizer(*resume)
-    return strategy
 
 
 def assert_same_weights(module: nn.Module, device: torch.device) -> None:
@@ -253,52 +171,3 @@ class Strategy:
 def _plain(name: str) -> str:
     """Return what the model calls a parameter or buffer of what wraps it."""
     return name.rpartition("module.")[2].removeprefix("model.")
-
-
-class _Ddp(Strategy):
-    def build(self, loss: TokenLoss) -> None:
-        self.module = loss.to(self.device)
-        self.optimizer = self._adamw(loss)
-        if world_size() > 1:
-            self.module = nn.parallel.DistributedDataParallel(
-                loss, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
-
-    def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
-    ) -> torch.Tensor:
-        wait = last or world_size() == 1
-        with contextlib.nullcontext() if wait else self.module.no_sync():
-            loss = self.scaled_loss(inputs, labels, scale)
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-
-class _Fsdp2(Strategy):
-    def build(self, loss: TokenLoss) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
-        self.module = loss.to(self.device)
-        self.mesh = init_device_mesh(self.device.type, (world_size(),))
-        offload = CPUOffloadPolicy() if truth("FSDP_OFFLOAD_PARAMS") else OffloadPolicy()
-        reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-        for layer in models.layers(loss.model):
-            fully_shard(
-                layer, mesh=self.mesh, reshard_after_forward=reshard, offload_policy=offload
-            )
-        fully_shard(loss, mesh=self.mesh, reshard_after_forward=reshard, offload_policy=offload)
-        self.optimizer = self._adamw(loss)
-
-    def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
-    ) -> torch.Tensor:
-        self.module.set_requires_gradient_sync(last)
-        loss = self.scaled_loss(inputs, labels, scale)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    def _like(self, parameter: Any, full: torch.Tensor) -> torch.Tensor:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(full.to(self.device), self.mesh, parameter.placements)

@@ -10,20 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster import plan
+from cluster import slurm
+from runfolder import moments
+from runfolder.errors import UserError
 from tests.moments import Pause, is_stopped
 from tests.shared import CHECKOUT
 from tests.waiting import finish
-from train.engine import moments
-from train.engine.errors import UserError
-
-sys.path.append(str(CHECKOUT / "slurm"))
-import preflight
 
 # Comes five times to a moment, in the thread that writes checkpoints or in the first.
 PROGRAM = """
 import sys, threading
-from train.engine.moments import reached
+from runfolder.moments import reached
 def come():
     for number in range(5):
         print(number, flush=True)
@@ -94,7 +91,6 @@ def test_what_names_no_moment_is_refused(
     for come in (
         moments.check,
         lambda: moments.reached("after-step"),
-        lambda: preflight._reached("in-preflight"),
     ):
         with pytest.raises(UserError, match=f"^SLUICE_PAUSE_AT: {said}"):
             come()
@@ -109,15 +105,6 @@ def test_a_folder_that_is_not_there_is_refused(
         moments.check()
 
 
-def test_the_preflight_comes_to_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stops: list[int] = []
-    monkeypatch.setenv("SLUICE_PAUSE_AT", str(tmp_path / "in-preflight"))
-    monkeypatch.setattr(moments.signal, "pthread_kill", lambda *_: stops.append(1))
-    preflight._reached("in-preflight")
-    assert stops == [1]
-    assert (tmp_path / "in-preflight").read_text() == f"{os.getpid()}\n"
-
-
 def test_every_moment_is_a_place_in_the_product_and_no_other_is() -> None:
     files = [*CHECKOUT.glob("train/**/*.py"), *CHECKOUT.glob("slurm/**/*.py")]
     found = {name for file in files for name in re.findall(r'reached\("(.*?)"\)', file.read_text())}
@@ -125,7 +112,7 @@ def test_every_moment_is_a_place_in_the_product_and_no_other_is() -> None:
 
 
 def test_the_variable_reaches_a_job_of_slurms() -> None:
-    assert plan.PASSED.fullmatch(moments.VARIABLE)
+    assert slurm.PASSED.fullmatch(moments.VARIABLE)
 
 
 def test_the_variable_reaches_a_container_with_its_folder(tmp_path: Path) -> None:

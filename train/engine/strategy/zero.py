@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.engine.errors import UserError
+from runfolder.errors import UserError
 from train.engine.loss import TokenLoss
-from train.engine.strategy import STATES, ReadState, Strategy
+from train.engine.strategy.base import STATES, ReadState, Strategy
 
 
 class Zero(Strategy):

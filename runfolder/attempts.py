@@ -1,0 +1,125 @@
+"""The attempts of a run: where and when each of them ran, and how it ended.
+
+Jobs write here while others read, and may be killed while they write: what is damaged counts as
+unknown and is never an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runfolder import checkpoints, records
+from runfolder.files import read_json, text, write_json
+from runfolder.lock import is_held
+
+OUTCOMES = ("finished", "stopped", "failed", "unhealthy", "cancelled", "lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A folder of attempts/."""
+
+    number: int
+    folder: Path
+    slurm: dict[str, Any] | None
+    """slurm.json; {} if it is damaged, None without one, as in an attempt of `make run`."""
+    outcome: dict[str, Any] | None
+    """outcome.json; {} if it is damaged, None as long as there is none."""
+
+    def is_of(self, job_id: int) -> bool:
+        """Whether this job made it."""
+        return self.slurm is not None and self.slurm.get("job_id", job_id) == job_id
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes, the first being node 0."""
+        listed = (self.slurm or {}).get("nodes")
+        return [text(name) for name in listed] if isinstance(listed, list) else []
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Return the folder of an attempt."""
+    return run / "attempts" / str(number)
+
+
+def preflight_folder(run: Path, number: int) -> Path:
+    """Return where the nodes of an attempt leave what they found before it began to train."""
+    return folder_of(run, number) / "preflight"
+
+
+def numbers(run: Path) -> list[int]:
+    """Return the numbers of the attempts that there are, the newest last."""
+    try:
+        names = [path.name for path in (run / "attempts").iterdir()]
+    except OSError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name))
+
+
+def read(run: Path, number: int) -> Attempt:
+    """Return what is known of an attempt."""
+    folder = folder_of(run, number)
+    slurm, outcome = (read_json(folder / name) for name in ("slurm.json", "outcome.json"))
+    return Attempt(number=number, folder=folder, slurm=slurm, outcome=outcome)
+
+
+def read_all(run: Path) -> list[Attempt]:
+    """Return all attempts, the newest last."""
+    return [read(run, number) for number in numbers(run)]
+
+
+def close_last(run: Path, *, by_job: bool) -> None:
+    """Say of the newest attempt that it was lost, if it is over and could not say so itself.
+
+    `by_job`: a job goes on with the run, so that no other job works on it any more.
+    """
+    for last in (read(run, number) for number in numbers(run)[-1:]):
+        if last.outcome is not None:
+            return
+        # Slurm ends jobs without a word after a node's death, or a preemption without grace.
+        is_over = by_job if last.slurm is not None else not is_held(run)
+        if is_over:
+            reason = "it was killed" if last.slurm is None else "Slurm ended it"
+            write_outcome(run, number=last.number, outcome="lost", reason=reason)
+
+
+def begin(run: Path, slurm: dict[str, Any] | None = None) -> int:
+    """Make the folder of the next attempt and return its number, 1 being the first.
+
+    `slurm`: of a job's, its place in the cluster; it is kept in slurm.json.
+    """
+    close_last(run, by_job=slurm is not None)
+    number = 1 + max(numbers(run), default=0)
+    folder = folder_of(run, number)
+    folder.mkdir(parents=True)
+    if slurm is not None:
+        where = {"started": records.now(), "step": checkpoints.newest_step(run) or 0}
+        write_json(folder / "slurm.json", slurm | where)
+    return number
+
+
+def current() -> int:
+    """Return the number of the attempt that this process is part of; 1 when started by hand."""
+    return int(os.environ.get("SLUICE_ATTEMPT", "1"))
+
+
+def write_outcome(run: Path, *, outcome: str, number: int | None = None, **more: Any) -> None:
+    """Write how an attempt ended, one of `OUTCOMES`; without `number`, the one at hand.
+
+    Without `step`, it ended at the newest checkpoint.
+    """
+    assert outcome in OUTCOMES, outcome
+    folder = folder_of(run, current() if number is None else number)
+    folder.mkdir(parents=True, exist_ok=True)
+    step = {"step": checkpoints.newest_step(run) or 0}
+    write_json(folder / "outcome.json", {"outcome": outcome, **step, **more})
+
+
+def annotate(run: Path, number: int, **more: Any) -> None:
+    """Add to what an attempt's outcome.json says."""
+    found = read(run, number)
+    write_json(found.folder / "outcome.json", (found.outcome or {}) | more)

@@ -1,0 +1,35 @@
+"""The checkpoints of a run, as folders: their names, and how far they come."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"step-([0-9]{1,18})")
+
+
+def folder_name(step: int) -> str:
+    """Return the name of the checkpoint after this optimizer step."""
+    return f"step-{step:08d}"
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """Return the folders of the checkpoints that are whole, the newest first."""
+    try:
+        found = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was taken, by its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def newest_step(run: Path) -> int | None:
+    """Return the step of a run's newest checkpoint; None without one."""
+    found = published(run / "checkpoints")
+    return step_of(found[0]) if found else None

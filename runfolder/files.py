@@ -1,0 +1,96 @@
+"""Files that are whole or not there, and the reading of those that others may have damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from runfolder.errors import printable
+
+# A line of metrics.jsonl has some hundred bytes; a run of weeks, many megabytes.
+TAIL_BYTES = 65536
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content at once: a reader sees the old text or the new, whole.
+
+    On a full disk it is the old.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # Its own name, because two processes may write at once.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file's content by a JSON object, as `write_atomically` does."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def append_json(path: Path, content: dict[str, Any]) -> None:
+    """Append a JSON object as a line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(content) + "\n")
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """Return a JSON object; {} if it is damaged or something else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; {} if it is damaged, None if there is no file."""
+    try:
+        # Listed, not just opened: an NFS client would go on to believe that a file is not there.
+        if path.name not in os.listdir(path.parent):  # noqa: PTH208 names are all that is wanted
+            return None
+        return json_object(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return {}
+
+
+def last_lines(path: Path) -> list[bytes]:
+    """Return the last complete lines of a file, as far as the tail of it goes."""
+    try:
+        with path.open("rb") as stream:
+            start = max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES)
+            stream.seek(start)
+            lines = stream.read(TAIL_BYTES).split(b"\n")
+    except OSError:
+        return []
+    return lines[1 if start else 0 : -1]
+
+
+def text(value: object) -> str:
+    """Return a text of one line that is safe to show: no control character reaches a terminal."""
+    return printable(value) if isinstance(value, str) else ""
+
+
+def number(value: object) -> int | None:
+    """Return a whole number of 0 or more, or None if the value is none."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    return None

@@ -1,0 +1,100 @@
+"""What a run is, run.json, and the jobs that it was, jobs.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runfolder.errors import UserError
+from runfolder.files import append_json, json_object, last_lines, number, text, write_json
+
+NEEDED = ("job", "module", "accel", "num_processes")
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+
+
+def now() -> str:
+    """Return the time as records have it."""
+    return time.strftime(TIME_FORMAT)
+
+
+def write(run: Path, content: dict[str, Any]) -> None:
+    """Write the run.json of a new run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(run / "run.json", content | {"created": now()})
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Return the run.json of a run.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / "run.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in NEEDED:
+            content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the record of a run: {error}") from None
+    return content
+
+
+# ---- its jobs ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A line of jobs.jsonl: one time that the run was queued."""
+
+    job_id: int
+    submitted: str
+    """ISO time."""
+    num_nodes: int | None
+    cluster: str = ""
+    """Of several on one accounting; empty in records from before it was kept: the one at hand."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """The whole line."""
+
+
+def was_submitted(run: Path) -> bool:
+    """Return whether the run was ever queued."""
+    return (run / "jobs.jsonl").exists()
+
+
+def submissions(run: Path) -> list[Submission]:
+    """Return what jobs.jsonl tells, the newest last, without damaged lines."""
+    found = []
+    for line in last_lines(run / "jobs.jsonl"):
+        content = json_object(line)
+        if job_id := number(content.get("job_id")):
+            found.append(
+                Submission(
+                    job_id=job_id,
+                    submitted=text(content.get("submitted")),
+                    num_nodes=number(content.get("num_nodes")),
+                    cluster=text(content.get("cluster")),
+                    content=content,
+                )
+            )
+    return found
+
+
+def has_damaged_end(run: Path) -> bool:
+    """Return whether the newest submission cannot be read."""
+    content = (run / "jobs.jsonl").read_bytes().rstrip(b"\n")
+    return number(json_object(content.rpartition(b"\n")[2]).get("job_id")) is None
+
+
+def add_submission(run: Path, job_id: int, content: dict[str, Any]) -> None:
+    """Note that the run was queued, as `job_id`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    append_json(run / "jobs.jsonl", {"job_id": job_id, "submitted": now(), **content})

@@ -1,0 +1,33 @@
+"""Every rank has the whole model; gradients are averaged (torch's DistributedDataParallel)."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from train.engine.distributed import world_size
+from train.engine.loss import TokenLoss
+from train.engine.strategy.base import Strategy
+
+
+class Ddp(Strategy):
+    """Training under ddp."""
+
+    def build(self, loss: TokenLoss) -> None:
+        self.module = loss.to(self.device)
+        self.optimizer = self._adamw(loss)
+        if world_size() > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                loss, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def accumulate(
+        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
+    ) -> torch.Tensor:
+        wait = last or world_size() == 1
+        with contextlib.nullcontext() if wait else self.module.no_sync():
+            loss = self.scaled_loss(inputs, labels, scale)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
