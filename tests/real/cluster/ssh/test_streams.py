@@ -273,7 +273,7 @@ def ended(server: Server, end: Callable[[], None]) -> tuple[int, bytes]:
 
 def test_a_server_that_is_killed(new_server: NewServer) -> None:
     server = new_server()
-    code, said = ended(server, lambda: os.kill(server.children()[0], signal.SIGKILL))
+    code, said = ended(server, lambda: server.send_children(signal.SIGKILL))
     assert code == 255
     assert said.startswith(b"server: the connection was lost: server closed the connection")
     assert said.count(b"\n") == 1
