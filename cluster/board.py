@@ -16,11 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import clusters, container, history, notation, runs, slurm
+from cluster import clusters, history, notation, runs, slurm
 from cluster import site as sites
 from cluster.errors import Parser, run_to_exit
 from cluster.slurm import PASSED
-from runfolder import attempts, records
+from runfolder import attempts, launch, records
 from runfolder.errors import UserError, printable
 
 LISTENS = "tensorboard listens at"
@@ -40,16 +40,15 @@ def main(argv: list[str]) -> int:
             f"{folder / 'tensorboard'}: holds no curves yet; how far the run is: "
             f"make logs RUN={history.name_of(folder)}"
         )
-    record = records.read(folder)
-    image = (record.get("image") or {}).get("path", "")
-    runtime = container.choose(str(record.get("runtime") or "host"), image, ["cpu"])
+    if not (folder / launch.NAME).exists():
+        raise UserError(
+            f"RUN={options.run}: was begun by an earlier Sluice, and this one cannot start its "
+            f"TensorBoard; copy {folder / 'tensorboard'} to where one is"
+        )
     address, step = _place(folder)
     words = [*step, "slurm/board.sh", address]
     environment = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
-    environment |= container.variables(runtime) | {
-        "SLUICE_RUN_FOLDER": str(folder),
-        "SLUICE_DATASETS": str(runs.datasets_folder()),
-    }
+    environment |= {"SLUICE_RUN_FOLDER": str(folder)}
     with subprocess.Popen(
         words,
         env=environment,

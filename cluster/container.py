@@ -141,15 +141,18 @@ def call(
         code_inside = code.resolve()
         # `~` means the user's own home, also in a file of settings.
         inside = ["env", f"HOME={home}", f"PYTHONPATH={code_inside}", "python", *words]
-        started = {
-            **environment,
-            **variables(runtime, binds),
-            "SLUICE_SCRATCH": scratch,
-            "SLUICE_WORKDIR": str(Path.cwd()),
-            "SLUICE_ONLINE": "1" if online else "0",
-        }
-        started.setdefault("SLUICE_DEVICE", "cuda" if machine.gpus() else "cpu")
-        exit_code = _call(["slurm/container.sh", *inside], started)
+        device = environment.get("SLUICE_DEVICE") or ("cuda" if machine.gpus() else "cpu")
+        options = [
+            f"--image={runtime.image.path.absolute()}",
+            f"--apptainer={runtime.apptainer}",
+            f"--scratch={scratch}",
+            f"--workdir={Path.cwd()}",
+            f"--device={device}",
+            f"--binds={chr(10).join(binds)}",
+            *(["--online"] if online else []),
+        ]
+        started = {**environment, "SLUICE_DEVICE": device}
+        exit_code = _call(["slurm/container.sh", *options, "--", *inside], started)
     if exit_code == NOT_STARTED:
         raise UserError(
             f"{runtime.image.path}: apptainer could not start it, the reason is above; "
@@ -173,16 +176,14 @@ def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
         signal.signal(signal.SIGINT, before)
 
 
-def variables(runtime: Runtime, binds: Iterable[str] = ()) -> dict[str, str]:
-    """Return what slurm/node.sh and slurm/container.sh want to know of a runtime."""
-    if runtime.image is None:
-        # Empty, whatever the caller's own environment says.
-        return {"SLUICE_PYTHON": sys.executable, "SLUICE_IMAGE": ""}
+def values(runtime: Runtime) -> dict[str, str]:
+    """Return what launch.env says of a runtime."""
+    image = runtime.image
     return {
-        "SLUICE_IMAGE": str(runtime.image.path.absolute()),
-        "SLUICE_IMAGE_SHA256": runtime.image.sha256,
-        "SLUICE_APPTAINER": runtime.apptainer,
-        "SLUICE_BINDS": "\n".join(binds),
+        "image": str(image.path.absolute()) if image else "",
+        "image_sha256": image.sha256 if image else "",
+        "apptainer": runtime.apptainer,
+        "host_python": "" if image else sys.executable,
     }
 
 
@@ -231,7 +232,7 @@ def _check_place(path: Path) -> None:
 
 
 def bind(source: Path, target: Path, mode: str) -> str:
-    """Return a line for SLUICE_BINDS.
+    """Return a line of binds, as slurm/container.sh takes them.
 
     Raises:
         UserError: it would not be one line of three parts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,19 @@ class Request:
     def world_size(self) -> int:
         """The processes on all nodes."""
         return self.num_nodes * self.processes_per_node
+
+    @classmethod
+    def of_this_machine(cls, num_processes: int, *, num_gpus: int) -> Request:
+        """Return the sizes of a run that has this machine to itself."""
+        return cls(
+            num_nodes=1,
+            gpus_per_node=num_gpus,
+            processes_per_node=num_processes,
+            time="",
+            cpus_per_node=len(os.sched_getaffinity(0)),
+            memory_per_node_mb=0,
+            device="cuda" if num_gpus else "cpu",
+        )
 
     def __str__(self) -> str:
         """How it is said: 2 nodes x 4 GPUs, 4:00:00."""

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cluster import container, history, machine, resolve, runs
+from cluster import clusters, container, history, machine, resolve, runs, slurm
 from cluster import job as jobs
+from cluster import site as sites
 from cluster.errors import Parser, run_to_exit, split_at_dashes
+from cluster.launch import command_of, new_run, resolve_launch, run_that_goes_on
 from cluster.output import run_logged
-from runfolder import attempts, checkpoints, files, lock, ports, records
+from cluster.plan import check_no_job
+from cluster.request import Request
+from runfolder import attempts, checkpoints, files, moments, ports, records
 from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT
 
@@ -116,91 +118,80 @@ def run(
     devices = [] if dry_run else machine.gpus()
     default = 2 if dry_run else max(1, len(devices))
     if continued:
-        folder = runs.find(continued)
-        lock.check_free(folder)
-        record = records.read(folder)
-        accel, default = accel or record["accel"], record["num_processes"]
-        settings, code_folder = folder / "config.yaml", folder / "code"
+        source = run_that_goes_on(continued, accel=accel)
+        default = source.record["num_processes"]
+        _check_not_queued(source.folder, continued)
     else:
-        job = jobs.load(job_name)
-        folder, accel = runs.new_folder(job.name, name), accel or "ddp"
-        record = {"job": job.name, "module": job.module, "resources": asdict(job.resources)}
-        settings, code_folder = job.path, Path.cwd()
-    jobs.strategy_file(accel)
+        source = new_run(job_name, name=name, accel=accel)
     num_processes = num_processes or default
     if devices and num_processes > len(devices):
         raise UserError(
             f"NPROC={num_processes}: this machine has {len(devices)} GPUs, one for each process"
         )
+    if not continued:
+        command = command_of("run", source, {"NPROC": num_processes}, script_arguments)
+        source = replace(source, record=source.record | {"command": command})
     runtime = container.choose(
         runtime_name, image, container.variants(gpus=bool(devices), strict=True)
     )
-    environment = resolve.environment()
-    environment |= {"SLUICE_WORLD_SIZE": str(num_processes), "HF_HUB_OFFLINE": "1"}
-    environment |= {"SLUICE_DEVICE": "cuda" if devices else "cpu", "SLUICE_ACCEL": accel}
-    if not devices:
-        # Or torch would use the GPUs that there are.
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if runtime.image and not (code_folder / "slurm/container.sh").is_file():
-        raise UserError(
-            f"RUN={continued}: its code is from before there was an image; take RUNTIME=host"
-        )
-    config = resolve.settings(
+    launch = resolve_launch(
+        source,
+        Request.of_this_machine(num_processes, num_gpus=len(devices)),
         runtime,
-        record["module"],
-        ["--config", str(settings), *script_arguments],
-        environment,
-        code_folder,
+        script_arguments,
+        is_terminal=sys.stderr.isatty(),
     )
-    if isinstance(config, int):
-        return config
-    variables = container.variables(runtime)
-    if runtime.image:
-        binds = container.extra_binds(yaml.safe_load(config), runs.datasets_folder())
-        variables["SLUICE_EXTRA_BINDS"] = "\n".join(binds)
-        variables["SLUICE_CACHE"] = str(resolve.cache_folder())
-        for path in (folder, code_folder, runs.datasets_folder(), resolve.cache_folder()):
-            container.bind(path, path, "ro")
+    if isinstance(launch, int):
+        return launch
+    folder, settings = source.folder, source.folder / "config.yaml"
+    began_with = settings.read_text(encoding="utf-8") if continued else ""
     if continued:
-        _say_what_differs(record, runtime.record())
-        began_with = settings.read_text(encoding="utf-8")
-        files.write_atomically(settings, config)
-    else:
-        make = ["make", "run", f"JOB={job.name}", f"ACCEL={accel}", f"NPROC={num_processes}"]
-        record |= {"accel": accel, "num_nodes": 1, "num_processes": num_processes}
-        record |= runtime.record()
-        record["command"] = shlex.join([*make, f"ARGS={shlex.join(script_arguments)}"])
-        runs.create(folder, config=config, content=record)
+        _say_what_differs(source.record, runtime.record())
+    launch.write()
     attempt = attempts.begin(folder)
     print(f"run folder {resolve.short(folder)} ({runtime}), attempt {attempt}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
-        environment |= {
-            "PYTHONUNBUFFERED": "1",
-            "SLUICE_TERMINAL": "1" if sys.stderr.isatty() else "0",
-            **variables,
-            "SLUICE_MODULE": record["module"],
-            "SLUICE_ACCEL": accel,
-            "SLUICE_NUM_NODES": "1",
-            "SLUICE_NODE_RANK": "0",
-            "SLUICE_MASTER_ADDR": "127.0.0.1",
-            "SLUICE_MASTER_PORT": str(ports.free_port()),
-            "SLUICE_RUN_FOLDER": str(folder),
-            "SLUICE_ATTEMPT": str(attempt),
-            "SLUICE_SCRATCH": scratch,
-            "SLUICE_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes)),
-        }
-        command: list[str | Path] = [
-            folder / "code/slurm/node.sh",
-            "--config",
-            folder / "config.yaml",
-        ]
-        log = attempts.folder_of(folder, attempt) / "node-0.log"
-        code = run_logged(command, environment, log)
+        code = run_logged(
+            [folder / "code/slurm/node.sh", "--config", settings],
+            _environment(folder, attempt, scratch),
+            attempts.folder_of(folder, attempt) / "node-0.log",
+        )
     if continued and code == EXIT_BAD_INPUT:
         # Refused: the run goes on with what it had, as the next command expects.
         files.write_atomically(settings, began_with)
     _say_what_next(folder, attempt, code)
     return code
+
+
+def _check_not_queued(folder: Path, name: str) -> None:
+    """Raise `UserError` if a job of the run is still there, which would go on with it, too."""
+    if not records.was_submitted(folder):
+        return
+    last = records.submissions(folder)[-1:]
+    if last and history.is_final(last[0], attempts.read_all(folder)):
+        return
+    site = sites.load()
+    if shutil.which("sbatch") or (site.is_private and slurm.private_folder().is_dir()):
+        check_no_job(clusters.chosen(site), folder, name)
+
+
+def _environment(folder: Path, attempt: int, scratch: str) -> dict[str, str]:
+    """Return what slurm/node.sh is given: the caller's environment, and who this attempt is."""
+    environment = resolve.environment()
+    # What these mean to make stands in launch.env, as it was resolved.
+    kept = {
+        key: value
+        for key, value in environment.items()
+        if not key.startswith("SLUICE_") or key == moments.VARIABLE
+    }
+    return kept | {
+        "SLUICE_RUN_FOLDER": str(folder),
+        "SLUICE_ATTEMPT": str(attempt),
+        "SLUICE_NODE_RANK": "0",
+        "SLUICE_SCRATCH": scratch,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ports.free_port()),
+    }
 
 
 def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:

@@ -220,6 +220,11 @@ def _plain() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
 
 
+def private_folder() -> Path:
+    """Return the folder of the private cluster, which is there while it runs."""
+    return Path(os.environ.get("SLUICE_CLUSTER", ".cluster"))
+
+
 def of(site: Site) -> Slurm:
     """Return Slurm as this site has it.
 
@@ -227,8 +232,7 @@ def of(site: Site) -> Slurm:
         UserError: there is none here.
     """
     if site.is_private and os.environ.get("SLUICE_CLUSTER_INSIDE") != "1":
-        folder = Path(os.environ.get("SLUICE_CLUSTER", ".cluster"))
-        if not folder.is_dir():
+        if not private_folder().is_dir():
             raise UserError(
                 f"there is no site.toml, and no private cluster runs here: make cluster-up "
                 f"starts one; for a real one: cp {EXAMPLE} site.toml, and edit it"

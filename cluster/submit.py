@@ -10,7 +10,7 @@ import shlex
 import shutil
 import signal
 
-from cluster import clusters, history, remote, resolve, runs, slurm
+from cluster import clusters, history, remote, resolve, slurm
 from cluster import site as sites
 from cluster.check import choice
 from cluster.errors import Parser, run_to_exit, split_at_dashes
@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
         say_plan(queue, plan, site)
         return 0
     job_id, notices = submit(queue, plan)
-    name = history.name_of(plan.folder)
-    print(f"run folder {resolve.short(plan.folder)} ({plan.runtime}), job {job_id}")
+    folder = plan.launch.folder
+    name = history.name_of(folder)
+    print(f"run folder {resolve.short(folder)} ({plan.launch.runtime}), job {job_id}")
     for notice in notices:
         print(f"sbatch says: {notice}")
     for remark in plan.remarks:
@@ -81,22 +82,15 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     """
     # A laptop's connection may be lost at any moment: what is queued has to be recorded.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    wanted = plan.request
-    settings, before = plan.folder / "config.yaml", plan.folder / "config.before.yaml"
-    if plan.is_new:
-        record = plan.record | {
-            "accel": plan.accel,
-            "num_nodes": wanted.num_nodes,
-            "num_processes": wanted.world_size,
-            **plan.runtime.record(),
-        }
-        runs.create(plan.folder, config=plan.config, content=record)
+    launch, folder = plan.launch, plan.launch.folder
+    is_new, wanted = launch.source.is_new, launch.request
+    settings, before = folder / "config.yaml", folder / "config.before.yaml"
     try:
-        if not plan.is_new:
+        if not is_new:
             # For the batch script, if the run refuses to go on with the new ones.
             files.write_atomically(before, settings.read_text(encoding="utf-8"))
-            files.write_atomically(settings, plan.config)
-        decision.forget_cancel(plan.folder)
+        launch.write()
+        decision.forget_cancel(folder)
     except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be written: {error.strerror}; nothing was queued"
@@ -108,8 +102,8 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     except KeyboardInterrupt:
         raise _unclear(queue, plan, "interrupted before it answered") from None
     except SlurmError as error:
-        if plan.is_new:
-            shutil.rmtree(plan.folder)
+        if is_new:
+            shutil.rmtree(folder)
         else:
             before.replace(settings)
         raise _refused(str(error)) from None
@@ -122,17 +116,17 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     job_id = int(found[1])
     entry = {
         "cluster": found[2] or plan.cluster,
-        "accel": plan.accel,
+        "accel": launch.source.accel,
         "num_nodes": wanted.num_nodes,
         "num_processes": wanted.world_size,
         "gpus_per_node": wanted.gpus_per_node,
         "processes_per_node": wanted.processes_per_node,
         "time": wanted.time,
-        **plan.runtime.record(),
+        **launch.runtime.record(),
         "command": shlex.join(queue.words(*plan.command)),
     }
     try:
-        records.add_submission(plan.folder, job_id, entry)
+        records.add_submission(folder, job_id, entry)
     except OSError as error:
         end = shlex.join(queue.words("scancel", str(job_id)))
         raise UserError(
@@ -150,7 +144,7 @@ def _unclear(queue: slurm.Slurm, plan: Plan, why: str) -> UserError:
     look = shlex.join(queue.words("squeue", "--me", "--format", "%i %Z"))
     return UserError(
         f"sbatch: {why}; the job may be queued all the same: {look} shows "
-        f"those of {plan.folder}, which is left as it is"
+        f"those of {plan.launch.folder}, which is left as it is"
     )
 
 
@@ -162,12 +156,12 @@ def say_plan(queue: slurm.Slurm, plan: Plan, site: sites.Site) -> None:
     """
     if plan.trial.refusal and not plan.trial.is_for_now:
         raise _refused(plan.trial.refusal)
-    print(f"plan: {'a new run' if plan.is_new else 'go on with'} {resolve.short(plan.folder)}")
-    print(f"  job        {plan.record['job']} ({plan.accel}), {plan.request}")
-    print(
-        f"  runs       {plan.runtime}, on the {'GPU' if plan.request.device == 'cuda' else 'CPU'}"
-    )
-    if plan.request.gpus_per_node and site.is_private:
+    launch = plan.launch
+    source, wanted = launch.source, launch.request
+    print(f"plan: {'a new run' if source.is_new else 'go on with'} {resolve.short(launch.folder)}")
+    print(f"  job        {source.record['job']} ({source.accel}), {wanted}")
+    print(f"  runs       {launch.runtime}, on the {'GPU' if wanted.device == 'cuda' else 'CPU'}")
+    if wanted.gpus_per_node and site.is_private:
         print("             the private cluster's GPUs are pretended")
     where = f" of cluster {queue.cluster}" if queue.cluster else ""
     print(f"  partition  {choice.of(site).partition}{where}")

@@ -146,7 +146,7 @@ cd "$1"
 rm -rf etc/apt/apt.conf etc/apt/apt.conf.d/99mmdebstrap etc/apt/auth.conf
 find etc/apt/auth.conf.d etc/apt/sources.list.d -mindepth 1 -delete
 find var/log var/cache/ldconfig -type f -delete
-printf "%s\n" "$SLUICE_SOURCES" >etc/apt/sources.list
+printf "%s\n" "$sources" >etc/apt/sources.list
 rm -f etc/hostname etc/resolv.conf etc/machine-id
 echo localhost >etc/hostname
 : >etc/resolv.conf
@@ -166,8 +166,8 @@ stop() { # stop WHAT: a step failed
 }
 
 note "$out: making Debian $suite from $whence (about half a minute)"
-SLUICE_SOURCES=$(public_sources '')
-export SLUICE_SOURCES TMPDIR=$work
+sources=$(public_sources '')
+export sources TMPDIR=$work
 archive=$work/base.tar
 mmdebstrap --mode="$mode" --variant=minbase --include=ca-certificates --format=tar \
   --aptopt="$work/apt.conf" "${hooks[@]}" --customize-hook="$forget" \

@@ -1,11 +1,11 @@
 """The batch script's hand in the run folder: begins an attempt, ends it, says what comes next.
 
-    python -m slurm.attempt begin --job 12 --restarts 0 --nodes "node1 node2" --master A:P
+    python -m slurm.attempt begin --job 12 --restarts 0 --nodes "node1 node2" --by-name ...
     python -m slurm.attempt end --code 75 --state RUNNING
 
 slurm/train.sbatch calls it on the first node, in the job's own container. `begin` prints the
-attempt's number, `end` prints requeue, cancel, stop or leave, and the nodes that a requeue has to
-leave out; both say why on stderr.
+attempt's number, and address and port where its processes meet; `end` prints requeue, cancel, stop
+or leave, and the nodes that a requeue has to leave out; both say why on stderr.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from runfolder import attempts, decision
+from runfolder import attempts, decision, launch
+from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_SAVED
 from runfolder.files import read_json
+from slurm.rendezvous import meeting_point
 
 GIVEN_UP = 4
 NO_REQUEUE = "Slurm does not queue this job again (Requeue=0)"
@@ -31,7 +33,9 @@ def main(argv: list[str]) -> int:
     begin_parser.add_argument("--job", type=int, required=True)
     begin_parser.add_argument("--restarts", type=int, required=True)
     begin_parser.add_argument("--nodes", required=True)
-    begin_parser.add_argument("--master", required=True)
+    begin_parser.add_argument("--interface", help="what ip says of the site's interface")
+    begin_parser.add_argument("--by-name", default="", help="what getent says of the first node")
+    begin_parser.add_argument("--by-slurm", default="", help="and of the address Slurm has for it")
     for each in (begin_parser, end_parser):
         each.add_argument(
             "--requeues", default="yes", choices=["yes", "no"], help="if Slurm queues the job again"
@@ -43,24 +47,35 @@ def main(argv: list[str]) -> int:
     end_parser.add_argument("--refused", default="", help="why Slurm started no processes")
     options = parser.parse_args(argv)
     run = Path(os.environ["SLUICE_RUN_FOLDER"])
-    return begin(run, options) if options.command == "begin" else end(run, options)
+    try:
+        return begin(run, options) if options.command == "begin" else end(run, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 def begin(run: Path, options: argparse.Namespace) -> int:
     """Make the folder of the next attempt; or give up, if the job was restarted too often."""
     attempts.close_last(run, by_job=True)
-    if options.restarts and (why := decision.too_often(run, options.job, _max_restarts())):
+    if options.restarts and (why := decision.too_often(run, options.job, _max_restarts(run))):
         print(f"error: not started again: {why}", file=sys.stderr)
         attempts.annotate(run, attempts.numbers(run)[-1], next="stop", why=why)
         return GIVEN_UP
+    address, port = meeting_point(
+        of_interface=options.interface,
+        by_name=options.by_name,
+        by_slurm=options.by_slurm,
+        job_id=options.job,
+        restarts=options.restarts,
+    )
     where = {
         "job_id": options.job,
         "restart_count": options.restarts,
         "nodes": options.nodes.split(),
-        "master": options.master,
+        "master": f"{address}:{port}",
         "requeues": options.requeues == "yes",
     }
-    print(attempts.begin(run, where))
+    print(attempts.begin(run, where), address, port)
     return 0
 
 
@@ -83,7 +98,7 @@ def end(run: Path, options: argparse.Namespace) -> int:
     _keep_settings(run, refused=code == EXIT_BAD_INPUT)
     outcome = attempts.read(run, attempt.number).outcome or {}
     job_id = (attempt.slurm or {})["job_id"]
-    choice, why = decision.decide(run, outcome, job_id, code, options.state, _max_restarts())
+    choice, why = decision.decide(run, outcome, job_id, code, options.state, _max_restarts(run))
     if choice == "requeue" and options.requeues == "no":
         choice, why = "stop", NO_REQUEUE
     if choice == "cancel":
@@ -104,8 +119,8 @@ def end(run: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _max_restarts() -> int:
-    return int(os.environ["SLUICE_MAX_RESTARTS"])
+def _max_restarts(run: Path) -> int:
+    return int(launch.read(run)["max_restarts"])
 
 
 def _keep_settings(run: Path, *, refused: bool) -> None:

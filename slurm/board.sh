@@ -15,7 +15,7 @@ end() {
 }
 trap end EXIT
 trap 'exit 143' TERM INT HUP
-export SLUICE_SCRATCH SLUICE_DEVICE=cpu SLUICE_THREADS=1
+export SLUICE_SCRATCH SLUICE_DEVICE=cpu
 set --
 # Where it runs, as the array `python`, and the run's folder as it is seen there.
 # shellcheck source=slurm/environment.sh

@@ -1,18 +1,37 @@
 #!/usr/bin/env bash
-# Run a command in the image:  slurm/container.sh COMMAND...
+# Run a command in the image:  slurm/container.sh OPTION... -- COMMAND...
 # The only place that knows Apptainer's options; slurm/node.sh and cluster/container.py call it.
 set -euo pipefail
 
-# ---- what the caller resolved ----
-: "${SLUICE_APPTAINER:?the command apptainer}" "${SLUICE_IMAGE:?the image, a .sif file}"
-: "${SLUICE_BINDS:?lines of SOURCE:TARGET:ro or SOURCE:TARGET:rw, parents first}"
-: "${SLUICE_SCRATCH:?a folder on this node, which is /tmp inside}"
-: "${SLUICE_WORKDIR:?the current folder inside}" "${SLUICE_DEVICE:?cpu or cuda}"
+# ---- options ----
+# --image: a .sif file; --apptainer: the command; --scratch: a folder on this node, which is /tmp
+# inside; --workdir: the current folder inside; --device: cpu or cuda; --binds: lines of
+# SOURCE:TARGET:ro or SOURCE:TARGET:rw, parents first; --flags: what the site wants besides, one of
+# Apptainer's options in each line; --pass: names of further variables that are seen inside,
+# joined by "|"; --online: it may download.
+image='' apptainer='' scratch='' workdir='' device='' binds='' flags='' pass='' online=no
+while [[ ${1:-} == --* ]]; do
+  option=$1
+  shift
+  case $option in
+  --) break ;;
+  --online) online=yes ;;
+  --image=* | --apptainer=* | --scratch=* | --workdir=* | --device=* | --binds=* | --flags=* | --pass=*)
+    name=${option%%=*}
+    printf -v "${name#--}" %s "${option#*=}"
+    ;;
+  *)
+    echo "error: slurm/container.sh: $option is not an option" >&2
+    exit 2
+    ;;
+  esac
+done
+: "${image:?}" "${apptainer:?}" "${scratch:?}" "${workdir:?}" "${device:?}" "${binds:?}"
 
 # ---- mounts ----
 mounts=()
 bind() { # bind SOURCE TARGET ro|rw
-  local place=$SLUICE_SCRATCH${2#/tmp} mode=''
+  local place=$scratch${2#/tmp} mode=''
   # Nothing makes a mount point in a folder that is bound itself.
   if [[ $2 == /tmp/* && -d $1 ]]; then
     mkdir -p -- "$place"
@@ -23,45 +42,43 @@ bind() { # bind SOURCE TARGET ro|rw
   # A line of CSV, in which quotes keep commas and are doubled themselves.
   mounts+=(--mount "type=bind,\"source=${1//\"/\"\"}\",\"destination=${2//\"/\"\"}\"$mode")
 }
-bind "$SLUICE_SCRATCH" /tmp rw
+bind "$scratch" /tmp rw
 while IFS=: read -r source target mode; do
   bind "$source" "$target" "$mode"
-done <<<"$SLUICE_BINDS"
+done <<<"$binds"
 # An empty home, so that nothing of the user's own gets in.
-mkdir -p -- "$SLUICE_SCRATCH/home"
+mkdir -p -- "$scratch/home"
 
-# ---- options ----
+# ---- Apptainer's options ----
 # Not --contain: it would replace /dev/shm by 64 MB and hide the devices.
-options=(--cleanenv --no-eval --no-mount 'tmp,cwd,hostfs' --home "$SLUICE_SCRATCH/home:/tmp/home"
-  --pwd "$SLUICE_WORKDIR")
+options=(--cleanenv --no-eval --no-mount 'tmp,cwd,hostfs' --home "$scratch/home:/tmp/home"
+  --pwd "$workdir")
 # Root in a container or a restricted shell lacks capabilities that Apptainer would ask for.
 if ((EUID == 0)); then options+=(--userns); fi
 # Without FUSE only an Apptainer that is installed setuid can mount the image.
 if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then
-  libexec=$("$SLUICE_APPTAINER" buildcfg | sed -n 's/^LIBEXECDIR=//p')
+  libexec=$("$apptainer" buildcfg | sed -n 's/^LIBEXECDIR=//p')
   if [[ ! -u $libexec/apptainer/bin/starter-suid ]]; then
     options+=(--unsquash)
     echo 'note: /dev/fuse is closed to this user, so the image is unpacked at each start (10 s or' \
       'more); root can: chmod 666 /dev/fuse' >&2
   fi
 fi
-if [[ $SLUICE_DEVICE == cuda ]]; then
+if [[ $device == cuda ]]; then
   options+=(--nv)
   if [[ -d /dev/infiniband ]]; then bind /dev/infiniband /dev/infiniband rw; fi
 fi
 
 # What the site wants besides, an option in each line.
-if [[ -n ${SLUICE_FLAGS:-} ]]; then
-  mapfile -t flags <<<"$SLUICE_FLAGS"
-  options+=("${flags[@]}")
+if [[ -n $flags ]]; then
+  mapfile -t lines <<<"$flags"
+  options+=("${lines[@]}")
 fi
 
 # ---- environment ----
 # What is seen inside; all else stays outside. Names ending in _DIR or _HOME are paths inside.
-seen='SLUICE_(ATTEMPT|DATASETS|DEVICE|RUN_FOLDER|TERMINAL|WORLD_SIZE)|PYTHON(UNBUFFERED|NOUSERSITE)'
-seen+='|SLUICE_(STEP|NUM_NODES|NODE_(RANK|NAMES?)|MASTER_(ADDR|PORT)|INTERFACE|GPUS_PER_NODE)'
-seen+='|SLUICE_(MAX_(RESTARTS|CLOCK_SKEW_S)|MIN_FREE_[A-Z_]+|FLOOR_BYTES_PER_SECOND)'
-seen+='|SLUICE_(SCRATCH_INSIDE|PREFLIGHT_TIMEOUT_S|PAUSE_AT)'
+seen='SLUICE_(ACCEL|ATTEMPT|DATASETS|DEVICE|NODE_RANK|PAUSE_AT|RUN_FOLDER|STEP|TERMINAL|WORLD_SIZE)'
+seen+='|MASTER_(ADDR|PORT)|SLURMD_NODENAME|PYTHON(UNBUFFERED|NOUSERSITE)'
 seen+='|(OMP|KMP|MKL|NCCL|GLOO|FI|UCX|PET|TORCH_NCCL)_[A-Z0-9_]+|DS_ACCELERATOR'
 seen+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|DEVICE_MAX_CONNECTIONS)'
 seen+='|TORCH_(DISTRIBUTED_DEBUG|CPP_LOG_LEVEL|LOGS|SHOW_CPP_STACKTRACES|EXTENSIONS_DIR)'
@@ -69,9 +86,9 @@ seen+='|PYTORCH_(CUDA_)?ALLOC_CONF|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|TOKE
 seen+='|HF_(HOME|HUB_OFFLINE|HUB_DISABLE_(PROGRESS_BARS|TELEMETRY)|DATASETS_DISABLE_PROGRESS_BARS)'
 seen+='|HF_UPDATE_DOWNLOAD_COUNTS|TERM|COLUMNS'
 # What the site's own file sets, names joined by "|".
-if [[ -n ${SLUICE_SITE_VARIABLES:-} ]]; then seen+="|$SLUICE_SITE_VARIABLES"; fi
+if [[ -n $pass ]]; then seen+="|$pass"; fi
 # Tokens, proxies and certificates are for downloads alone.
-if [[ ${SLUICE_ONLINE:-0} == 1 ]]; then
+if [[ $online == yes ]]; then
   seen+='|HF_[A-Z0-9_]+|(http|https|ftp|all|no)_proxy|(HTTP|HTTPS|FTP|ALL|NO)_PROXY'
   seen+='|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE'
 fi
@@ -81,9 +98,9 @@ for name in "${!APPTAINER@}" "${!SINGULARITY@}"; do
 done
 # Or it would make a folder in the user's home, whose quota may be used up, and leave behind what
 # it unpacks when it is killed.
-mkdir -p -- "$SLUICE_SCRATCH/apptainer"
-export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-$SLUICE_SCRATCH/apptainer}
-export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-$SLUICE_SCRATCH/apptainer}
+mkdir -p -- "$scratch/apptainer"
+export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-$scratch/apptainer}
+export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-$scratch/apptainer}
 # By the environment, not by options, which everybody on the machine can read.
 while IFS= read -r name; do
   if [[ $name =~ ^($seen)$ ]]; then export "APPTAINERENV_$name=${!name}"; fi
@@ -95,4 +112,4 @@ done < <(compgen -e)
 # before its processes have saved, so the command leaves the terminal.
 if [[ ! -t 1 && ! -t 2 ]]; then set -- setsid "$@"; fi
 
-exec "$SLUICE_APPTAINER" --silent exec "${options[@]}" "${mounts[@]}" "$SLUICE_IMAGE" "$@" </dev/null
+exec "$apptainer" --silent exec "${options[@]}" "${mounts[@]}" "$image" "$@" </dev/null

@@ -1,32 +1,39 @@
 # Sourced by what runs the training side on a node: where it runs, and what it sees.
-# Sets the array `python`: the command that is Python there. With SLUICE_IMAGE that is in the
-# image, without it in SLUICE_PYTHON's environment. Every variable is resolved by the caller.
+# Sets the array `python`: the command that is Python there, in the image or in an environment of the
+# host. All else was resolved before, and stands in the run's launch.env.
 # shellcheck shell=bash disable=SC2034
 
-: "${SLUICE_RUN_FOLDER:?}" "${SLUICE_DATASETS:?}" "${SLUICE_SCRATCH:?a folder on this node}"
-: "${SLUICE_DEVICE:?cpu or cuda}" "${SLUICE_THREADS:?CPU threads of a process}"
+: "${SLUICE_RUN_FOLDER:?}" "${SLUICE_SCRATCH:?a folder on this node}"
+# What the caller says goes before: a copy of the datasets on this node, or another device.
+own_datasets=${SLUICE_DATASETS:-} own_device=${SLUICE_DEVICE:-}
+# shellcheck source=/dev/null
+source "$SLUICE_RUN_FOLDER/launch.env"
+: "${image?}" "${apptainer?}" "${host_python?}" "${datasets:?}" "${cache:?}" "${binds?}"
+: "${container_flags?}" "${site_variables?}"
+export SLUICE_DATASETS=${own_datasets:-$datasets} SLUICE_DEVICE=${own_device:-$SLUICE_DEVICE}
 
 # ---- container ----
-if [[ -n ${SLUICE_IMAGE:-} ]]; then
-  SLUICE_BINDS="$PWD:/workspace:ro
+if [[ -n $image ]]; then
+  all_binds="$PWD:/workspace:ro
 $SLUICE_DATASETS:/datasets:ro
 $SLUICE_RUN_FOLDER:/run-folder:rw"
   # Nothing is downloaded here, so that a cache may be missing.
-  if [[ -d ${SLUICE_CACHE:-} ]]; then SLUICE_BINDS+=$'\n'$SLUICE_CACHE:/cache:rw; fi
+  if [[ -d $cache ]]; then all_binds+=$'\n'$cache:/cache:rw; fi
   # Lines as above, for what the job reads elsewhere.
-  if [[ -n ${SLUICE_EXTRA_BINDS:-} ]]; then SLUICE_BINDS+=$'\n'$SLUICE_EXTRA_BINDS; fi
+  if [[ -n $binds ]]; then all_binds+=$'\n'$binds; fi
   # Where a process that is to stop for a test says so (runfolder/moments.py).
   if [[ -n ${SLUICE_PAUSE_AT:-} ]]; then
-    SLUICE_BINDS+=$'\n'${SLUICE_PAUSE_AT%/*}:${SLUICE_PAUSE_AT%/*}:rw
+    all_binds+=$'\n'${SLUICE_PAUSE_AT%/*}:${SLUICE_PAUSE_AT%/*}:rw
   fi
-  export SLUICE_BINDS SLUICE_WORKDIR=/workspace SLUICE_ONLINE=0
+  python=(slurm/container.sh --image="$image" --apptainer="$apptainer" --scratch="$SLUICE_SCRATCH"
+    --workdir=/workspace --device="$SLUICE_DEVICE" --binds="$all_binds" --flags="$container_flags"
+    --pass="$site_variables" -- python)
   # From here on a path is one inside.
   set -- "${@/#"$SLUICE_RUN_FOLDER/"//run-folder/}"
   export SLUICE_DATASETS=/datasets SLUICE_RUN_FOLDER=/run-folder HF_HOME=/cache/huggingface
-  python=(slurm/container.sh python)
   caches=/tmp
 else
-  python=(slurm/isolated.sh "${SLUICE_PYTHON:?the Python that has torch}")
+  python=(slurm/isolated.sh --keep="$site_variables" "$host_python")
   caches=$SLUICE_SCRATCH
 fi
 
@@ -35,7 +42,6 @@ fi
 export PYTHONNOUSERSITE=1
 # Compute nodes never reach for a network; what is missing was found before.
 export HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS="$SLUICE_THREADS"
 # The text is tokenized already; the library's own threads would only warn about forks.
 export TOKENIZERS_PARALLELISM=false
 # Each connection from a machine whose name nobody resolves would be a warning.
@@ -49,5 +55,3 @@ export TORCH_EXTENSIONS_DIR=$caches/extensions
 if [[ $SLUICE_DEVICE == cpu ]]; then export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=''; fi
 # Unless told, the launcher dies of USR1 at once and leaves its processes behind.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-# Seconds that the processes have to save after a signal before they are killed.
-export PET_SHUTDOWN_TIMEOUT="${SLUICE_SAVE_S:-120}"

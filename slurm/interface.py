@@ -40,15 +40,15 @@ def interface_towards(address: str) -> str:
     raise OSError(f"{address} is reached from {local}, which no interface of this machine bears")
 
 
-def use_interface_towards(address: str) -> str:
+def use_interface_towards(address: str, of_site: str = "") -> str:
     """Have Gloo and NCCL meet on the interface that leads to `address`; return its name.
 
-    $SLUICE_INTERFACE, the site's, goes before; what the environment says already stays.
+    The site's own goes before; what the environment says already stays.
 
     Raises:
         ValueError, OSError: as `interface_towards`.
     """
-    name = os.environ.get("SLUICE_INTERFACE") or interface_towards(address)
+    name = of_site or interface_towards(address)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     # NCCL would take every interface whose name begins so.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from runfolder import attempts
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SAVED, of_outcome
+from runfolder.launch import read
 from slurm.interface import use_interface_towards
 
 # How long the last words of a run may take after the processes of another node have ended.
@@ -33,8 +34,9 @@ def main() -> int:
 
     There a code that is not 0 ends the other nodes' processes, of which the first publishes.
     """
-    if address := os.environ.get("SLUICE_MASTER_ADDR"):
-        use_interface_towards(address)
+    if address := os.environ.get("MASTER_ADDR"):
+        of_run = read(Path(os.environ["SLUICE_RUN_FOLDER"]))
+        use_interface_towards(address, of_run.get("interface", ""))
     code = launch()
     return 0 if code == EXIT_SAVED and "SLUICE_STEP" in os.environ else code
 

@@ -56,7 +56,7 @@ def _datasets(settings: Settings) -> str:
 
 
 def _scratch(settings: Settings) -> str:
-    folder, wanted = settings.scratch_inside, settings.min_free_scratch_bytes
+    folder, wanted = settings.scratch, settings.min_free_scratch_bytes
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * 4096)
@@ -181,7 +181,7 @@ def main(arguments: list[str]) -> int:
     """Run one of the two commands and return its exit code."""
     try:
         if arguments == ["check"]:
-            return check(Settings.from_environment(os.environ))
+            return check(Settings.of_this_node(os.environ))
         if arguments == ["judge"]:
             return judge(os.environ)
         raise ValueError("usage: python -m slurm.preflight check|judge")

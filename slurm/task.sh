@@ -5,14 +5,17 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=/dev/null
+source "${SLUICE_RUN_FOLDER:?}/launch.env"
+: "${scratch:?}" "${datasets:?}" "${copied_datasets?}" "${image?}"
+
 # ---- this node ----
 # Here and not in the batch shell, where it would be the first node's rank for all.
-export SLUICE_NODE_RANK=$SLURM_NODEID SLUICE_NODE_NAME=$SLURMD_NODENAME SLUICE_STEP=1
+export SLUICE_NODE_RANK=$SLURM_NODEID SLUICE_STEP=1
 # A site's scratch may be named by variables that only the node has: $SLURM_TMPDIR/sluice.
-scratch=${SLUICE_SITE_SCRATCH:?node-local, from site.toml: paths.scratch}
 while [[ $scratch =~ \$\{?([A-Za-z_][A-Za-z0-9_]*)\}? ]]; do
   if [[ -z ${!BASH_REMATCH[1]:-} ]]; then
-    echo "error: $SLUICE_NODE_NAME: site.toml: paths.scratch: \$${BASH_REMATCH[1]} is not set on" \
+    echo "error: $SLURMD_NODENAME: site.toml: paths.scratch: \$${BASH_REMATCH[1]} is not set on" \
       'this node; take a variable that its jobs have' >&2
     exit 2
   fi
@@ -31,7 +34,7 @@ if [[ $1 == save ]]; then
   # Slurm's own signals reach every process of a step, where it keeps no cgroups: also the one that
   # serves the image's files, which would die of it in the middle of the save.
   if [[ -f $launcher ]]; then exec kill -s USR1 "$(<"$launcher")"; fi
-  echo "$SLUICE_NODE_NAME: attempt $SLUICE_ATTEMPT does not train here, and will not"
+  echo "$SLURMD_NODENAME: attempt $SLUICE_ATTEMPT does not train here, and will not"
   exit
 fi
 make_scratch() {
@@ -45,22 +48,22 @@ make_scratch() {
   [[ -O $SLUICE_SCRATCH ]]
 }
 if ! make_scratch; then
-  echo "error: $SLUICE_NODE_NAME: site.toml: paths.scratch: $scratch cannot be used" >&2
+  echo "error: $SLURMD_NODENAME: site.toml: paths.scratch: $scratch cannot be used" >&2
   exit 2
 fi
 
 # ---- what the job reads, nearer ----
-if [[ $1 == train && -n ${SLUICE_COPY:-} ]]; then
+if [[ $1 == train && -n $copied_datasets ]]; then
   started=$SECONDS
   # What an attempt that was killed has left may be half of it.
   rm -rf -- "$SLUICE_SCRATCH/datasets"
   while IFS= read -r name; do
     mkdir -p -- "$SLUICE_SCRATCH/datasets/$(dirname -- "$name")"
     # -L: a link would point to where nothing is, inside.
-    cp -rL -- "$SLUICE_DATASETS/$name" "$SLUICE_SCRATCH/datasets/$name"
-  done <<<"$SLUICE_COPY"
+    cp -rL -- "$datasets/$name" "$SLUICE_SCRATCH/datasets/$name"
+  done <<<"$copied_datasets"
   export SLUICE_DATASETS=$SLUICE_SCRATCH/datasets
-  echo "$SLUICE_NODE_NAME: copied to $SLUICE_DATASETS in $((SECONDS - started)) s"
+  echo "$SLURMD_NODENAME: copied to $SLUICE_DATASETS in $((SECONDS - started)) s"
 fi
 
 # ---- go ----
@@ -73,7 +76,7 @@ train)
   # In this process's place goes what runs the launcher: the one process to be signalled.
   echo "$$" >"$launcher"
   if [[ -e $save ]]; then
-    echo "$SLUICE_NODE_NAME: asked to save before it began"
+    echo "$SLURMD_NODENAME: asked to save before it began"
     exit 0
   fi
   exec slurm/node.sh --config "$SLUICE_RUN_FOLDER/config.yaml"
@@ -84,9 +87,6 @@ check)
   set --
   # shellcheck source=slurm/environment.sh
   source slurm/environment.sh
-  if [[ -n ${SLUICE_IMAGE:-} ]]; then export SLUICE_SCRATCH_INSIDE=/tmp; else
-    export SLUICE_SCRATCH_INSIDE=$SLUICE_SCRATCH
-  fi
   exec "${python[@]}" -m slurm.preflight check
   ;;
 *)

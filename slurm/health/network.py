@@ -62,7 +62,7 @@ def _choose_interface(settings: Settings, report: Report) -> None:
     """Tell Gloo and NCCL by which interface the other nodes are reached, unless they are told."""
     report.begin("interface", guilty=True)
     try:
-        name = use_interface_towards(settings.master_addr)
+        name = use_interface_towards(settings.master_addr, settings.interface)
     except (OSError, ValueError) as error:
         raise Unhealthy(f"network: {error}") from None
     report.passed(name)

@@ -1,13 +1,28 @@
 """What the caller of a preflight resolved."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+
+from runfolder import launch
+
+# The variables of the node and of this attempt.
+OF_THE_NODE = {
+    "node_rank": "SLUICE_NODE_RANK",
+    "node_name": "SLURMD_NODENAME",
+    "master_addr": "MASTER_ADDR",
+    "master_port": "MASTER_PORT",
+    "run_folder": "SLUICE_RUN_FOLDER",
+    "attempt": "SLUICE_ATTEMPT",
+    "datasets": "SLUICE_DATASETS",
+    "scratch": "SLUICE_SCRATCH",
+    "device": "SLUICE_DEVICE",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the caller resolved; each field is the variable SLUICE_ and its name in capitals."""
+    """What the caller resolved: a variable of the node, or else a name of launch.env."""
 
     num_nodes: int
     node_rank: int
@@ -19,7 +34,7 @@ class Settings:
     attempt: int
     datasets: Path
     # Node-local scratch as seen here.
-    scratch_inside: Path
+    scratch: Path
     # cpu or cuda.
     device: str
     gpus_per_node: int
@@ -32,24 +47,35 @@ class Settings:
     min_free_scratch_bytes: float
     # Of the whole check on a node.
     preflight_timeout_s: float
+    # The site's own between the nodes; without one, that which leads to the first.
+    interface: str = ""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """Return the settings.
+    def of_this_node(cls, environment: Mapping[str, str]) -> "Settings":
+        """Return the settings, from the run's launch.env and the variables of this node.
 
         Raises:
-            ValueError: a variable is missing or not a number.
+            ValueError: one is missing or not a number.
         """
+        own = {field: environment.get(name) for field, name in OF_THE_NODE.items()}
+        if not own["run_folder"]:
+            raise ValueError("SLUICE_RUN_FOLDER is not set; the batch script resolves it")
+        # The container has the scratch folder at /tmp.
+        own["scratch"] = own["scratch"] or "/tmp"
+        given = launch.read(Path(own["run_folder"])) | own
         values: dict[str, object] = {}
         for field in fields(cls):
-            name = f"SLUICE_{field.name.upper()}"
-            if not environment.get(name):
+            name = OF_THE_NODE.get(field.name, field.name)
+            text = given.get(field.name)
+            if not text and field.default is not MISSING:
+                continue
+            if not text:
                 raise ValueError(f"{name} is not set; the batch script resolves it")
             assert isinstance(field.type, type)
             try:
-                values[field.name] = field.type(environment[name])
+                values[field.name] = field.type(text)
             except ValueError:
-                raise ValueError(f"{name} is not a number: {environment[name]!r}") from None
+                raise ValueError(f"{name} is not a number: {text!r}") from None
         return cls(**values)  # type: ignore[arg-type]
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runfolder.attempts import preflight_folder
+from runfolder import attempts
 from runfolder.decision import ALL_NODES_ALIKE, GUILTY_NODES, SUSPECT_NODES
 from runfolder.files import write_json
 
@@ -49,15 +49,14 @@ def judge(environment: Mapping[str, str]) -> int:
         ValueError: a variable is missing or wrong.
     """
     try:
-        run_folder = Path(environment["SLUICE_RUN_FOLDER"])
-        folder = preflight_folder(run_folder, int(environment["SLUICE_ATTEMPT"]))
-        names = environment["SLUICE_NODE_NAMES"].split()
-        num_nodes = int(environment["SLUICE_NUM_NODES"])
+        run, number = Path(environment["SLUICE_RUN_FOLDER"]), int(environment["SLUICE_ATTEMPT"])
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is not set; the batch script resolves it") from None
-    if len(names) != num_nodes:
-        raise ValueError(f"SLUICE_NODE_NAMES has {len(names)} names, not {num_nodes}")
-
+    names = attempts.read(run, number).nodes
+    num_nodes = len(names)
+    if not names:
+        raise ValueError(f"{attempts.folder_of(run, number)}: its slurm.json names no nodes")
+    folder = attempts.preflight_folder(run, number)
     reports = [read_report(folder / f"node-{rank}.json") for rank in range(num_nodes)]
     findings = find(names, reports)
     guilty = [name for name in names if any(f.guilty and f.node == name for f in findings)]

@@ -234,7 +234,7 @@ def assert_trained(
     assert [line["step"] for line in read_metrics(run)] == [0, 5, 10, 15, 20]
     assert list((run / "tensorboard").glob("events.*"))
     assert {path.name for path in run.iterdir()} == {
-        *("run.json", "config.yaml", "code", "code.diff", "run.lock", "attempts"),
+        *("launch.env", "run.json", "config.yaml", "code", "code.diff", "run.lock", "attempts"),
         *("metrics.jsonl", "tensorboard", "checkpoints", "export"),
     }
     assert not list((run / "checkpoints").glob(".*"))

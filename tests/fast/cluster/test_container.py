@@ -71,8 +71,8 @@ def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_an_image_it_is_the_host_whose_environment_is_completed(checkout: Path) -> None:
     runtime = container.choose("", "", ["cpu", "cuda"])
     assert (runtime.image, str(runtime)) == (None, "on the host, no container")
-    expected = {"SLUICE_PYTHON": sys.executable, "SLUICE_IMAGE": ""}
-    assert container.variables(runtime) == expected
+    values = container.values(runtime)
+    assert (values["host_python"], values["image"]) == (sys.executable, "")
     assert runtime.record()["runtime"] == "host"
     if (Path(sys.prefix) / ".sluice-stamp").exists():
         assert (checkout / "set-up").read_text() == "--cpu\n"

@@ -24,14 +24,20 @@ import pytest
 import yaml
 
 from cluster import run
+from runfolder import launch
 from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.fast import command
 from tests.shared import CHECKOUT
 
 NODE = """#!/usr/bin/env bash
-env > "$SLUICE_RUN_FOLDER/environment"
-printf '%s\\n' "$@" > "$SLUICE_RUN_FOLDER/words"
+run=$SLUICE_RUN_FOLDER
+printf '%s\\n' "$@" > "$run/words"
+here=$PWD
+cd "$(dirname "$0")/.."
+source slurm/environment.sh
+env > "$run/environment"
+cd "$here"
 echo training
 echo 'error: a rank says' >&2
 echo 'error: a rank says' >&2
@@ -122,21 +128,25 @@ def test_a_run_is_recorded_and_started_with_what_was_resolved(checkout: Checkout
         "SLUICE_ATTEMPT": "1",
         "SLUICE_DATASETS": str(checkout.root / "datasets"),
         "SLUICE_DEVICE": "cpu",
-        "SLUICE_MASTER_ADDR": "127.0.0.1",
-        "SLUICE_MODULE": "train.tinyllama",
+        "MASTER_ADDR": "127.0.0.1",
         "SLUICE_NODE_RANK": "0",
-        "SLUICE_NUM_NODES": "1",
-        "SLUICE_PYTHON": sys.executable,
         "SLUICE_RUN_FOLDER": str(folder),
         "SLUICE_TERMINAL": "0",
         "SLUICE_WORLD_SIZE": "2",
         "HF_HOME": str(checkout.root / "cache/huggingface"),
-        "HF_HUB_OFFLINE": "1",
         "HF_TOKEN_PATH": str(checkout.root.parent / ".cache/huggingface/token"),
         "PYTHONNOUSERSITE": "1",
     }
     seen = checkout.seen()
     assert {name: seen.get(name) for name in expected} == expected
+    resolved = {
+        "datasets": str(checkout.root / "datasets"),
+        "host_python": sys.executable,
+        "image": "",
+        "module": "train.tinyllama",
+        "num_nodes": "1",
+    }
+    assert launch.read(folder).items() >= resolved.items()
     assert not Path(seen["SLUICE_SCRATCH"]).exists()
 
 
@@ -336,9 +346,9 @@ def test_a_run_in_an_image_is_recorded_and_goes_on_in_the_one_of_today(checkout:
         {"path": str(image), "sha256": one},
     )
     assert len(record["lock_sha256"]) == 64
-    seen = checkout.seen()
-    assert (seen["SLUICE_IMAGE"], seen["SLUICE_EXTRA_BINDS"]) == (str(image), "")
-    assert "SLUICE_PYTHON" not in seen
+    values = launch.read(checkout.folder)
+    assert (values["image"], values["image_sha256"]) == (str(image), one)
+    assert (values["binds"], values["host_python"]) == ("", "")
 
     name = checkout.folder.name
     same = checkout.run("--run", name, **make_image(checkout, b"one"))

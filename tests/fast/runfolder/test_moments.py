@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import slurm
-from runfolder import moments
+from runfolder import launch, moments
 from runfolder.errors import UserError
 from tests.moments import Pause, is_stopped
 from tests.shared import CHECKOUT
@@ -123,15 +123,14 @@ def test_the_variable_reaches_a_container_with_its_folder(tmp_path: Path) -> Non
     for name in ("run", "datasets", "scratch", "pauses"):
         (tmp_path / name).mkdir()
     program = 'cd "$0" && set -- && . slurm/environment.sh && exec "${python[@]}" x.py'
+    values = dict.fromkeys(["binds", "container_flags", "host_python", "site_variables"], "")
+    values |= {"image": "image.sif", "apptainer": str(fake), "cache": str(tmp_path / "cache")}
+    values["datasets"] = str(tmp_path / "datasets")
+    launch.write(tmp_path / "run", values, {"SLUICE_DEVICE": "cpu"})
     environment = {
         "PATH": os.environ["PATH"],
-        "SLUICE_APPTAINER": str(fake),
-        "SLUICE_IMAGE": "image.sif",
         "SLUICE_RUN_FOLDER": str(tmp_path / "run"),
-        "SLUICE_DATASETS": str(tmp_path / "datasets"),
         "SLUICE_SCRATCH": str(tmp_path / "scratch"),
-        "SLUICE_DEVICE": "cpu",
-        "SLUICE_THREADS": "1",
         "SLUICE_PAUSE_AT": str(tmp_path / "pauses/after-step@3"),
     }
     done = subprocess.run(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import container
+from runfolder import launch
 from tests import waiting
 from tests.shared import CHECKOUT
 
@@ -69,9 +70,8 @@ def test_a_python_starts_as_in_an_environment_without_a_word_for_it(
 
 
 def test_what_the_site_sets_for_training_processes_reaches_them(hostile: dict[str, str]) -> None:
-    given = {"PATH": os.environ["PATH"], "SLUICE_SITE_VARIABLES": "NCCL_DEBUG|PYTHONPATH"}
-    words = ("slurm/isolated.sh", "env")
-    lines = output(*words, **given, **hostile).splitlines()
+    words = ("slurm/isolated.sh", "--keep=NCCL_DEBUG|PYTHONPATH", "env")
+    lines = output(*words, PATH=os.environ["PATH"], **hostile).splitlines()
     assert f"PYTHONPATH={hostile['PYTHONPATH']}" in lines
     assert not [line for line in lines if line.startswith("PYTHONHOME")]
 
@@ -111,8 +111,10 @@ def test_make_says_the_same_whatever_a_module_has_set(
 
 def test_the_python_of_a_node_is_isolated(hostile: dict[str, str], tmp_path: Path) -> None:
     """What slurm/environment.sh gives to the launcher, the preflight and the board."""
-    needed = {"SLUICE_RUN_FOLDER": "/r", "SLUICE_DATASETS": "/d", "SLUICE_SCRATCH": str(tmp_path)}
-    needed |= {"SLUICE_DEVICE": "cpu", "SLUICE_THREADS": "1", "SLUICE_PYTHON": sys.executable}
+    values = dict.fromkeys(["image", "apptainer", "binds", "container_flags", "site_variables"], "")
+    values |= {"datasets": "/d", "cache": "/c", "host_python": sys.executable}
+    launch.write(tmp_path, values, {"SLUICE_DEVICE": "cpu"})
+    needed = {"SLUICE_RUN_FOLDER": str(tmp_path), "SLUICE_SCRATCH": str(tmp_path)}
     # Modules are loaded on the node, after the job was given its environment.
     program = "import subprocess, sys; import numpy, yaml; print(numpy.__file__)"
     worker = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}], check=1)"
@@ -150,9 +152,7 @@ def test_no_start_of_python_in_bash_or_make_goes_without() -> None:
         capture_output=True,
         text=True,
     ).stdout.split()
-    start = re.compile(
-        r"""(\$python"|bin/python["')]*|\bpython3(?= -)|SLUICE_PYTHON[^}"]*\}?")\s+[-"$\w]"""
-    )
+    start = re.compile(r"""(\$python"|bin/python["')]*|\bpython3(?= -)|\$host_python")\s+[-"$\w]""")
     found = 0
     for name in listed:
         # Inside the image nothing of the host is left; venv.sh drops all of it itself.

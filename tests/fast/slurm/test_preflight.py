@@ -16,11 +16,13 @@ from unittest import mock
 
 import pytest
 
+from runfolder import attempts, launch
 from slurm import preflight
 from slurm.health.reach import cut_off, listen, unreachable, wait_until_reachable
 from slurm.health.report import Report, Unhealthy
+from slurm.health.settings import OF_THE_NODE, Settings
 from slurm.health.verdict import Finding, find, largest_group, read_report, skewed_clocks
-from slurm.preflight import Settings, memory_limit
+from slurm.preflight import memory_limit
 from tests import waiting
 from tests.fast.slurm import node
 from tests.shared import CHECKOUT, free_port
@@ -42,26 +44,29 @@ class Allocation:
         staged = "staged: {train: text, tokenizer: text, model: null}\n"
         (self.run_folder / "config.yaml").write_text(staged)
         ours = {name: value for name, value in os.environ.items() if "SLUICE_" not in name}
+        self.values = {
+            "num_nodes": str(num_nodes),
+            "gpus_per_node": "0",
+            "floor_bytes_per_second": "0",
+            # Each tells its time when it comes to it, on a busy machine some seconds apart.
+            "max_clock_skew_s": str(HANGS_AFTER_S),
+            "min_free_memory_bytes": "1000000",
+            "min_free_gpu_fraction": "0.9",
+            "min_free_scratch_bytes": "1000000",
+            # The others wait for a share of it, and some more.
+            "preflight_timeout_s": str(3 * HANGS_AFTER_S),
+        }
+        launch.write(self.run_folder, self.values, {})
+        attempts.begin(self.run_folder, {"nodes": [self.name(rank) for rank in range(num_nodes)]})
         self.environment = ours | {
             "OMP_NUM_THREADS": "1",
-            "SLUICE_NUM_NODES": str(num_nodes),
-            "SLUICE_NODE_NAMES": " ".join(self.name(rank) for rank in range(num_nodes)),
-            "SLUICE_MASTER_ADDR": "127.0.0.1",
-            "SLUICE_MASTER_PORT": str(free_port()),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
             "SLUICE_RUN_FOLDER": str(self.run_folder),
             "SLUICE_ATTEMPT": "1",
             "SLUICE_DATASETS": str(folder / "datasets"),
-            "SLUICE_SCRATCH_INSIDE": str(folder),
+            "SLUICE_SCRATCH": str(folder),
             "SLUICE_DEVICE": "cpu",
-            "SLUICE_GPUS_PER_NODE": "0",
-            "SLUICE_FLOOR_BYTES_PER_SECOND": "0",
-            # Each tells its time when it comes to it, on a busy machine some seconds apart.
-            "SLUICE_MAX_CLOCK_SKEW_S": str(HANGS_AFTER_S),
-            "SLUICE_MIN_FREE_MEMORY_BYTES": "1000000",
-            "SLUICE_MIN_FREE_GPU_FRACTION": "0.9",
-            "SLUICE_MIN_FREE_SCRATCH_BYTES": "1000000",
-            # The others wait for a share of it, and some more.
-            "SLUICE_PREFLIGHT_TIMEOUT_S": str(3 * HANGS_AFTER_S),
         }
         self.nodes: dict[int, Any] = {}
 
@@ -70,8 +75,18 @@ class Allocation:
         return f"node{rank + 1}"
 
     def environment_of(self, rank: int, **different: Any) -> dict[str, str]:
-        own = {"SLUICE_NODE_RANK": str(rank), "SLUICE_NODE_NAME": self.name(rank)}
-        own |= {f"SLUICE_{name.upper()}": str(value) for name, value in different.items()}
+        """Return what a node is given; `different`: of these, or of the run's launch.env."""
+        own = {"SLUICE_NODE_RANK": str(rank), "SLURMD_NODENAME": self.name(rank)}
+        words = {name: str(value) for name, value in different.items()}
+        own |= {OF_THE_NODE[name]: words.pop(name) for name in different if name in OF_THE_NODE}
+        if words:
+            # The same folder, in which this node alone reads another launch.env.
+            view = self.folder / f"run-{rank}"
+            view.mkdir()
+            for name in ("attempts", "config.yaml"):
+                (view / name).symlink_to(self.run_folder / name)
+            launch.write(view, self.values | words, {})
+            own["SLUICE_RUN_FOLDER"] = str(view)
         return self.environment | own
 
     def start(self, rank: int, limits: dict[str, float] = PATIENT, **different: Any) -> None:
@@ -258,7 +273,7 @@ def test_a_node_on_another_file_system_is_guilty(
 
 def test_a_taken_port_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     allocation = Allocation(tmp_path, 2)
-    with socket.create_server(("", int(allocation.environment["SLUICE_MASTER_PORT"]))):
+    with socket.create_server(("", int(allocation.environment["MASTER_PORT"]))):
         allocation.start(0)
         assert allocation.codes() == [1]
     code, lines = allocation.judge(capfd)
@@ -271,7 +286,7 @@ def test_a_taken_port_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ("different", "line", "code"),
     [
         ({"min_free_memory_bytes": 1e18}, "node1: memory: ", 3),
-        ({"scratch_inside": "/nowhere"}, "node1: scratch /nowhere: cannot be written (", 3),
+        ({"scratch": "/nowhere"}, "node1: scratch /nowhere: cannot be written (", 3),
         ({"datasets": "/nowhere"}, "node1: datasets /nowhere: is missing", 1),
     ],
 )
@@ -293,6 +308,7 @@ def test_a_single_node_is_blamed_for_what_lies_on_itself_only(
 
 def test_a_run_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     allocation = Allocation(tmp_path, 1)
+    shutil.rmtree(allocation.run_folder / "attempts")
     (allocation.run_folder / "attempts").write_text("a file where a folder should be")
     allocation.start(0)
     allocation.nodes[0].join(HANGS_AFTER_S)
@@ -307,7 +323,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> 
         (["look"], {}, "usage: python -m slurm.preflight check|judge"),
         (["check"], {"attempt": ""}, "SLUICE_ATTEMPT is not set; the batch script"),
         (["check"], {"node_rank": "one"}, "SLUICE_NODE_RANK is not a number: 'one'"),
-        (["judge"], {"node_names": "node1"}, "SLUICE_NODE_NAMES has 1 names, not 2"),
+        (["judge"], {"attempt": "7"}, "{run}/attempts/7: its slurm.json names no nodes"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -317,11 +333,12 @@ def test_wrong_usage_is_one_line(
     message: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    environment = Allocation(tmp_path, 2).environment_of(0, **different)
+    allocation = Allocation(tmp_path, 2)
+    environment = allocation.environment_of(0, **different)
     with mock.patch.dict(os.environ, environment, clear=True):
         assert preflight.main(arguments) == 2
     said = capfd.readouterr()
-    assert said.err.startswith(f"error: preflight: {message}")
+    assert said.err.startswith(f"error: preflight: {message.format(run=allocation.run_folder)}")
     assert said.err.count("\n") == 1
 
 
@@ -557,10 +574,14 @@ def test_what_the_driver_holds_against_a_gpu(answers: dict[str, Any], problem: s
     assert found == problem or (problem and found and found.startswith(problem))
 
 
-def test_settings_are_typed() -> None:
-    from dataclasses import fields
-
-    environment = {f"SLUICE_{field.name.upper()}": "2" for field in fields(Settings)}
-    settings = Settings.from_environment(environment | {"SLUICE_DEVICE": "cuda"})
-    assert (settings.num_nodes, settings.attempt, settings.datasets) == (2, 2, Path("2"))
-    assert settings.processes_per_node == 2
+def test_settings_are_typed(tmp_path: Path) -> None:
+    allocation = Allocation(tmp_path, 2)
+    settings = Settings.of_this_node(allocation.environment_of(1, gpus_per_node=3, device="cuda"))
+    assert (settings.num_nodes, settings.node_rank, settings.attempt) == (2, 1, 1)
+    assert (settings.node_name, settings.datasets) == ("node2", tmp_path / "datasets")
+    assert settings.min_free_gpu_fraction == 0.9
+    assert settings.interface == ""
+    assert settings.processes_per_node == 3
+    # In the image the scratch folder is /tmp, and nobody says so.
+    inside = {k: v for k, v in allocation.environment_of(0).items() if k != "SLUICE_SCRATCH"}
+    assert Settings.of_this_node(inside).scratch == Path("/tmp")

@@ -1,0 +1,45 @@
+"""Where the processes of an attempt meet: the first node's address and a free port of it.
+
+The processes could only guess the address: each would take its own. What the host's name service
+and Slurm say is looked up outside, as a container may know less; here it is judged.
+"""
+
+from __future__ import annotations
+
+import re
+
+from runfolder.errors import UserError
+from runfolder.ports import free_port
+
+LOOK = "look at network.interface and network.address_suffix in site.toml"
+
+
+def meeting_point(
+    *, of_interface: str | None, by_name: str, by_slurm: str, job_id: int, restarts: int
+) -> tuple[str, int]:
+    """Return the address and the port at which the processes meet.
+
+    `of_interface` is what `ip -oneline address show dev` says, None where the site names no
+    interface; `by_name` and `by_slurm` are what `getent ahostsv4` says of the node's name and of
+    the address that Slurm has for it.
+
+    Raises:
+        UserError: the node has no address that others could reach, or no free port.
+    """
+    address = _address(of_interface, by_name, by_slurm)
+    # Another for each job, as two may share a node, and for each start: what the one before has
+    # left may still listen.
+    first = job_id * 13 + restarts * 101
+    return address, free_port((address, "127.0.0.1"), first=first)
+
+
+def _address(of_interface: str | None, by_name: str, by_slurm: str) -> str:
+    if of_interface is not None:
+        found: list[str] = re.findall(r"\binet (\d+\.\d+\.\d+\.\d+)", of_interface)
+    else:
+        found = [line.split(" ")[0] for line in f"{by_name}\n{by_slurm}".splitlines()]
+    for address in found:
+        # A distribution may give a machine's own name a loopback address.
+        if address and not address.startswith("127."):
+            return address
+    raise UserError(f"it has no address that other nodes could reach; {LOOK}")
