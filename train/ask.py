@@ -21,14 +21,13 @@ from runfolder.errors import UserError
 from train.engine import arguments
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
-from train.engine.retrieval import corpus, index, passages, prompt
-from train.engine.retrieval.chunks import readable
-from train.engine.retrieval.index import Hit
-from train.engine.retrieval.passages import Passage
-from train.engine.retrieval.prompt import printable
-from train.labs import rag
+from train.labs.rag import corpus, index, passages, prompt, script
+from train.labs.rag.chunks import readable
+from train.labs.rag.index import Hit
+from train.labs.rag.passages import Passage
+from train.labs.rag.prompt import printable
 
-# Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is
+# Below it the best passage seldom holds the answer: docs/lab4-script.md has the measurement. It is
 # that of all-MiniLM-L6-v2; every encoder has a scale of its own.
 THRESHOLD = 0.35
 
@@ -49,7 +48,7 @@ class Options:
     """Tokens of the answer."""
     show_prompt: bool = False
     """Show the prompt as well."""
-    generator: rag.GeneratorSettings = field(default_factory=rag.GeneratorSettings)
+    generator: script.GeneratorSettings = field(default_factory=script.GeneratorSettings)
 
     def __post_init__(self) -> None:
         if self.question is not None:
@@ -194,8 +193,8 @@ class Library:
 
         disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._embedder = rag.load_embedder(config, device)
-        made_of = rag.identity(config, self._embedder)
+        self._embedder = script.load_embedder(config, device)
+        made_of = script.identity(config, self._embedder)
         self._index = index.load(run_folder / "index", made_of)
         self._embedder.queries(["the first text of all is slow"])
         self.prompt_tokens = options.max_prompt_tokens
@@ -271,7 +270,7 @@ class Library:
         self.generate = generate
 
 
-def read_config(run_folder: Path) -> rag.Config:
+def read_config(run_folder: Path) -> script.Config:
     """Return the settings of a run of the lab.
 
     Raises:
@@ -286,7 +285,9 @@ def read_config(run_folder: Path) -> rag.Config:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if "\nchunks:" not in f"\n{text}":
         raise UserError(f"{run_folder}: is no run of the lab rag; give one, as RUN=rag does")
-    config = arguments.parse(rag.Config, ["--config", str(path)], prog="ask", dry_run=rag.DRY_RUN)
+    config = arguments.parse(
+        script.Config, ["--config", str(path)], prog="ask", dry_run=script.DRY_RUN
+    )
     if config.staged is None:
         raise UserError(f"{path}: does not say what the run read; give a run that `make run` made")
     for name in vars(config.staged).values():

@@ -16,7 +16,7 @@ from runfolder.errors import UserError
 from tests.models import write_tied_model
 from train import ask
 from train.engine import arguments
-from train.labs import rag
+from train.labs.rag import script
 
 Ask = Callable[..., str]
 # A title and a text that would clear the screen and turn the direction of writing.
@@ -32,10 +32,10 @@ def run(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("data") / "passages.csv"
     data.write_text(STEERING, encoding="utf-8")
     words = ["--dry_run", "--data.passages", str(data)]
-    config = arguments.parse(rag.Config, words, prog="test", dry_run=rag.DRY_RUN)
-    config = rag.stage(config, online=False)
+    config = arguments.parse(script.Config, words, prog="test", dry_run=script.DRY_RUN)
+    config = script.stage(config, online=False)
     (folder / "config.yaml").write_text(arguments.to_yaml(config), encoding="utf-8")
-    assert rag.train(config, folder, device, rehearse_stop=False) == "finished"
+    assert script.train(config, folder, device, rehearse_stop=False) == "finished"
     return folder
 
 
@@ -112,8 +112,8 @@ def test_a_run_remembers_its_generator(
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     words = ["--config", str(run / "config.yaml"), "--generator.name", str(generator)]
-    config = arguments.parse(rag.Config, words, prog="test", dry_run=rag.DRY_RUN)
-    config = rag.stage(config, online=False)
+    config = arguments.parse(script.Config, words, prog="test", dry_run=script.DRY_RUN)
+    config = script.stage(config, online=False)
     (copy / "config.yaml").write_text(arguments.to_yaml(config), encoding="utf-8")
     assert ask.main([str(copy), "--question", "What?", "--max_new_tokens", "4"]) == 0
     assert "\nanswer (" in capsys.readouterr().out

@@ -19,19 +19,20 @@ from runfolder.errors import UserError
 from train.engine import checkpoint, strategy
 from train.engine import encoder as encoders
 from train.engine.checkpoint import Checkpoints
-from train.engine.classification import baseline, comparison, labelled
-from train.engine.classification.features import cached_features, embed_together
+from train.engine.classification import labelled
 from train.engine.classification.labelled import Labelled
-from train.engine.classification.phase_training import PhaseTraining
 from train.engine.classification.scores import score, table, write_predictions
-from train.engine.classification.transfer import Classifier, export, load_trained
-from train.engine.classification.unfreezing import Phase
 from train.engine.distributed import is_main_process, world_size
 from train.engine.metrics import Metrics
 from train.engine.model import weights_sha256
 from train.engine.once import staged_path
 from train.engine.story import say
+from train.labs.imdb import baseline, comparison
+from train.labs.imdb.features import cached_features, embed_together
+from train.labs.imdb.phase_training import PhaseTraining
 from train.labs.imdb.settings import Config
+from train.labs.imdb.transfer import Classifier, export, load_trained
+from train.labs.imdb.unfreezing import Phase
 
 
 @dataclass(kw_only=True)

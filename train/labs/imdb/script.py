@@ -20,8 +20,7 @@ from runfolder.attempts import write_outcome
 from runfolder.checkpoints import folder_name
 from runfolder.errors import UserError
 from train.engine import signals
-from train.engine.classification import labelled, unfreezing
-from train.engine.classification.unfreezing import Phase
+from train.engine.classification import labelled
 from train.engine.data import SAMPLES
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
@@ -30,7 +29,9 @@ from train.engine.pretrained import ENCODER
 from train.engine.script import Script, only_under_ddp
 from train.engine.shape import read_shape
 from train.engine.story import say
+from train.labs.imdb import unfreezing
 from train.labs.imdb.settings import Config
+from train.labs.imdb.unfreezing import Phase
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def phases_of(config: Config) -> list[Phase]:
 
 def train_phase(run: Run, phase: Phase) -> bool:
     """Train to the end of a phase; return False if a rank was asked to stop before."""
-    from train.engine.classification.phase_training import take_step
+    from train.labs.imdb.phase_training import take_step
     from train.labs.imdb.run import (
         prepare_features,
         prepare_tokens,

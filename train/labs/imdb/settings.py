@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from runfolder.errors import UserError
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import StagedLabelled
-from train.engine.classification.unfreezing import Freeze, UnfreezingSettings
 from train.engine.settings import (
     BatchSettings,
     EncoderSettings,
@@ -17,6 +16,7 @@ from train.engine.settings import (
     ScheduleSettings,
     ShardCheckpointSettings,
 )
+from train.labs.imdb.unfreezing import Freeze, UnfreezingSettings
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from transformers import BertModel
 from runfolder.errors import UserError
 from train.engine import encoder, pooling, tokenizer
 from train.engine.data import Piece
-from train.engine.retrieval.embedder import Embedder
+from train.labs.rag.embedder import Embedder
 
 TEXTS = ["The rain came down.", "She won the last race of the long, cold season.", "No rain."]
 PROMPTS = {"query": "search: ", "document": "text: "}

@@ -1,1 +1,0 @@
-"""Retrieval: passages in pieces, their vectors, the index of these, and what is found."""
