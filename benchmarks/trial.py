@@ -21,8 +21,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import record
-from train.engine import guard, metrics, strategy
-from train.engine import model as models
+from train.engine import guard, metrics, models, strategy
 from train.engine.batches import Blocks, block_at, micro_batch_positions
 from train.engine.distributed import agree, init_distributed, rank, world_size
 from train.engine.errors import run_to_exit

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.data import SAMPLES, pieces
 
 
@@ -23,5 +23,5 @@ def write_tied_model(folder: Path, **shape: int) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, config.vocab_size, folder, "the sample")
+    tokenization.train(text, config.vocab_size, folder, "the sample")
     return folder

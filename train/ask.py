@@ -21,9 +21,9 @@ from runfolder.errors import UserError
 from train.engine import arguments
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
-from train.labs.rag import corpus, index, passages, prompt, script
+from train.labs.rag import corpus, indexes, passages, prompt, script
 from train.labs.rag.chunks import readable
-from train.labs.rag.index import Hit
+from train.labs.rag.indexes import Hit
 from train.labs.rag.passages import Passage
 from train.labs.rag.prompt import printable
 
@@ -167,7 +167,7 @@ class Library:
         """
         config = read_config(run_folder)
         assert config.staged is not None
-        if index.read_manifest(run_folder / "index") is None:
+        if indexes.read_manifest(run_folder / "index") is None:
             raise UserError(
                 f"{run_folder}: has no index; let the run come to its end, with `make run RUN=`"
             )
@@ -195,7 +195,7 @@ class Library:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._embedder = script.load_embedder(config, device)
         made_of = script.identity(config, self._embedder)
-        self._index = index.load(run_folder / "index", made_of)
+        self._index = indexes.load(run_folder / "index", made_of)
         self._embedder.queries(["the first text of all is slow"])
         self.prompt_tokens = options.max_prompt_tokens
         if generator is None:
@@ -208,7 +208,7 @@ class Library:
         began = time.perf_counter()
         vectors = self._embedder.queries([question])
         embedded = time.perf_counter()
-        hits = index.search(self._index, vectors, self._owners, k)[0]
+        hits = indexes.search(self._index, vectors, self._owners, k)[0]
         return hits, embedded - began, time.perf_counter() - embedded
 
     def source(self, hit: Hit) -> prompt.Source:
@@ -222,7 +222,7 @@ class Library:
         import torch
         from transformers import AutoTokenizer
 
-        from train.engine import model as models
+        from train.engine import models
 
         try:
             model: Any = models.from_folder(folder)

@@ -15,7 +15,7 @@ import yaml
 
 from runfolder.checkpoints import published
 from runfolder.errors import UserError
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.durable import folder_at_once
 from train.engine.errors import check_writable_folder, run_to_exit
 from train.engine.once import staged_path
@@ -66,12 +66,12 @@ def export(
         model.save_pretrained(folder, max_shard_size="5GB")
         if known.exists():
             shutil.copyfile(known, folder / GENERATION)
-        tokenizer.copy(tokenizer_folder, folder)
+        tokenization.copy(tokenizer_folder, folder)
 
 
 def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     from train.engine.checkpoint import read_buffers, reader
-    from train.engine.model import empty
+    from train.engine.models import empty
 
     read, names = reader(checkpoint)
     model = empty(checkpoint)

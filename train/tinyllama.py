@@ -58,8 +58,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
     import torch
 
-    from train.engine import checkpoint, metrics, strategy
-    from train.engine import model as models
+    from train.engine import checkpoint, metrics, models, strategy
     from train.engine.distributed import is_main_process, world_size
     from train.engine.loss import TokenLoss, evaluate
     from train.engine.resume import restore

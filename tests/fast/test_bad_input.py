@@ -27,7 +27,7 @@ from cluster import run
 from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.fast import command
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.data import SAMPLES, Piece
 
 TEXT = (SAMPLES / "validation.txt").read_text()
@@ -55,7 +55,7 @@ class Place:
         """Make a model folder with all that one needs."""
         folder = self.home / "model"
         folder.mkdir()
-        tokenizer.train([Piece(TEXT, starts=True, ends=True)], vocab_size, folder, "it")
+        tokenization.train([Piece(TEXT, starts=True, ends=True)], vocab_size, folder, "it")
         shape = {"vocab_size": 300, "num_hidden_layers": 1, "max_position_embeddings": 64}
         (folder / "config.json").write_text(json.dumps(shape))
         save_file({"a": np.ones(3, np.float32)}, folder / "model.safetensors")
@@ -126,7 +126,7 @@ def parquet(place: Place) -> bytes:
 def larger_tokenizer(place: Place) -> None:
     folder = place.home / "larger"
     folder.mkdir()
-    tokenizer.train([Piece(TEXT, starts=True, ends=True)], 310, folder, "it")
+    tokenization.train([Piece(TEXT, starts=True, ends=True)], 310, folder, "it")
 
 
 def sentencepiece(place: Place) -> None:

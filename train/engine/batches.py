@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from runfolder.errors import UserError
 from train.engine.data import Piece
-from train.engine.tokenizer import LoadedTokenizer
+from train.engine.tokenization import LoadedTokenizer
 
 FORMAT = 2
 # More bytes a token than this on average, and the tokenizer left text out: the longest tokens of

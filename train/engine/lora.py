@@ -181,7 +181,7 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
     Raises:
         UserError: the model that was adapted is not where it was.
     """
-    from train.engine import model as models
+    from train.engine import models
     from train.engine.checkpoint import load_weights, read_state
     from train.engine.once import staged_path
 
@@ -216,7 +216,7 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
 
 def base_sha256(adapted: Any) -> str:
     """Return the hash of the weights that adapters leave as they are."""
-    from train.engine.model import weights_sha256
+    from train.engine.models import weights_sha256
 
     return weights_sha256(adapted, frozen_only=True)
 

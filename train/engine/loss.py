@@ -17,8 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runfolder.moments import reached
-from train.engine import model as models
-from train.engine import signals
+from train.engine import models, signals
 from train.engine.batches import Blocks
 from train.engine.distributed import agree, rank, world_size
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.modelfolder import read_json
 
 MODULES = "modules.json"
@@ -64,7 +64,7 @@ def check_compared(folder: Path | None) -> None:
 def prompt_tokens(folder: Path | None, tokenizer_folder: Path) -> int:
     """Return the tokens that the longer of the prompts takes of what the encoder reads."""
     found = read(folder)
-    encode = tokenizer.load(tokenizer_folder).tokenizer.encode
+    encode = tokenization.load(tokenizer_folder).tokenizer.encode
     prompts = (found.query_prompt, found.document_prompt)
     return max(len(encode(prompt, add_special_tokens=False).ids) for prompt in prompts)
 

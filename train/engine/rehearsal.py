@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from train.engine.model import empty, from_folder, layers
+from train.engine.models import empty, from_folder, layers
 from train.engine.pretrained import LANGUAGE_MODEL, load, named
 
 # A model of at most as many parameters is read as a whole, so that what only its values tell is

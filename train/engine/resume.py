@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.engine import checkpoint
-from train.engine import model as models
+from train.engine import checkpoint, models
 from train.engine.strategy.base import ReadState
 
 

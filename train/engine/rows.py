@@ -17,7 +17,7 @@ from train.engine.filenames import suffix_of
 Row = tuple[str, tuple[Any, ...]]
 
 # Another number when files are read to other rows: what was staged before is not found again.
-FORMAT = 3
+READ_FORMAT = 3
 
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 

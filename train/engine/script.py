@@ -62,7 +62,7 @@ class Script(Generic[Config]):
         from train.engine.distributed import check_promises, init_distributed, is_main_process
 
         check_promises()
-        importlib.import_module("train.engine.model")
+        importlib.import_module("train.engine.models")
         gc.freeze()
         gc.enable()
         signals.install()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from train.engine import batches, hub, modelfolder, pooling, texts, tokenizer
+from train.engine import batches, hub, modelfolder, pooling, texts, tokenization
 from train.engine.errors import said_of_the_disk
 from train.engine.once import (
     datasets_folder,
@@ -104,7 +104,7 @@ def _stage(config: TrainingConfig, sources: dict[str, texts.Source], online: boo
         )
 
         def make(unfinished: Path, source: texts.Source = source) -> None:
-            loaded = tokenizer.load(
+            loaded = tokenization.load(
                 tokenizer_folder, parse_special_tokens=config.data.parse_special_tokens
             )
             _check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
@@ -192,7 +192,7 @@ def stage_model(
     stem = f"{name}@{revision[:12] if revision else 'main'}".replace("/", "--")
 
     def download(unfinished: Path) -> None:
-        hub.download_model(name, revision, unfinished, [*MODEL_FILES, *tokenizer.FILES])
+        hub.download_model(name, revision, unfinished, [*MODEL_FILES, *tokenization.FILES])
         shutil.rmtree(unfinished / ".cache", ignore_errors=True)
         modelfolder.check_whole(unfinished)
 
@@ -212,7 +212,7 @@ def stage_model(
 
 def _checked(folder: Path, kind: str, tokenizer_source: str | None) -> Path:
     modelfolder.check_whole(folder)
-    tokenizer.check(Path(tokenizer_source).expanduser() if tokenizer_source else folder)
+    tokenization.check(Path(tokenizer_source).expanduser() if tokenizer_source else folder)
     for note in read_shape(folder, kind)["notes"]:
         print(f"note: {note}", flush=True)
     return folder
@@ -229,7 +229,7 @@ def _stage_tokenizer(
     vocab_size = PRESETS[config.model.preset].vocab_size
     return make_once(
         named_by_content(root / "tokenizers", "trained", vocab_size, text.made_of),
-        lambda out: tokenizer.train(text.read(), vocab_size, out, text.name),
+        lambda out: tokenization.train(text.read(), vocab_size, out, text.name),
         f"a tokenizer trained on {text.name}",
         online=online or text.is_local,
     )
@@ -244,11 +244,13 @@ def place_tokenizer(source: Path, name: str) -> Path:
     home = source if source.is_dir() else source.parent
     hashes = [
         hashlib.sha256((home / file).read_bytes()).hexdigest()
-        for file in (*tokenizer.FILES, "config.json")
+        for file in (*tokenization.FILES, "config.json")
         if (home / file).is_file()
     ]
     return make_once(
-        named_by_content(datasets_folder() / "tokenizers", tokenizer.FORMAT, source.name, hashes),
-        lambda out: tokenizer.place(source, out),
+        named_by_content(
+            datasets_folder() / "tokenizers", tokenization.FORMAT, source.name, hashes
+        ),
+        lambda out: tokenization.place(source, out),
         f"the tokenizer of {name}",
     )

@@ -130,7 +130,7 @@ def _of_files(
     data = config.data
     return Source(
         name=name_of(config, split),
-        made_of=[rows.FORMAT, fingerprint(paths), data.text_column, data.join_rows],
+        made_of=[rows.READ_FORMAT, fingerprint(paths), data.text_column, data.join_rows],
         parts=[
             partial(pieces, [path], text_column=data.text_column, join_rows=data.join_rows)
             for path in paths

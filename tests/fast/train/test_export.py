@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from runfolder.checkpoints import published
 from runfolder.errors import UserError
 from train import export, tinyllama
-from train.engine import arguments, checkpoint, model, tokenizer
+from train.engine import arguments, checkpoint, models, tokenization
 from train.engine.durable import describe
 from train.engine.errors import RunFailed
 from train.engine.once import staged_path
@@ -56,7 +56,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def from_checkpoint(run: Path, step: int, device: torch.device) -> PreTrainedModel:
     """Return the model as a resumed run would have it."""
     folder = run / f"checkpoints/step-{step:08d}"
-    built: PreTrainedModel = model.empty(folder).to_empty(device=device)
+    built: PreTrainedModel = models.empty(folder).to_empty(device=device)
     built.tie_weights()
     # What is not in a checkpoint, because it follows from the shape.
     fresh = AutoModelForCausalLM.from_config(built.config)
@@ -101,7 +101,7 @@ def test_the_exported_tokenizer_is_that_of_the_run(run: Path) -> None:
         tinyllama.Config, ["--config", str(run / "config.yaml")], prog="test", dry_run={}
     )
     assert config.staged is not None
-    trained_with = tokenizer.load(staged_path(config.staged.tokenizer))
+    trained_with = tokenization.load(staged_path(config.staged.tokenizer))
     text = "The cluster waits: 12 naïve jobs,\n\tnone of them \N{GRINNING FACE}."
     ids = exported(text)["input_ids"]
     assert ids == trained_with.tokenizer.encode(text, add_special_tokens=False).ids

@@ -24,7 +24,7 @@ from tests.conftest import read_metrics
 from tests.hub import Hub
 from tests.shared import CHECKOUT
 from train import fetch as fetcher
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.data import SAMPLES, pieces
 from train.engine.presets import PRESETS
 
@@ -60,8 +60,8 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     shape = LlamaConfig(**vars(PRESETS["tiny"]))
     LlamaForCausalLM(shape).save_pretrained(folder)
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, 512, folder, "the sample")
-    (folder / tokenizer.FRAME).unlink()
+    tokenization.train(text, 512, folder, "the sample")
+    (folder / tokenization.FRAME).unlink()
     model = {path.name: path.read_bytes() for path in folder.iterdir()}
     # What is not asked for: these weights are for another library.
     model["pytorch_model.bin"] = b"x" * 1000

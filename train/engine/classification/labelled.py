@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError, did_you_mean
-from train.engine import datafiles, hub, overlap, pooling, staging, texts, tokenizer
+from train.engine import datafiles, hub, overlap, pooling, staging, texts, tokenization
 from train.engine.classification import classnames
 from train.engine.classification.datasettings import SPLITS, LabelledDataSettings
 from train.engine.data import Piece
@@ -23,8 +23,7 @@ from train.engine.once import (
     staged_path,
 )
 from train.engine.pretrained import ENCODER
-from train.engine.rows import FORMAT as READ_FORMAT
-from train.engine.rows import Row, as_text, read_rows
+from train.engine.rows import READ_FORMAT, Row, as_text, read_rows
 from train.engine.settings import EncoderSettings
 
 FORMAT = 3
@@ -136,7 +135,7 @@ def train_tokenizer(rows: Path, column: str, name: str) -> Path:
 
     return make_once(
         named_by_content(datasets_folder() / "tokenizers", "trained", TINY_VOCABULARY, rows.name),
-        lambda out: tokenizer.train(pieces(), TINY_VOCABULARY, out, name),
+        lambda out: tokenization.train(pieces(), TINY_VOCABULARY, out, name),
         f"a tokenizer trained on {name}",
     )
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from train.engine import model as models
+from train.engine import models
 from train.engine.distributed import truth, world_size
 from train.engine.loss import TokenLoss
 from train.engine.strategy.base import Strategy

@@ -16,8 +16,7 @@ from transformers import (
 
 from runfolder.errors import UserError
 from runfolder.moments import reached
-from train.engine import encoder, signals
-from train.engine import tokenizer as tokenizers
+from train.engine import encoders, signals, tokenization
 from train.engine.distributed import agree, world_size
 from train.engine.durable import folder_at_once
 from train.engine.shares import gather_in_order, share
@@ -40,14 +39,14 @@ def load(
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-    vocab_size = tokenizers.load(tokenizer_folder).vocab_size
-    encoder.quiet()
+    vocab_size = tokenization.load(tokenizer_folder).vocab_size
+    encoders.quiet()
     torch.manual_seed(seed)
     if folder is None:
-        shape = encoder.tiny_shape(vocab_size)
+        shape = encoders.tiny_shape(vocab_size)
         shape.update(names)
         return BertForSequenceClassification(shape)
-    base = encoder.from_folder(folder, vocab_size)
+    base = encoders.from_folder(folder, vocab_size)
     base.config.update(names)
     # A head of the folder's own, of a model that was tuned, says other classes by these numbers.
     torch.manual_seed(seed)
@@ -108,7 +107,7 @@ def predict(
         places = order[start : start + batch_size]
         if not places:
             continue
-        ids, mask = encoder.pad(
+        ids, mask = encoders.pad(
             [rows[mine[place]] for place in places], model.config.pad_token_id or 0
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -130,7 +129,7 @@ def export(model: PreTrainedModel, tokenizer_folder: Path, max_length: int, outp
     """
     with folder_at_once(output) as folder:
         model.save_pretrained(folder)
-        tokenizers.copy(tokenizer_folder, folder)
+        tokenization.copy(tokenizer_folder, folder)
         settings = folder / "tokenizer_config.json"
         told = json.loads(settings.read_text(encoding="utf-8"))
         told |= {"model_max_length": max_length}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from train.engine import encoder
+from train.engine import encoders
 from train.engine.classification import labelled
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import StagedLabelled
@@ -56,11 +56,11 @@ def read(
     """
     _, rows, test = labelled.read(staged)
     training, validation = labelled.split_validation(rows, data.validation_fraction, seed)
-    max_length = encoder.max_length(model, data.max_length)
+    max_length = encoders.max_length(model, data.max_length)
     tokenizer_folder: Path = staged_path(staged.tokenizer)
 
     def tokenized(split: labelled.Labelled) -> Split:
-        ids = encoder.tokenize(tokenizer_folder, split.texts, max_length)
+        ids = encoders.tokenize(tokenizer_folder, split.texts, max_length)
         return Split(texts=split.texts, labels=split.labels, ids=ids)
 
     return Splits(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from runfolder.files import write_json
-from train.engine import encoder
+from train.engine import encoders
 from train.engine.checkpoint import FORMAT, Checkpoints, read_state
 from train.engine.distributed import is_main_process, rank, world_size
 from train.engine.durable import describe
@@ -110,7 +110,7 @@ class PaddedRows:
 
     def __call__(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
-        ids, mask = encoder.pad([ids for ids, _ in rows], self.pad_id)
+        ids, mask = encoders.pad([ids for ids, _ in rows], self.pad_id)
         labels = torch.tensor([label for _, label in rows])
         seconds = time.perf_counter() - started
         for place, count in enumerate((float(mask.sum()), float(mask.numel()), seconds)):

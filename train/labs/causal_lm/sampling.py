@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runfolder.errors import UserError
-from train.engine.tokenizer import LoadedTokenizer
+from train.engine.tokenization import LoadedTokenizer
 
 if TYPE_CHECKING:
     import torch

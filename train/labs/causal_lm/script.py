@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runfolder.attempts import write_outcome
 from runfolder.errors import UserError
 from runfolder.files import write_atomically
-from train.engine import lora, signals, staging, tokenizer
+from train.engine import lora, signals, staging, tokenization
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES
 from train.engine.errors import run_to_exit
@@ -97,7 +97,7 @@ def stage(config: Config, *, online: bool) -> Config:
     shape = staging.model_shape(config, model_folder)
     sampling.check_fits(
         config.sample,
-        tokenizer.load(staged_path(staged.tokenizer)),
+        tokenization.load(staged_path(staged.tokenizer)),
         int(shape.get("max_position_embeddings", 2048)),
     )
     return replace(config, staged=staged)
@@ -110,7 +110,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     from train.engine import checkpoint, metrics
     from train.engine.distributed import is_main_process, world_size
     from train.engine.loss import evaluate
-    from train.engine.model import flops_per_token
+    from train.engine.models import flops_per_token
     from train.engine.resume import restore
     from train.engine.step import take_step
     from train.export import export
@@ -118,7 +118,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     # ---- data ----
     assert config.staged is not None
     tokenizer_folder = staged_path(config.staged.tokenizer)
-    loaded_tokenizer = tokenizer.load(tokenizer_folder)
+    loaded_tokenizer = tokenization.load(tokenizer_folder)
     model_folder = staged_path(config.staged.model) if config.staged.model else None
     sequence_length = staging.sequence_length(config, model_folder)
     training = Blocks(staged_path(config.staged.train), sequence_length)
@@ -244,7 +244,7 @@ COMPARED = ("validation_perplexity", "bits_per_byte")
 
 def _pretrained(config: Config, tokenizer_folder: Path) -> Any:
     """Return the model that is tuned, under LoRA frozen and with adapters."""
-    from train.engine import model as models
+    from train.engine import models
 
     model = models.build(config, tokenizer_folder, config.seed)
     if config.method == "full":

@@ -19,12 +19,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runfolder.files import write_json
-from train.engine import encoder as encoders
-from train.engine import signals
+from train.engine import encoders, signals
 from train.engine.distributed import agree, from_main_process, is_main_process, world_size
 from train.engine.durable import describe, sha256
 from train.engine.errors import RunFailed
-from train.engine.model import weights_sha256
+from train.engine.models import weights_sha256
 from train.engine.shares import gather_in_order, share
 from train.engine.story import say
 

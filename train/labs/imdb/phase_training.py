@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from runfolder.moments import reached
-from train.engine import guard, signals
-from train.engine import model as models
+from train.engine import guard, models, signals
 from train.engine.batches import block_at, micro_batch_positions
 from train.engine.distributed import agree, rank, world_size
 from train.engine.schedule import lr_at

@@ -16,15 +16,14 @@ import torch
 from runfolder.attempts import write_outcome
 from runfolder.checkpoints import folder_name
 from runfolder.errors import UserError
-from train.engine import checkpoint, strategy
-from train.engine import encoder as encoders
+from train.engine import checkpoint, encoders, strategy
 from train.engine.checkpoint import Checkpoints
 from train.engine.classification import labelled
 from train.engine.classification.labelled import Labelled
 from train.engine.classification.scores import score, table, write_predictions
 from train.engine.distributed import is_main_process, world_size
 from train.engine.metrics import Metrics
-from train.engine.model import weights_sha256
+from train.engine.models import weights_sha256
 from train.engine.once import staged_path
 from train.engine.story import say
 from train.labs.imdb import baseline, comparison

@@ -12,9 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from train.engine import encoder as encoders
-from train.engine import model as models
-from train.engine import tokenizer
+from train.engine import encoders, models, tokenization
 from train.engine.checkpoint import reader
 from train.engine.durable import folder_at_once
 
@@ -119,4 +117,4 @@ def export(
         }
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (folder / "classifier.json").write_text(text, encoding="utf-8")
-        tokenizer.copy(tokenizer_folder, folder)
+        tokenization.copy(tokenizer_folder, folder)

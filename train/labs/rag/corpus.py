@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runfolder.errors import UserError
-from train.engine import pooling, staging, tokenizer
+from train.engine import pooling, staging, tokenization
 from train.engine.classification import labelled
 from train.engine.once import (
     datasets_folder,
@@ -145,7 +145,7 @@ def max_positions(folder: Path | None) -> int:
 def _write_chunks(
     rows: Path, tokenizer_folder: Path, settings: ChunkSettings, folder: Path
 ) -> None:
-    loaded = tokenizer.load(tokenizer_folder).tokenizer
+    loaded = tokenization.load(tokenizer_folder).tokenizer
     count = 0
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
         for number, passage in enumerate(passages.read_passages(rows)):

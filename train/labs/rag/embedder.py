@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.engine import encoder, tokenizer
-from train.labs.rag import index
+from train.engine import encoders, tokenization
+from train.labs.rag import indexes
 
 
 class Embedder:
@@ -26,12 +26,12 @@ class Embedder:
         self.model = model.to(device)
         self.device = device
         self.dimension: int = model.config.hidden_size
-        self._tokenizer = tokenizer.load(tokenizer_folder).tokenizer
-        self._counter = tokenizer.load(tokenizer_folder).tokenizer
-        pooling = encoder.pooling_of(model)
+        self._tokenizer = tokenization.load(tokenizer_folder).tokenizer
+        self._counter = tokenization.load(tokenizer_folder).tokenizer
+        pooling = encoders.pooling_of(model)
         self._query_prompt, self._document_prompt = pooling.query_prompt, pooling.document_prompt
         prompt_tokens = max(map(self.count, (self._query_prompt, self._document_prompt)))
-        room = encoder.max_length(model, length + prompt_tokens)
+        room = encoders.max_length(model, length + prompt_tokens)
         # As `corpus.stage` has seen to it.
         assert room == length + prompt_tokens or not prompt_tokens
         self._tokenizer.enable_truncation(room)
@@ -48,8 +48,8 @@ class Embedder:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         # A text without a token, such as of control characters alone, is nothing to the encoder.
         rows = [ids or [0] for ids in rows]
-        vectors = encoder.embed_all(self.model, rows, batch_size=len(rows), device=self.device)
-        return index.unit(vectors.numpy())
+        vectors = encoders.embed_all(self.model, rows, batch_size=len(rows), device=self.device)
+        return indexes.unit(vectors.numpy())
 
     def count(self, text: str) -> int:
         """Return the tokens of a text, however long, without special tokens."""

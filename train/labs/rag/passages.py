@@ -16,8 +16,7 @@ from runfolder.errors import UserError
 from train.engine import hub, texts
 from train.engine.datafiles import DataFiles, find_rows
 from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
-from train.engine.rows import FORMAT as READ_FORMAT
-from train.engine.rows import Row, as_text, read_rows
+from train.engine.rows import READ_FORMAT, Row, as_text, read_rows
 from train.labs.rag.chunks import Chunk, titled
 
 FORMAT = 1

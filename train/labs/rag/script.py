@@ -25,11 +25,10 @@ from train.engine.once import relative_to_datasets, staged_path
 from train.engine.script import Script, only_under_ddp
 from train.engine.settings import CheckpointSettings, EncoderSettings, LoopSettings
 from train.engine.story import say
-from train.labs.rag import corpus, passages
-from train.labs.rag import index as indexes
+from train.labs.rag import corpus, indexes, passages
 from train.labs.rag.chunks import ChunkSettings
 from train.labs.rag.corpus import StagedPassages
-from train.labs.rag.index import IndexSettings
+from train.labs.rag.indexes import IndexSettings
 from train.labs.rag.passages import PassageDataSettings
 
 if TYPE_CHECKING:
@@ -119,20 +118,20 @@ def stage(config: Config, *, online: bool) -> Config:
 
 def load_embedder(config: Config, device: torch.device) -> Embedder:
     """Return the encoder that `config` names, for passages and questions."""
-    from train.engine import encoder
+    from train.engine import encoders
     from train.labs.rag.embedder import Embedder
 
     assert config.staged is not None
     folder = staged_path(config.staged.model) if config.staged.model else None
     tokenizer_folder = staged_path(config.staged.tokenizer)
-    model = encoder.load(folder, tokenizer_folder, config.seed)
+    model = encoders.load(folder, tokenizer_folder, config.seed)
     return Embedder(model, tokenizer_folder, config.chunks.length, device)
 
 
 def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
     """Return what vectors are made of; those of another identity are not compared with ours."""
-    from train.engine.encoder import pooling_of
-    from train.engine.model import weights_sha256
+    from train.engine.encoders import pooling_of
+    from train.engine.models import weights_sha256
 
     assert config.staged is not None
     model = config.model

@@ -18,9 +18,9 @@ from train.engine import signals
 from train.engine.distributed import agree, from_main_process, is_main_process, world_size
 from train.engine.errors import RunFailed
 from train.engine.shares import gather_in_order, share
-from train.labs.rag import index, vectors
+from train.labs.rag import indexes, vectors
 from train.labs.rag.embedder import Embedder
-from train.labs.rag.index import IndexSettings
+from train.labs.rag.indexes import IndexSettings
 from train.labs.rag.passages import Passage, Question
 
 
@@ -33,11 +33,11 @@ def publish_index(
         folder = run_folder / "index"
         kind = asdict(settings) if settings.kind != "flat" else {"kind": "flat"}
         try:
-            manifest = index.read_manifest(folder)
+            manifest = indexes.read_manifest(folder)
             if manifest is None or manifest["index"] != kind:
                 newest = published(run_folder / "checkpoints")[0]
-                built = index.build(vectors.load(newest, count), settings)
-                index.publish(folder, built, made_of, kind)
+                built = indexes.build(vectors.load(newest, count), settings)
+                indexes.publish(folder, built, made_of, kind)
         except (UserError, RunFailed, OSError) as error:
             problem = json.dumps([isinstance(error, UserError), str(error)])
     # The others wait here; without a word they would wait until their time is up.
@@ -71,7 +71,7 @@ def find_all(
             began = time.perf_counter()
             queries = embedder.queries([q.text for q in questions[start : start + batch_size]])
             embedded = time.perf_counter()
-            hits = index.search(approximate, queries, owners, depth)
+            hits = indexes.search(approximate, queries, owners, depth)
             search_s += time.perf_counter() - embedded
             encode_s += embedded - began
             rows = np.full((batch_size, depth, 2), -1.0)
@@ -79,8 +79,8 @@ def find_all(
                 rows[row, : len(found)] = [(hit.passage, hit.score) for hit in found]
             results.append(rows)
             if exact is not None:
-                truth = index.search(exact, queries, owners, depth)
-                agreeing += index.num_agreeing(truth, hits)
+                truth = indexes.search(exact, queries, owners, depth)
+                agreeing += indexes.num_agreeing(truth, hits)
                 wanted += sum(map(len, truth))
         if agree(signals.received() is not None, device=device)[0]:
             return None

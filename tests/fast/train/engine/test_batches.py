@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from runfolder.errors import UserError
 from train.engine.batches import Blocks, block_at, pack, permute
 from train.engine.data import Piece
-from train.engine.tokenizer import LoadedTokenizer
+from train.engine.tokenization import LoadedTokenizer
 
 BOS, EOS = 1, 2
 

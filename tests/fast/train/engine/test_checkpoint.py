@@ -19,7 +19,7 @@ from runfolder.checkpoints import published
 from runfolder.errors import UserError
 from tests.waiting import HANGS_AFTER_S
 from train import tinyllama
-from train.engine import checkpoint, model, strategy
+from train.engine import checkpoint, models, strategy
 from train.engine.checkpoint import Checkpoints, find_damage
 from train.engine.errors import RunFailed
 from train.engine.loss import TokenLoss
@@ -39,7 +39,7 @@ def trained(config: tinyllama.Config, device: torch.device) -> Strategy:
 def prepared(config: tinyllama.Config, device: torch.device) -> Strategy:
     """Return the preset `tiny` under ddp before its first step."""
     assert config.staged is not None
-    built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
+    built = models.build(config, staged_path(config.staged.tokenizer), seed=1)
     return strategy.prepare(
         TokenLoss(built, device, bf16=False),
         OptimizerSettings(lr=1e-2),
@@ -97,7 +97,7 @@ def test_a_checkpoint_holds_weights_and_moments_to_the_last_bit(
     folder = tmp_path / "step-00000001"
     assert_holds(folder, in_memory(trained))
     assert checkpoint.read_state(folder) == {"format": 1, "step": 1, "position": 8}
-    loaded = model.empty(folder).to_empty(device="cpu")
+    loaded = models.empty(folder).to_empty(device="cpu")
     checkpoint.load_weights(loaded, folder)
     weights = dict(trained.module.model.named_parameters())
     for name, parameter in loaded.named_parameters():

@@ -16,7 +16,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from train.engine import lora, model
+from train.engine import lora, models
 from train.engine.lora import LoraSettings
 from train.engine.presets import PRESETS
 
@@ -38,7 +38,7 @@ def test_the_layers_that_are_named_are_those_that_peft_finds(
     shape = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=1)
     GPT2LMHeadModel(shape).save_pretrained(tmp_path)
     for folder in (tied_model_folder, tmp_path):
-        assert lora.sides_of_folder(folder) == targeted(adapted(model.from_folder(folder)))
+        assert lora.sides_of_folder(folder) == targeted(adapted(models.from_folder(folder)))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tinyllama-1.1b"])
@@ -50,9 +50,9 @@ def test_a_presets_layers_are_known_without_its_weights(preset: str) -> None:
 
 def test_an_adapter_begins_as_nothing_and_follows_from_the_seed(tied_model_folder: Path) -> None:
     tokens = torch.arange(16)[None]
-    base = model.from_folder(tied_model_folder)
+    base = models.from_folder(tied_model_folder)
     expected = base(tokens).logits
-    one, two = adapted(base), adapted(model.from_folder(tied_model_folder))
+    one, two = adapted(base), adapted(models.from_folder(tied_model_folder))
     assert torch.equal(one(tokens).logits, expected)
     weights = dict(two.named_parameters())
     for name, parameter in one.named_parameters():
@@ -62,12 +62,12 @@ def test_an_adapter_begins_as_nothing_and_follows_from_the_seed(tied_model_folde
 
 
 def test_frozen_weights_cost_two_thirds(tied_model_folder: Path) -> None:
-    base = model.from_folder(tied_model_folder)
+    base = models.from_folder(tied_model_folder)
     parameters, attention = base.num_parameters(), 12 * 2 * 32 * 16
-    assert model.flops_per_token(base, 16) == 6 * parameters + attention
+    assert models.flops_per_token(base, 16) == 6 * parameters + attention
     found = adapted(base, rank=4)
     added = sum(p.numel() for p in found.parameters() if p.requires_grad)
-    assert model.flops_per_token(found, 16) == 4 * parameters + 6 * added + attention
+    assert models.flops_per_token(found, 16) == 4 * parameters + 6 * added + attention
 
 
 def test_recomputing_activations_does_not_change_the_adapters_gradients(
@@ -75,7 +75,7 @@ def test_recomputing_activations_does_not_change_the_adapters_gradients(
 ) -> None:
     gradients = []
     for recompute in (False, True):
-        base = model.from_folder(tied_model_folder)
+        base = models.from_folder(tied_model_folder)
         if recompute:
             base.activation_checkpointing_enable()
         found = adapted(base).train()
@@ -109,4 +109,4 @@ def test_what_has_an_adapter_and_what_has_none_is_said(tied_model_folder: Path) 
         "; adapters on q_proj, v_proj; none on mlp.experts.down_proj, mlp.experts.gate_up_proj, "
         f"mlp.gate, self_attn.k_proj, self_attn.o_proj ({left / total:.0%} of all)"
     )
-    assert "none on" not in lora.describe_adapted(adapted(model.from_folder(tied_model_folder)))
+    assert "none on" not in lora.describe_adapted(adapted(models.from_folder(tied_model_folder)))

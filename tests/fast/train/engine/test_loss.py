@@ -8,17 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from tokenizers import Tokenizer, models
 from torch import nn
 
 from train import tinyllama
-from train.engine import batches, loss, model
+from train.engine import batches, loss, models
 from train.engine.batches import Blocks
 from train.engine.data import Piece
 from train.engine.loss import TokenLoss, evaluate, global_target_tokens
 from train.engine.once import staged_path
-from train.engine.tokenizer import LoadedTokenizer
+from train.engine.tokenization import LoadedTokenizer
 
 # fp32 sums of some thousand terms, taken in another order.
 SAME = 1e-6
@@ -28,7 +28,7 @@ SAME = 1e-6
 def token_loss(config: tinyllama.Config, device: torch.device) -> TokenLoss:
     """Return the preset `tiny` with its loss."""
     assert config.staged is not None
-    built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
+    built = models.build(config, staged_path(config.staged.tokenizer), seed=1)
     return TokenLoss(built, device, bf16=False)
 
 
@@ -198,7 +198,7 @@ def test_perplexity_and_bits_per_byte_are_what_is_computed_by_hand(
 ) -> None:
     # Four tokens, one a character, of one, two, three and four bytes in UTF-8.
     vocabulary = {"a": 0, "é": 1, "€": 2, "😀": 3}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     text = "aé€😀" * 5 + "a"
     pieces = [Piece(text, starts=True, ends=True)]
     packed = batches.pack(pieces, LoadedTokenizer(tokenizer, None, None), tmp_path, "the test")

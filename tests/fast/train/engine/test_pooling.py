@@ -15,7 +15,7 @@ import torch
 from transformers import BertModel
 
 from runfolder.errors import UserError
-from train.engine import encoder, pooling, tokenizer
+from train.engine import encoders, pooling, tokenization
 from train.engine.data import Piece
 from train.labs.rag.embedder import Embedder
 
@@ -28,9 +28,9 @@ OLDER = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}
 def folder(tmp_path: Path) -> Path:
     """An encoder's folder without a word about pooling."""
     pieces = (Piece(text, starts=True, ends=True) for text in (*TEXTS, *PROMPTS.values()))
-    tokenizer.train(pieces, 300, tmp_path, "the texts")
+    tokenization.train(pieces, 300, tmp_path, "the texts")
     torch.manual_seed(5)
-    shape = encoder.tiny_shape(tokenizer.load(tmp_path).vocab_size)
+    shape = encoders.tiny_shape(tokenization.load(tmp_path).vocab_size)
     BertModel(shape, add_pooling_layer=False).save_pretrained(tmp_path)
     return tmp_path
 
@@ -68,9 +68,9 @@ def test_a_vector_is_pooled_and_prompted_as_the_folder_says(
         config_sentence_transformers={"prompts": prompts, "default_prompt_name": None},
         sentence_bert_config={"max_seq_length": 40, "do_lower_case": False},
     )
-    model = encoder.load(folder, folder, 1)
+    model = encoders.load(folder, folder, 1)
     embedder = Embedder(model, folder, 24, torch.device("cpu"))
-    plain = tokenizer.load(folder).tokenizer
+    plain = tokenization.load(folder).tokenizer
     for found, prompt in (
         (embedder.queries(TEXTS), prompts.get("query", "")),
         (embedder.documents(TEXTS), prompts.get("document", "")),
@@ -112,7 +112,7 @@ def test_a_folder_that_says_nothing_is_pooled_by_the_mean(folder: Path) -> None:
 def test_a_prompt_takes_its_room_from_the_chunks(folder: Path) -> None:
     prompts = {"query": "search: " * 20, "document": "text: "}
     describe(folder, {"pooling_mode": "mean"}, config_sentence_transformers={"prompts": prompts})
-    expected = len(tokenizer.load(folder).tokenizer.encode("search: " * 20).ids)
+    expected = len(tokenization.load(folder).tokenizer.encode("search: " * 20).ids)
     assert pooling.prompt_tokens(folder, folder) == expected > 20
     assert pooling.prompt_tokens(None, folder) == 0
 

@@ -27,8 +27,7 @@ from transformers import (
 )
 
 from runfolder.errors import UserError
-from train.engine import model as models
-from train.engine import modelfolder
+from train.engine import modelfolder, models
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
 from train.engine.rehearsal import rehearse
 from train.engine.shape import read_shape

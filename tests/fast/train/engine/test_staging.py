@@ -18,7 +18,7 @@ from tests.models import write_tied_model
 from tests.moments import Pause
 from tests.shared import CHECKOUT
 from tests.waiting import finish
-from train.engine import rows, staging, tokenizer
+from train.engine import rows, staging, tokenization
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES, Piece
 from train.engine.once import staged_path
@@ -122,7 +122,7 @@ def test_another_text_is_packed_anew(
 def test_another_tokenizer_packs_the_text_anew(texts: Path, model: Path) -> None:
     settings = ModelSettings(name=str(model))
     before = stage(configure(texts, settings))
-    tokenizer.train([Piece(TEXT, starts=True, ends=True)], 290, model, "it")
+    tokenization.train([Piece(TEXT, starts=True, ends=True)], 290, model, "it")
     after = stage(configure(texts, settings))
     assert before.tokenizer != after.tokenizer
     assert before.train != after.train
@@ -186,7 +186,7 @@ def test_what_was_packed_before_files_were_read_otherwise_is_not_found_again(
     texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = stage(configure(texts))
-    monkeypatch.setattr(rows, "FORMAT", rows.FORMAT + 1)
+    monkeypatch.setattr(rows, "READ_FORMAT", rows.READ_FORMAT + 1)
     assert stage(configure(texts)).train != before.train
 
 
@@ -268,7 +268,7 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused_before_and_aft
 ) -> None:
     larger = tmp_path / "larger"
     larger.mkdir()
-    tokenizer.train([Piece(TEXT, starts=True, ends=True)], 310, larger, "it")
+    tokenization.train([Piece(TEXT, starts=True, ends=True)], 310, larger, "it")
     settings = ModelSettings(name=str(model), tokenizer=str(larger))
     said = refusal(configure(texts, settings))
     assert said.startswith("model.tokenizer: gives ids up to 309, but the model")

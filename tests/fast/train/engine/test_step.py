@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from train import tinyllama
-from train.engine import model, strategy
+from train.engine import models, strategy
 from train.engine.batches import block_at
 from train.engine.loss import TokenLoss
 from train.engine.once import staged_path
@@ -58,7 +58,7 @@ def test_each_target_token_counts_once_however_the_micro_batches_are_cut(
 ) -> None:
     assert config.staged is not None
     loss = TokenLoss(
-        model.build(config, staged_path(config.staged.tokenizer), seed=1), device, False
+        models.build(config, staged_path(config.staged.tokenizer), seed=1), device, False
     )
     ragged: Any = Ragged()
     inputs, labels = (torch.from_numpy(part) for part in (ragged.inputs, ragged.labels))
@@ -81,23 +81,23 @@ def test_a_step_has_its_dropout_and_its_checkpointing_whatever_came_before(
 ) -> None:
     assert config.staged is not None
     config = replace(config, model=replace(config.model, gradient_checkpointing=True))
-    built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
+    built = models.build(config, staged_path(config.staged.tokenizer), seed=1)
     built.config.attention_dropout = 0.5
-    for layer in model.layers(built):
+    for layer in models.layers(built):
         layer.self_attn.attention_dropout = 0.5
     wrapped = wrap(TokenLoss(built, device, False), device)
     wrapped.module.train(left_in == "training")
     calls: list[bool] = []
     # Once forward, and once more in the backward pass where activations are not kept.
-    model.layers(built)[0].mlp.register_forward_pre_hook(lambda m, _: calls.append(m.training))
+    models.layers(built)[0].mlp.register_forward_pre_hook(lambda m, _: calls.append(m.training))
     ragged: Any = Ragged()
     done = take_step(wrapped, ragged, config, step=0, position=0, writing=False)
     assert calls == [True] * 4
     rows = [
         [block_at(p, num_blocks=4, seed=config.seed) for p in part] for part in ((0, 1), (2, 3))
     ]
-    fresh = model.build(config, staged_path(config.staged.tokenizer), seed=1).train()
-    for layer in model.layers(fresh):
+    fresh = models.build(config, staged_path(config.staged.tokenizer), seed=1).train()
+    for layer in models.layers(fresh):
         layer.self_attn.attention_dropout = 0.5
     torch.manual_seed((config.seed * 1_000_003 * 65_537) % 2**63)
     total = sum(

@@ -12,7 +12,7 @@ from torch import nn
 
 from runfolder.errors import UserError
 from train import tinyllama
-from train.engine import checkpoint, model, strategy
+from train.engine import checkpoint, models, strategy
 from train.engine.checkpoint import Checkpoints
 from train.engine.loss import TokenLoss
 from train.engine.once import staged_path
@@ -25,7 +25,7 @@ NAMES = ("ddp", "fsdp2")
 
 def token_loss(config: tinyllama.Config, device: torch.device) -> TokenLoss:
     assert config.staged is not None
-    built = model.build(config, staged_path(config.staged.tokenizer), seed=1)
+    built = models.build(config, staged_path(config.staged.tokenizer), seed=1)
     return TokenLoss(built, device, bf16=False)
 
 

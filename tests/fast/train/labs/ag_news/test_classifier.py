@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from runfolder.errors import UserError
-from train.engine import encoder, signals, tokenizer
+from train.engine import encoders, signals, tokenization
 from train.engine.data import Piece
 from train.labs.ag_news import classifier
 
@@ -25,7 +25,7 @@ CLASSES = ["dry", "wet", "other"]
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     pieces = (Piece(text, starts=True, ends=True) for text in TEXTS)
-    tokenizer.train(pieces, 300, folder, "the texts")
+    tokenization.train(pieces, 300, folder, "the texts")
     return folder
 
 
@@ -39,7 +39,7 @@ def model(tokenizer_folder: Path) -> BertForSequenceClassification:
 def test_probabilities_are_in_the_order_of_the_rows(
     device: torch.device, model: BertForSequenceClassification, tokenizer_folder: Path
 ) -> None:
-    rows = encoder.tokenize(tokenizer_folder, TEXTS, 64)
+    rows = encoders.tokenize(tokenizer_folder, TEXTS, 64)
     model.train()
     found = classifier.predict(model, rows, batch_size=3, device=device)
     assert found is not None
@@ -57,7 +57,7 @@ def test_a_signal_ends_an_evaluation(
     tokenizer_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = encoder.tokenize(tokenizer_folder, TEXTS, 64) * 10
+    rows = encoders.tokenize(tokenizer_folder, TEXTS, 64) * 10
     calls: list[int] = []
     forward = model.forward
 
@@ -110,7 +110,7 @@ def test_a_tuned_classifier_gives_its_encoder_and_never_its_head(
 
 
 def test_a_model_without_a_padding_token_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    shape = encoder.tiny_shape(tokenizer.load(tokenizer_folder).vocab_size)
+    shape = encoders.tiny_shape(tokenization.load(tokenizer_folder).vocab_size)
     BertModel(shape).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import BertModel, PreTrainedModel
 
-from train.engine import encoder as encoders
-from train.engine import signals
+from train.engine import encoders, signals
 from train.labs.imdb import features
 from train.labs.imdb.features import cached_features, embed_together
 

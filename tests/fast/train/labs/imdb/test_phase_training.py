@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from train.engine import encoder as encoders
-from train.engine import model as models
+from train.engine import encoders, models
 from train.engine.errors import RunFailed
 from train.engine.settings import BatchSettings, OptimizerSettings, ScheduleSettings
 from train.labs.imdb.phase_training import PhaseTraining, take_step

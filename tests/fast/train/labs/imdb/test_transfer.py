@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BertModel, DistilBertConfig, DistilBertModel, PreTrainedModel
 
-from train.engine import encoder as encoders
+from train.engine import encoders
 from train.labs.imdb.transfer import Classifier, Head
 
 

@@ -13,7 +13,7 @@ from runfolder.checkpoints import published
 from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
-from train.engine import tokenizer
+from train.engine import tokenization
 from train.engine.checkpoint import find_damage
 from train.engine.data import Piece
 
@@ -29,7 +29,7 @@ def inputs(tmp_path: Path) -> list[str]:
     folder = tmp_path / "encoder"
     folder.mkdir()
     texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").open()]
-    tokenizer.train((Piece(text, starts=True, ends=True) for text in texts), 600, folder, "rows")
+    tokenization.train((Piece(text, starts=True, ends=True) for text in texts), 600, folder, "rows")
     # The encoder that most take for this, and whose config.json has names of its own.
     shape = DistilBertConfig(
         vocab_size=600,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from runfolder.errors import UserError
-from train.engine import tokenizer as tokenizers
+from train.engine import tokenization
 from train.engine.once import staged_path
 from train.engine.presets import PRESETS
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
@@ -107,7 +107,7 @@ def from_preset(preset: str, tokenizer_folder: Path, seed: int) -> PreTrainedMod
 
 
 def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
-    tokenizer = tokenizers.load(tokenizer_folder)
+    tokenizer = tokenization.load(tokenizer_folder)
     shape = vars(PRESETS[preset]).copy()
     shape["vocab_size"] = max(shape["vocab_size"], tokenizer.vocab_size)
     return LlamaConfig(

@@ -21,7 +21,7 @@ from transformers import (
 
 from runfolder.errors import UserError
 from train import tinyllama
-from train.engine import model, tokenizer
+from train.engine import models, tokenization
 from train.engine.data import SAMPLES, pieces
 from train.engine.once import staged_path
 from train.engine.presets import PRESETS, Preset
@@ -30,7 +30,7 @@ from train.engine.settings import ModelSettings
 
 def build(config: tinyllama.Config, seed: int = 1) -> PreTrainedModel:
     assert config.staged is not None
-    return model.build(config, staged_path(config.staged.tokenizer), seed)
+    return models.build(config, staged_path(config.staged.tokenizer), seed)
 
 
 def on_meta(config: tinyllama.Config, preset: str) -> PreTrainedModel:
@@ -69,15 +69,15 @@ def test_a_preset_has_the_parameters_that_its_name_says(
 def test_flops_per_token_of_tinyllama_are_the_known_figure(config: tinyllama.Config) -> None:
     tinyllama_1b = on_meta(config, "tinyllama-1.1b")
     # 6 x (1,100,048,384 - 32,000 x 2,048) + 12 x 22 x 2,048 x 2,048
-    assert model.flops_per_token(tinyllama_1b, 2048) == 7_314_370_560
+    assert models.flops_per_token(tinyllama_1b, 2048) == 7_314_370_560
     # Half the context halves the attention's share alone.
-    assert model.flops_per_token(tinyllama_1b, 1024) == 7_314_370_560 - 12 * 22 * 2048 * 1024
+    assert models.flops_per_token(tinyllama_1b, 1024) == 7_314_370_560 - 12 * 22 * 2048 * 1024
 
 
 def test_tied_embeddings_multiply_once_and_count_once(config: tinyllama.Config) -> None:
     shape = PRESETS["15m"]
     expected = 6 * formula(shape) + 12 * shape.num_hidden_layers * shape.hidden_size * 256
-    assert model.flops_per_token(on_meta(config, "15m"), 256) == expected
+    assert models.flops_per_token(on_meta(config, "15m"), 256) == expected
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
@@ -121,9 +121,9 @@ def test_a_folders_weights_are_fp32_in_memory_in_whatever_precision_they_are_sto
 def test_weights_that_come_in_another_precision_all_the_same_are_an_error(
     config: tinyllama.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_config = model.AutoModelForCausalLM.from_config
+    from_config = models.AutoModelForCausalLM.from_config
     monkeypatch.setattr(
-        model.AutoModelForCausalLM,
+        models.AutoModelForCausalLM,
         "from_config",
         lambda shape, dtype: from_config(shape, dtype=dtype).bfloat16(),
     )
@@ -136,7 +136,7 @@ def test_the_vocabulary_grows_with_the_tokenizer(
 ) -> None:
     assert build(make_config()).config.vocab_size == 512
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, 600, tmp_path, "the sample")
+    tokenization.train(text, 600, tmp_path, "the sample")
     grown = build(make_config("--model.tokenizer", str(tmp_path)))
     assert grown.config.vocab_size == 600
     assert grown.get_input_embeddings().weight.shape[0] == 600
@@ -151,7 +151,7 @@ def test_the_layers_are_found_by_whatever_name(config: tinyllama.Config) -> None
         (GPT2LMHeadModel(gpt2), "GPT2Block"),
         (DistilBertModel(distilbert), "TransformerBlock"),
     ):
-        found = [type(layer).__name__ for layer in model.layers(made)]
+        found = [type(layer).__name__ for layer in models.layers(made)]
         assert found == [kind] * made.config.num_hidden_layers
 
 
@@ -176,12 +176,12 @@ def test_another_architecture_is_named_with_both_values(
 ) -> None:
     built = build(config)
     built.config.save_pretrained(tmp_path)
-    model.check_same_shape(built, tmp_path)
+    models.check_same_shape(built, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     mine = saved[key]
     (tmp_path / "config.json").write_text(json.dumps(saved | {key: value}))
     with pytest.raises(UserError, match=rf"another model: {key} is {value} there and {mine} here"):
-        model.check_same_shape(built, tmp_path)
+        models.check_same_shape(built, tmp_path)
 
 
 def test_an_empty_model_has_the_shape_and_no_weights(
@@ -189,7 +189,7 @@ def test_an_empty_model_has_the_shape_and_no_weights(
 ) -> None:
     built = build(config)
     built.config.save_pretrained(tmp_path)
-    empty = model.empty(tmp_path)
+    empty = models.empty(tmp_path)
     assert all(p.is_meta and p.dtype == torch.float32 for p in empty.parameters())
     shapes = {name: p.shape for name, p in built.named_parameters()}
     assert {name: p.shape for name, p in empty.named_parameters()} == shapes

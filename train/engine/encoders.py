@@ -13,9 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from runfolder.errors import UserError
-from train.engine import model as models
-from train.engine import pooling
-from train.engine import tokenizer as tokenizers
+from train.engine import models, pooling, tokenization
 from train.engine.presets import TINY_ENCODER_LAYERS, TINY_ENCODER_POSITIONS
 from train.engine.pretrained import ENCODER
 
@@ -27,7 +25,7 @@ def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedMo
         UserError: the folder holds no encoder, or one that knows fewer tokens than the tokenizer.
     """
     torch.manual_seed(seed)
-    vocab_size = tokenizers.load(tokenizer_folder).vocab_size
+    vocab_size = tokenization.load(tokenizer_folder).vocab_size
     if folder is None:
         return BertModel(tiny_shape(vocab_size), add_pooling_layer=False)
     model: Any = from_folder(folder, vocab_size)
@@ -92,7 +90,7 @@ def max_length(model: PreTrainedModel, wanted: int) -> int:
 
 def tokenize(tokenizer_folder: Path, texts: Sequence[str], length: int) -> list[list[int]]:
     """Return the token ids of each text, with the encoder's special tokens, cut to `length`."""
-    tokenizer = tokenizers.load(tokenizer_folder).tokenizer
+    tokenizer = tokenization.load(tokenizer_folder).tokenizer
     tokenizer.enable_truncation(length)
     return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
 

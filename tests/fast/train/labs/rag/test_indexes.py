@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from runfolder.errors import UserError
 from train.engine.errors import RunFailed
-from train.labs.rag import index
-from train.labs.rag.index import DECIMALS, IndexSettings
+from train.labs.rag import indexes
+from train.labs.rag.indexes import DECIMALS, IndexSettings
 
 MADE_OF = {"encoder": "a", "weights_sha256": "1" * 64, "dimension": 8, "chunk_length": 64}
 FLAT = {"kind": "flat"}
@@ -23,7 +23,7 @@ FLAT = {"kind": "flat"}
 
 def random_vectors(count: int, seed: int, dimension: int = 8) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    return index.unit(generator.normal(size=(count, dimension)))
+    return indexes.unit(generator.normal(size=(count, dimension)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -37,7 +37,7 @@ def test_a_search_is_that_of_every_vector_with_each_passage_once(data: st.DataOb
         [data.draw(st.integers(0, kinds - 1)) for _ in owners]
     ]
     queries, k = random_vectors(3, 1000), data.draw(st.integers(1, 14))
-    found = index.search(index.build(vectors, IndexSettings()), queries, owners, k)
+    found = indexes.search(indexes.build(vectors, IndexSettings()), queries, owners, k)
     for query, hits in zip(queries, found, strict=True):
         scores = [round(float(score), DECIMALS) for score in vectors @ query]
         best = {
@@ -56,7 +56,7 @@ def test_a_search_is_that_of_every_vector_with_each_passage_once(data: st.DataOb
 
 def test_equal_passages_come_in_the_order_of_their_numbers_also_where_the_list_ends() -> None:
     vectors = np.repeat(random_vectors(1, 3), 50, axis=0)
-    found = index.search(index.build(vectors, IndexSettings()), vectors[:1], range(50), 4)
+    found = indexes.search(indexes.build(vectors, IndexSettings()), vectors[:1], range(50), 4)
     assert [hit.passage for hit in found[0]] == [0, 1, 2, 3]
 
 
@@ -64,13 +64,13 @@ def test_a_graph_is_built_alike_twice_and_finds_nearly_all() -> None:
     import faiss
 
     vectors, queries = random_vectors(600, 1, 32), random_vectors(20, 2, 32)
-    graphs = [index.build(vectors, IndexSettings(kind="hnsw")) for _ in range(2)]
+    graphs = [indexes.build(vectors, IndexSettings(kind="hnsw")) for _ in range(2)]
     images = [faiss.serialize_index(graph) for graph in graphs]
     assert np.array_equal(*images)
-    exact = index.search(index.build(vectors, IndexSettings()), queries, range(600), 10)
-    found = index.search(graphs[0], queries, range(600), 10)
-    agreeing = index.num_agreeing(exact, found)
-    assert 180 <= agreeing <= 200 == index.num_agreeing(exact, exact)
+    exact = indexes.search(indexes.build(vectors, IndexSettings()), queries, range(600), 10)
+    found = indexes.search(graphs[0], queries, range(600), 10)
+    agreeing = indexes.num_agreeing(exact, found)
+    assert 180 <= agreeing <= 200 == indexes.num_agreeing(exact, exact)
 
 
 # ---- kept -----------------------------------------------------------------------------------
@@ -78,19 +78,19 @@ def test_a_graph_is_built_alike_twice_and_finds_nearly_all() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    built = index.build(random_vectors(20, 5), IndexSettings())
-    index.publish(tmp_path / "index", built, MADE_OF, FLAT)
+    built = indexes.build(random_vectors(20, 5), IndexSettings())
+    indexes.publish(tmp_path / "index", built, MADE_OF, FLAT)
     return tmp_path / "index"
 
 
 def test_what_is_published_is_loaded(folder: Path) -> None:
-    assert index.load(folder, MADE_OF).ntotal == 20
+    assert indexes.load(folder, MADE_OF).ntotal == 20
     assert {file.suffix for file in folder.iterdir()} == {".faiss", ".json"}
 
 
 def test_a_new_index_takes_the_place_of_the_old_one(folder: Path) -> None:
-    index.publish(folder, index.build(random_vectors(9, 5), IndexSettings()), MADE_OF, FLAT)
-    assert index.load(folder, MADE_OF).ntotal == 9
+    indexes.publish(folder, indexes.build(random_vectors(9, 5), IndexSettings()), MADE_OF, FLAT)
+    assert indexes.load(folder, MADE_OF).ntotal == 9
     assert len(list(folder.glob("*.faiss"))) == 1
 
 
@@ -106,11 +106,11 @@ def test_an_index_of_something_else_is_refused(
     folder: Path, now: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError, match=line):
-        index.load(folder, MADE_OF | now)
+        indexes.load(folder, MADE_OF | now)
 
 
 def test_an_encoder_that_was_moved_is_the_same(folder: Path) -> None:
-    assert index.load(folder, MADE_OF | {"encoder": "/elsewhere/a"}).ntotal == 20
+    assert indexes.load(folder, MADE_OF | {"encoder": "/elsewhere/a"}).ntotal == 20
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "list", "newer"])
@@ -131,12 +131,12 @@ def test_an_index_that_is_damaged_is_refused(folder: Path, damage: str) -> None:
         manifest.write_text("{" if damage == "manifest" else "[]")
     line = "has format 9" if damage == "newer" else "is damaged .*`make run RUN=...`"
     with pytest.raises(UserError, match=line):
-        index.load(folder, MADE_OF)
+        indexes.load(folder, MADE_OF)
 
 
 def test_where_there_is_none_the_run_is_to_end_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no index; let the run end first"):
-        index.load(tmp_path, MADE_OF)
+        indexes.load(tmp_path, MADE_OF)
 
 
 def test_an_index_that_cannot_be_written_leaves_the_old_one(
@@ -145,10 +145,10 @@ def test_an_index_that_cannot_be_written_leaves_the_old_one(
     def full(path: Path) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index, "describe", full)
+    monkeypatch.setattr(indexes, "describe", full)
     with pytest.raises(RunFailed, match="cannot be written: No space left on device"):
-        index.publish(folder, index.build(random_vectors(9, 5), IndexSettings()), MADE_OF, FLAT)
-    assert index.load(folder, MADE_OF).ntotal == 20
+        indexes.publish(folder, indexes.build(random_vectors(9, 5), IndexSettings()), MADE_OF, FLAT)
+    assert indexes.load(folder, MADE_OF).ntotal == 20
 
 
 def test_a_wrong_setting_is_one_line() -> None:

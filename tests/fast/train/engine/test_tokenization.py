@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from runfolder.errors import UserError
-from train.engine import batches, tokenizer
+from train.engine import batches, tokenization
 from train.engine.data import SAMPLES, Piece, pieces
 
 TEXT = "The cluster trains a model.\n  Ünïcode 語, tabs\tand   spaces.\n"
@@ -25,7 +25,7 @@ def trained(tmp_path: Path) -> Path:
     folder = tmp_path / "trained"
     folder.mkdir()
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, 400, folder, "the sample")
+    tokenization.train(text, 400, folder, "the sample")
     return folder
 
 
@@ -37,7 +37,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_a_trained_tokenizer_takes_any_text_and_gives_it_back(trained: Path) -> None:
-    loaded = tokenizer.load(trained)
+    loaded = tokenization.load(trained)
     assert loaded.vocab_size == 400
     ids = loaded.tokenizer.encode(TEXT, add_special_tokens=False).ids
     assert loaded.tokenizer.decode(ids) == TEXT
@@ -46,14 +46,14 @@ def test_a_trained_tokenizer_takes_any_text_and_gives_it_back(trained: Path) -> 
 
 def test_the_same_text_trains_the_same_tokenizer(trained: Path, out: Path) -> None:
     text = pieces([SAMPLES / "train.txt"], text_column="text", join_rows=False)
-    tokenizer.train(text, 400, out, "the sample")
+    tokenization.train(text, 400, out, "the sample")
     assert (out / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
 
 
 def test_training_reads_no_more_than_the_head_of_the_text(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "TRAINING_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenization, "TRAINING_CHARACTERS", 1000)
     taken = 0
 
     def endless() -> object:
@@ -62,14 +62,14 @@ def test_training_reads_no_more_than_the_head_of_the_text(
             taken += 1
             yield Piece("hello world " * 10, starts=True, ends=True)
 
-    tokenizer.train(endless(), 300, out, "it")  # type: ignore[arg-type]
+    tokenization.train(endless(), 300, out, "it")  # type: ignore[arg-type]
     assert taken < 20
 
 
 @pytest.mark.parametrize("text", [[], [Piece(" \n\t ", starts=True, ends=True)]])
 def test_no_text_trains_no_tokenizer(out: Path, text: list[Piece]) -> None:
     with pytest.raises(UserError, match=r"^data.train: x holds no text, or only white space"):
-        tokenizer.train(text, 300, out, "data.train: x")
+        tokenization.train(text, 300, out, "data.train: x")
     assert list(out.iterdir()) == []
 
 
@@ -77,20 +77,20 @@ def test_no_text_trains_no_tokenizer(out: Path, text: list[Piece]) -> None:
 def test_a_folder_or_its_tokenizer_json_is_copied(trained: Path, out: Path, source: str) -> None:
     (trained / "model.safetensors").touch()
     (trained / "chat_template.jinja").write_text("{{ x }}")
-    tokenizer.place(trained / source, out)
+    tokenization.place(trained / source, out)
     assert {path.name for path in out.iterdir()} == {
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
         "frame.json",
     }
-    assert tokenizer.load(out).eos_id == 1
+    assert tokenization.load(out).eos_id == 1
 
 
 def test_a_lone_tokenizer_json_has_no_special_tokens(trained: Path, out: Path) -> None:
     (trained / "tokenizer_config.json").unlink()
-    tokenizer.place(trained, out)
-    loaded = tokenizer.load(out)
+    tokenization.place(trained, out)
+    loaded = tokenization.load(out)
     assert (loaded.bos_id, loaded.eos_id) == (None, None)
 
 
@@ -98,18 +98,18 @@ def test_a_lone_tokenizer_json_has_no_special_tokens(trained: Path, out: Path) -
 def test_special_tokens_of_an_older_folder_are_found_as_text_as_object_and_in_the_older_file(
     trained: Path, token: object
 ) -> None:
-    (trained / tokenizer.FRAME).unlink()
+    (trained / tokenization.FRAME).unlink()
     (trained / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    assert tokenizer.load(trained).eos_id == 1
+    assert tokenization.load(trained).eos_id == 1
     (trained / "tokenizer_config.json").write_text("{}")
     (trained / "special_tokens_map.json").write_text(json.dumps({"eos_token": token}))
-    assert tokenizer.load(trained).eos_id == 1
+    assert tokenization.load(trained).eos_id == 1
 
 
 def test_the_vocabulary_reaches_to_the_largest_id_over_gaps(out: Path) -> None:
     words = models.WordLevel({"a": 0, "b": 70_000}, unk_token="a")
     Tokenizer(words).save(str(out / "tokenizer.json"))
-    assert tokenizer.load(out).vocab_size == 70_001
+    assert tokenization.load(out).vocab_size == 70_001
 
 
 def test_a_sentencepiece_model_becomes_a_tokenizer_with_the_same_ids(
@@ -126,8 +126,8 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_with_the_same_ids(
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    tokenizer.place(tmp_path / "tokenizer.model", out)
-    loaded = tokenizer.load(out)
+    tokenization.place(tmp_path / "tokenizer.model", out)
+    loaded = tokenization.load(out)
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert loaded.tokenizer.encode(TEXT, add_special_tokens=False).ids == original.encode(TEXT)
     assert (loaded.bos_id, loaded.eos_id) == (original.bos_id(), original.eos_id())
@@ -140,7 +140,7 @@ def test_what_is_no_tokenizer_is_one_line_with_the_file(
 ) -> None:
     def refusal(source: Path) -> str:
         with pytest.raises(UserError) as raised:
-            tokenizer.place(source, out)
+            tokenization.place(source, out)
         return str(raised.value)
 
     other = trained / "vocab.json"
@@ -166,8 +166,8 @@ def write_folder(folder: Path, *, added: tuple[str, ...] = ("<s>", "</s>"), **fi
     """Write a byte-level tokenizer with special tokens `added`, and JSON files by their names."""
     folder.mkdir(exist_ok=True)
     text = (Piece(text, starts=True, ends=True) for text in [" ".join(WORDS) * 20, TEXT])
-    tokenizer.train(text, 300, folder, "the words")
-    (folder / tokenizer.FRAME).unlink()
+    tokenization.train(text, 300, folder, "the words")
+    (folder / tokenization.FRAME).unlink()
     (folder / "tokenizer_config.json").unlink()
     made = Tokenizer.from_file(str(folder / "tokenizer.json"))
     made.add_special_tokens(list(added))
@@ -177,11 +177,11 @@ def write_folder(folder: Path, *, added: tuple[str, ...] = ("<s>", "</s>"), **fi
     return folder
 
 
-def placed(source: Path) -> tokenizer.LoadedTokenizer:
+def placed(source: Path) -> tokenization.LoadedTokenizer:
     out = source.with_name(f"{source.name}-placed")
     out.mkdir()
-    tokenizer.place(source, out)
-    return tokenizer.load(out)
+    tokenization.place(source, out)
+    return tokenization.load(out)
 
 
 @pytest.mark.parametrize("option", ["truncation", "padding"])
@@ -264,7 +264,7 @@ def test_a_text_that_spells_a_token_is_text_and_said_so(tmp_path: Path) -> None:
     text = "a <s>struck</s> price, <s>twice</s>"
     assert not {0, 1} & set(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
     out = tmp_path / "source-placed"
-    taken = tokenizer.load(out, parse_special_tokens=True)
+    taken = tokenization.load(out, parse_special_tokens=True)
     ids = taken.tokenizer.encode(text, add_special_tokens=False).ids
     assert (ids.count(0), ids.count(1)) == (2, 2)
     assert ids == AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
@@ -383,6 +383,6 @@ def test_a_tokenizer_that_leaves_text_out_is_refused(tmp_path: Path) -> None:
     words = models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
     made = Tokenizer(words)
     made.save(str(tmp_path / "tokenizer.json"))
-    loaded = tokenizer.load(tmp_path)
+    loaded = tokenization.load(tmp_path)
     with pytest.raises(UserError, match=r"the text: 1 document, 240 bytes, 1 tokens .240.00 bytes"):
         batches.pack([Piece("word " * 48, starts=True, ends=True)], loaded, tmp_path, "the text")
