@@ -143,10 +143,10 @@ def _code_of(unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
     large = [file for file in unknown if file.stat().st_size > MAX_UNTRACKED_BYTES]
     small = [*staged, *(file for file in unknown if file not in large)]
     secret = [file for file in small if _is_secret(file)]
-    for left_out, why in ((secret, "it looks like a secret"), (large, "it is above 1 MB")):
+    for left_out, why in ((secret, "it looks like a secret"), (large, "over 1 MB")):
         if left_out:
             names = ", ".join(map(str, left_out))
-            print(f"note: not taken along, as {why}: {names}", file=sys.stderr)
+            print(f"note: not copied ({why}): {names}", file=sys.stderr)
     return [file for file in small if file not in secret]
 
 

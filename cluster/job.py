@@ -92,7 +92,7 @@ def _resources(path: Path, content: Any) -> Resources:
         value = content.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(
-                f"{path}: resources.{key}: '{value}' is not a whole number of {least} or more"
+                f"{path}: resources.{key}: '{value}' must be a whole number, at least {least}"
             )
     time = content.get("time", Resources.time)
     if not isinstance(time, str) or not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):

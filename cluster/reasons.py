@@ -56,7 +56,7 @@ REASONS = (
     ("Priority", "others are before it in line; fewer NODES= or a shorter TIME= may start sooner"),
     ("DependencyNeverSatisfied", "the job that it depends on did not end as wanted; cancel it"),
     ("Dependency", "another job must end first"),
-    ("BeginTime", "its time has not come; a job that is queued again waits about two minutes"),
+    ("BeginTime", "waits for its begin time; after a requeue that is about two minutes"),
     ("JobHeldUser", "you hold it; {release} lets it go on"),
     ("JobHeldAdmin", "an administrator holds it; ask the site's support"),
     (

@@ -187,7 +187,7 @@ def _number(variable: str, given: str, least: int) -> int | None:
     if not given:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < least:
-        raise UserError(f"{variable}={given}: is not a whole number of {least} or more")
+        raise UserError(f"{variable}={given}: must be a whole number, at least {least}")
     return int(given)
 
 

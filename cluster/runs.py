@@ -56,7 +56,7 @@ def new_folder(job: str, name: str) -> Path:
     """Return the folder for a run that starts now: JOB/STAMP[-NAME] below the runs folder.
 
     Raises:
-        UserError: the name has other characters than a path wants, or the place is no good.
+        UserError: the name has other characters than a path wants, or nobody can write there.
     """
     if name and not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"NAME={name}: use letters, digits, '.', '_' and '-'")

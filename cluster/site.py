@@ -134,7 +134,7 @@ class Site:
         return bool(self.ssh.host) and not there
 
 
-# The private cluster's nodes (slurm/local/up.sh). Their GPUs are pretended, so that jobs that ask
+# The private cluster's nodes (slurm/local/up.sh). Their GPUs are simulated, so that jobs that ask
 # for some are scheduled as on any cluster, and train on the CPU.
 PRIVATE = Site(
     slurm=Slurm(partition="gpu", cpus_per_node=4, gpus_per_node=2, save_s=20),
@@ -274,7 +274,7 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
     else:
         numbers = (int, float) if kind is float else int
         good = isinstance(value, numbers) and not isinstance(value, bool) and value >= 0
-        wanted = "a number of 0 or more" if kind is float else "a whole number of 0 or more"
+        wanted = f"a {'' if kind is float else 'whole '}number, at least 0"
     if key == "ssh.host" and good and not re.fullmatch(r"([^\s-]\S*)?", value):
         good, wanted = False, "the name of a machine"
     if key == "ssh.folder" and good and value.strip("./~ ") == "":
@@ -282,7 +282,7 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
     if good and key.endswith(("partition", "cpus_per_node", "scratch")) and not value:
         good, wanted = False, "filled in"
     if not good:
-        raise UserError(f"{path}: {key}: {value!r} is not {wanted}")
+        raise UserError(f"{path}: {key}: {value!r} must be {wanted}")
     if key == "slurm.sbatch_flags" and (problem := flags.problem(value)):
         raise UserError(f"{path}: {key}: {problem}")
 

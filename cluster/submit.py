@@ -162,7 +162,7 @@ def say_plan(queue: slurm.Slurm, plan: Plan, site: sites.Site) -> None:
     print(f"  job        {source.record['job']} ({source.accel}), {wanted}")
     print(f"  runs       {launch.runtime}, on the {'GPU' if wanted.device == 'cuda' else 'CPU'}")
     if wanted.gpus_per_node and site.is_private:
-        print("             the private cluster's GPUs are pretended")
+        print("             the GPUs are simulated; the job runs on CPUs")
     where = f" of cluster {queue.cluster}" if queue.cluster else ""
     print(f"  partition  {choice.of(site).partition}{where}")
     print(f"  start      {plan.trial}")

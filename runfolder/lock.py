@@ -82,7 +82,7 @@ def _try(descriptor: int, folder: Path, *, is_last: bool) -> bool:
         if is_last:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise UserError(
-                f"{folder}: another run works on it ({holder}); wait or stop it"
+                f"{folder}: in use by another run ({holder}); wait or stop it"
             ) from None
         return False
     return True

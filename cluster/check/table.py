@@ -161,7 +161,7 @@ def _accounts(facts: dict[str, Any]) -> Any:
         )
         for one in facts["associations"]
     ]
-    return _table(["account", "partition", "QOS", "QOS if none is named"], rows)
+    return _table(["account", "partition", "QOS", "default QOS"], rows)
 
 
 def _limits(facts: dict[str, Any]) -> Any:

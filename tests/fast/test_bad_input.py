@@ -161,7 +161,7 @@ CASES = {
     "unknown key of a job": job("scirpt: x", "'scirpt' is not a setting; did you mean 'script'"),
     "script that does not exist": job("script: train/x.py", "script: train/x.py does not exist"),
     "wrong resources": job(
-        "script: train/tinyllama.py\nresources: {nodes: many}", "resources.nodes: 'many' is not a"
+        "script: train/tinyllama.py\nresources: {nodes: many}", "resources.nodes: 'many' must be a whole number"
     ),
     "unknown setting in a file": job(
         "script: train/tinyllama.py\narguments: {optimizer: {learning_rate: 1}}",
@@ -379,7 +379,7 @@ def test_a_run_that_is_in_use_is_refused_with_its_holder(
         lock.write("process 7 on node1 since noon")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = rf"{folder}: another run works on it \(process 7 on node1 since noon\); wait or stop"
+        said = rf"{folder}: in use by another run \(process 7 on node1 since noon\); wait or stop"
         refusal(place, Case("--run tinyllama", said), clean_environment, capfd)
 
 

@@ -82,10 +82,10 @@ def test_a_file_that_is_no_job_is_refused(checkout: Path, text: str | bytes, sai
     [
         ("3", "'resources' is not a mapping"),
         ("{node: 1}", "'resources.node' is not a setting; did you mean 'nodes'?"),
-        ("{nodes: 0}", "resources.nodes: '0' is not a whole number of 1 or more"),
-        ("{nodes: true}", "resources.nodes: 'True' is not a whole number of 1 or more"),
-        ("{gpus_per_node: -1}", "resources.gpus_per_node: '-1' is not a whole number of 0"),
-        ("{max_restarts: 1.5}", "resources.max_restarts: '1.5' is not a whole number of 0"),
+        ("{nodes: 0}", "resources.nodes: '0' must be a whole number, at least 1"),
+        ("{nodes: true}", "resources.nodes: 'True' must be a whole number, at least 1"),
+        ("{gpus_per_node: -1}", "resources.gpus_per_node: '-1' must be a whole number, at least 0"),
+        ("{max_restarts: 1.5}", "resources.max_restarts: '1.5' must be a whole number, at least 0"),
         ("{time: soon}", "resources.time: 'soon' is not a time such as"),
         # YAML 1.1 reads this as a number of seconds.
         ("{time: 12:00:00}", "resources.time: '43200' is not a time such as \"04:00:00\" (in q"),

@@ -147,7 +147,7 @@ def test_a_run_is_followed_through_the_queue_and_a_requeue(
             "step",
             "time limit is near",
             " 2",
-            "job 12 waits: its time has not come; a job that is queued",
+            "job 12 waits: waits for its begin time; after a requeue",
             "---- attempt 2: job 12 on node1 node2, from step 2 ----",
             "step 3",
             f"---- finished; next: make generate RUN={NAME}",

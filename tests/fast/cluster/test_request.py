@@ -67,9 +67,9 @@ def test_a_site_whose_image_is_for_cpus_trains_on_cpus_whatever_gpus_are_asked_f
     [
         ({"gpus": "8"}, "GPUS=8: a node has 4 (site.toml: slurm.gpus_per_node)"),
         ({"gpus": "4", "nproc": "3"}, "NPROC=3: a node's processes have one GPU each, and 4"),
-        ({"nodes": "0"}, "NODES=0: is not a whole number of 1 or more"),
-        ({"nodes": "two"}, "NODES=two: is not a whole number"),
-        ({"gpus": "-1"}, "GPUS=-1: is not a whole number of 0 or more"),
+        ({"nodes": "0"}, "NODES=0: must be a whole number, at least 1"),
+        ({"nodes": "two"}, "NODES=two: must be a whole number"),
+        ({"gpus": "-1"}, "GPUS=-1: must be a whole number, at least 0"),
         ({"gpus": "0", "nproc": "65"}, "NPROC=65: a job gets 64 CPUs"),
         ({"time": "soon"}, "TIME=soon: is not a time limit"),
         ({"time": "1:2:3:4"}, "TIME=1:2:3:4: is not a time limit"),

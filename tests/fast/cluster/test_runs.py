@@ -138,7 +138,7 @@ def test_what_looks_like_a_secret_is_not_copied_and_said(
     assert not copied & names
     assert "tokenizer.py" in copied
     said = capsys.readouterr().err
-    assert said.startswith("note: not taken along, as it looks like a secret: ")
+    assert said.startswith("note: not copied (it looks like a secret): ")
     assert all(name in said for name in names)
     assert len(said.splitlines()) == 1
 
@@ -293,7 +293,7 @@ def test_a_run_that_is_in_use_is_refused_with_its_holder(checkout: Path) -> None
         stream.flush()
         lock.check_free(folder)
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another run works on it \(process 7 on node1\)"):
+        with pytest.raises(UserError, match=r"in use by another run \(process 7 on node1\)"):
             lock.check_free(folder)
     lock.check_free(folder)
     (folder / "run.lock").unlink()

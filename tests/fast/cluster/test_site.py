@@ -63,11 +63,11 @@ def test_the_example_is_a_site_and_shows_every_setting_with_its_default(folder: 
     ("change", "said"),
     [
         ('partiton = "x"', "'slurm.partiton' is not a setting; did you mean 'partition'"),
-        ("save_s = -1", "slurm.save_s: -1 is not a whole number of 0 or more"),
-        ("save_s = true", "slurm.save_s: True is not a whole number"),
-        ('save_s = "5"', "slurm.save_s: '5' is not a whole number"),
-        ("account = 5", "slurm.account: 5 is not a string in quotes"),
-        ('sbatch_flags = "--x"', "slurm.sbatch_flags: '--x' is not a list of strings"),
+        ("save_s = -1", "slurm.save_s: -1 must be a whole number, at least 0"),
+        ("save_s = true", "slurm.save_s: True must be a whole number"),
+        ('save_s = "5"', "slurm.save_s: '5' must be a whole number"),
+        ("account = 5", "slurm.account: 5 must be a string in quotes"),
+        ('sbatch_flags = "--x"', "slurm.sbatch_flags: '--x' must be a list of strings"),
     ],
 )
 def test_a_wrong_setting_is_named(change: str, said: str) -> None:
@@ -92,12 +92,12 @@ def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
         (LEAST + '[container]\nvariant = "gpu"', r"container.variant: 'gpu' is not \"cuda\" or"),
         (LEAST + '[environment]\n"A B" = "x"', "environment.A B: is not the name of a variable"),
         (LEAST + "[environment]\nA = 1", "environment.A: 1 is not a string"),
-        (LEAST.replace('"long"', '""'), "slurm.partition: '' is not filled in"),
+        (LEAST.replace('"long"', '""'), "slurm.partition: '' must be filled in"),
         (LEAST + '[ssh]\nbackend = "rsh"', r"ssh.backend: 'rsh' is not \"paramiko\" or"),
         (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
         (
             LEAST + '[ssh]\nhost = "-oProxyCommand=x"',
-            r"ssh.host: '-oProxyCommand=x' is not the name of a machine",
+            r"ssh.host: '-oProxyCommand=x' must be the name of a machine",
         ),
     ],
 )

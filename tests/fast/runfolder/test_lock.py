@@ -49,7 +49,7 @@ def test_a_folder_that_another_process_works_on_is_refused_and_says_who(
         with pytest.raises(UserError) as error:
             lock(tmp_path)
         said = str(error.value)
-        assert said.startswith(f"{tmp_path}: another run works on it (process {holder.pid} on ")
+        assert said.startswith(f"{tmp_path}: in use by another run (process {holder.pid} on ")
         assert " since 20" in said
 
 
@@ -77,7 +77,7 @@ def test_in_a_step_of_slurms_it_waits_for_the_lock_of_an_attempt_that_is_over(
     assert len(waits) == 1
     monkeypatch.setattr(module, "LEASE_S", 0)
     held = lock(tmp_path)
-    with pytest.raises(UserError, match="another run works on it"):
+    with pytest.raises(UserError, match="in use by another run"):
         lock(tmp_path)
     os.close(held)
 

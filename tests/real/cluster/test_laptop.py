@@ -320,7 +320,7 @@ def test_bad_input_is_refused_on_the_laptop(
 def test_bad_input_is_refused_from_afar(either: Laptop) -> None:
     before = either.jobs()
     for words, said in (
-        (("submit", "NODES=x"), "NODES=x: is not a whole number"),
+        (("submit", "NODES=x"), "NODES=x: must be a whole number"),
         (("tunnel", "RUN=nothing", f"PORT={free_port()}"), "RUN=nothing: there is no such run"),
     ):
         done = either.make(*words)

@@ -361,7 +361,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
         second = train(tmp_path / "run")
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
-    assert "another run works on it (process " + str(first.pid) in line
+    assert "in use by another run (process " + str(first.pid) in line
     done = train(tmp_path / "run", "--max_steps", "3")
     assert done.returncode == 0, "the lock outlived its holder"
 
