@@ -115,7 +115,7 @@ check: | setup ## what the cluster has and gives me; JOB=... will it fit, when, 
 	  $(call flag,ACCEL,accel) $(sized) $(call flag,FORMAT,format) -- $(ARGS) || [ $$? -eq 1 ]
 
 ssh: | setup ## a terminal on the login node; CMD="..." runs a command there
-	$(python) -m cluster.ssh $(call flag,CMD,command)
+	$(python) -m cluster.login $(call flag,CMD,command)
 
 tunnel: | setup ## TensorBoard of RUN in the browser here, or PORT of a node: PORT=8888 NODE=node7
 	$(python) -m cluster.tunnel $(call flag,RUN,run) $(call flag,NODE,node) $(call flag,PORT,port)

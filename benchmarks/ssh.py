@@ -88,8 +88,8 @@ def main(argv: list[str]) -> int:
             ),
             Client(
                 "sluice",
-                [sys.executable, "-m", "cluster.ssh", "--command"],
-                [sys.executable, "-m", "cluster.ssh", "--command"],
+                [sys.executable, "-m", "cluster.login", "--command"],
+                [sys.executable, "-m", "cluster.login", "--command"],
                 sluice,
             ),
         ]
@@ -333,7 +333,7 @@ def environment(folder: Path, config: Path) -> dict[str, str]:
 
 def agreed(config: Path) -> dict[str, str]:
     """Return the ciphers that the two use."""
-    from cluster.ssh import link
+    from cluster.login import link
 
     done = subprocess.run(
         ["ssh", "-v", "-F", str(config), HOST, "true"],

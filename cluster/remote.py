@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from cluster import site as sites
+from cluster.login.transport import LOST, Transport
 from cluster.site import Site
-from cluster.transport import LOST, Transport
 
 
 def carry_out(site: Site, module: str, argv: list[str]) -> int:
@@ -23,7 +23,7 @@ def carry_out(site: Site, module: str, argv: list[str]) -> int:
         UserError: the login node cannot be reached, or the checkout not be brought there.
     """
     # What the login node itself has no use for.
-    from cluster.backends import connect
+    from cluster.login.backends import connect
 
     with connect(site) as login:
         code = login.run(script(site, checkout(login, site), module, argv), site.ssh.modules)

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 
 from cluster import checkout
+from cluster.login.transport import Transport
 from cluster.site import FOLDERS, Site
-from cluster.transport import Transport
 from runfolder.errors import UserError
 
 # How many checkouts stay there: somebody may still follow a log with the code of an older one.

@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from cluster import remote
 from cluster import site as sites
-from cluster.backends import connect
 from cluster.board import LISTENS
 from cluster.errors import Parser, run_to_exit
-from cluster.transport import Running, Stream, Transport
+from cluster.login.backends import connect
+from cluster.login.transport import Running, Stream, Transport
 from runfolder.errors import UserError, printable
 
 TENSORBOARD_PORT = 6006

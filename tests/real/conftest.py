@@ -29,7 +29,7 @@ ORDER = (
     "tests/real/train/",
     "tests/real/test_make.py",
     "tests/real/cluster/test_laptop.py",
-    "tests/real/cluster/ssh/",
+    "tests/real/cluster/login/",
     "tests/real/cluster/test_new_user.py",
     "tests/real/containers/",
     "tests/real/benchmarks/",

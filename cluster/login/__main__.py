@@ -1,0 +1,76 @@
+"""`make ssh`: a shell on the login node, or one command there.
+
+python -m cluster.login [--host HOST] [--command COMMAND] [--forward-agent]
+"""
+
+from __future__ import annotations
+
+import os
+
+from cluster import site
+from cluster.errors import Parser, run_to_exit
+from runfolder.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run a shell or a command on the login node; return its exit code."""
+    parser = Parser(
+        prog="python -m cluster.login",
+        description="A shell on the login node; ~? in it lists what it takes itself.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--host", default="", help="a Host of ~/.ssh/config, instead of the site's")
+    parser.add_argument("--command", default="", help="run this there, instead of a shell")
+    parser.add_argument(
+        "--forward-agent", action="store_true", help="lend it the ssh-agent of this machine"
+    )
+    options = parser.parse_args(argv)
+    _open_standard_streams()
+    settings = _settings(options.host)
+    if not settings.host:
+        raise UserError("ssh: no host is named; set host in [ssh] of site.toml, or give HOST=")
+
+    if settings.backend == "openssh":
+        from cluster.login import openssh
+
+        words = openssh.words_of(settings)
+        if options.command:
+            # Where ssh_config has a RemoteCommand, ssh would refuse another.
+            words = openssh.for_commands(words, settings.host)
+        if openssh.master_of(words, settings.host) == "dead":
+            words += ["-o", "ControlPath=none"]
+        words += ["-A"] if options.forward_agent else []
+        words += [settings.host] + ([options.command] if options.command else [])
+        os.execvp(words[0], words)
+    # They take a third of a second, which a mistake above does not have to wait for.
+    from cluster.login import config, connection, session
+
+    found = config.resolve(
+        settings.host, user=settings.user, port=settings.port, config=settings.config
+    )
+    with connection.connect(found) as connected:
+        return session.run(
+            connected,
+            options.command or found.remote_command or None,
+            # As with ssh, what the configuration says means nothing where there is no agent.
+            forward_agent=options.forward_agent or bool(found.forward_agent),
+        )
+
+
+def _settings(host: str) -> site.Ssh:
+    here = site.load()
+    if not host or host == here.ssh.host:
+        return here.ssh
+    # User and port are those of the site's own host, and so is the private cluster's file.
+    return site.Ssh(host=host, config="" if here.is_private else here.ssh.config)
+
+
+def _open_standard_streams() -> None:
+    """Make sure that 0, 1 and 2 are open, so that no socket gets one of these numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

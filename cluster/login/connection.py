@@ -1,0 +1,258 @@
+"""A connection to a host: through its jumps, to a server that is known, signed in, watched."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import paramiko
+
+from cluster.login import agent, config, host_key, reach
+from cluster.login.config import Host
+from cluster.login.link import BROKEN, Link
+from cluster.login.prompts import Prompts, Refusal, Terminal
+from cluster.login.sign_in import sign_in
+from cluster.login.watchdog import Watchdog
+from runfolder.errors import UserError, printable
+
+# The servers of busy login nodes take their time before the first word.
+FIRST_WORDS_S = 60.0
+SESSION_TIMEOUT_S = 60.0
+# As many as a chain of login nodes can need; a host that is its own jump has no end.
+MOST_HOPS = 8
+CLOSE_S = 1.0
+JUMP = re.compile(
+    r"(ssh://)?((?P<user>.+)@)?(?P<host>\[[^\[\]]+\]|[^\[\]:@/]+)(:(?P<port>[0-9]{1,5}))?/?"
+)
+
+
+def to_stderr(text: str) -> None:
+    """Show what the user should know: a banner, a note."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Hop:
+    """One of the connections on the way."""
+
+    host: Host
+    link: Link
+    proxy: reach.Proxy | None
+    watchdog: Watchdog | None = None
+
+
+class Connection:
+    """An authenticated connection; a context manager that closes it."""
+
+    def __init__(self, hops: list[Hop]) -> None:
+        self._hops = hops
+        self._is_closed = False
+        self.host = hops[-1].host
+        self.transport: paramiko.Transport = hops[-1].link
+        """Of the last hop."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why the connection is gone ("no answer from NAME for 45 s"); None while it stands.
+
+        It is None, too, after `close`.
+        """
+        if self._is_closed:
+            return None
+        # The hop that fell first took those behind it along.
+        for hop in self._hops:
+            if hop.watchdog is not None and hop.watchdog.verdict:
+                return hop.watchdog.verdict
+            if not hop.link.is_active():
+                return _end(hop)
+        return None
+
+    def open_session(self) -> paramiko.Channel:
+        """Return a new session channel.
+
+        Raises:
+            UserError: the server refuses it, or the connection is gone.
+        """
+        try:
+            return self.transport.open_session(timeout=SESSION_TIMEOUT_S)
+        except paramiko.ChannelException as error:
+            raise UserError(
+                f"{self.host.alias}: no session was granted ({printable(error.text)}); too many "
+                "may be open (MaxSessions), or the account may not have any"
+            ) from None
+        except BROKEN as error:
+            why = self.lost or printable(str(error)) or "the connection ended"
+            raise UserError(f"{self.host.alias}: no session: {why}; try again") from None
+
+    def forward_agent(self, channel: paramiko.Channel) -> None:
+        """Let the far side of a session use the local agent; to be asked for before its command.
+
+        Raises:
+            UserError: there is no agent here.
+        """
+        path = self.host.forward_agent or self.host.identity_agent
+        if not path:
+            raise UserError("agent forwarding: there is no ssh-agent; SSH_AUTH_SOCK names one")
+        agent.forward(channel, path, agent.Binding.of(self._hops[-1].link))
+
+    def close(self) -> None:
+        """End all hops; takes two seconds at most, also with a dead peer. May be called twice."""
+        self._is_closed = True
+        _close(self._hops)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def connect(
+    host: Host, *, prompts: Prompts | None = None, say: Callable[[str], None] = to_stderr
+) -> Connection:
+    """Return a connection that is signed in.
+
+    Args:
+        host: as `config.resolve` returned it; its jumps are resolved in the same way.
+        prompts: who answers questions; the terminal.
+        say: takes banners and notes, free of control characters, without a newline at the end.
+
+    Raises:
+        UserError: a host cannot be reached, is not the one that is known, or lets nobody in.
+        KeyboardInterrupt: Ctrl+C, also at a question; the terminal is as it was.
+    """
+    hops: list[Hop] = []
+    try:
+        for stop in route(host):
+            _add_hop(hops, stop, prompts or Terminal(), say)
+    except BaseException:
+        _close(hops)
+        raise
+    return Connection(hops)
+
+
+def route(host: Host) -> list[Host]:
+    """Return the hosts on the way, the target last.
+
+    As with ssh, the first jump is reached as its own configuration says, and may have jumps of
+    its own; each further one through those before it.
+
+    Raises:
+        UserError: the way has no end, or a jump's configuration is wrong.
+    """
+    way = [host]
+    while way[0].proxy_jump:
+        first = way[0]
+        jumps = [_jump(first, text) for text in first.proxy_jump]
+        rest = [dataclasses.replace(jump, proxy_jump=(), proxy_command="") for jump in jumps[1:]]
+        way = [jumps[0], *rest, *way]
+        if len(way) > MOST_HOPS:
+            raise UserError(
+                f"{host.alias}: its ProxyJump leads through more than {MOST_HOPS} hosts "
+                f"({', '.join(stop.alias for stop in way[-4:])}); is a host its own jump?"
+            )
+    return way
+
+
+def _jump(host: Host, text: str) -> Host:
+    found = JUMP.fullmatch(text)
+    if found is None:
+        raise UserError(
+            f"ProxyJump {printable(text)} of {host.alias}: is not [user@]host[:port]; put it right"
+        )
+    name, port = found["host"].strip("[]"), int(found["port"] or 0)
+    try:
+        return config.resolve(name, user=found["user"] or "", port=port, config=host.config)
+    except UserError as error:
+        raise UserError(f"the jump {printable(text)} of {host.alias}: {error}") from None
+
+
+def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
+    check = host_key.checker(host)
+    if host.batch_mode:
+        prompts = Refusal("BatchMode is on")
+    proxy: reach.Proxy | None = None
+    stream: Any
+    if hops:
+        stream = reach.through(hops[-1].link, hops[-1].host, host)
+    elif host.proxy_command:
+        proxy = reach.Proxy(host)
+        stream = proxy.socket
+    else:
+        stream = reach.tcp(host)
+    try:
+        link = Link(stream, host.algorithms, is_compressed=host.compression)
+        link.offer_host_keys(check.algorithms())
+    except BaseException as error:
+        stream.close()
+        if proxy is not None:
+            proxy.close()
+        if isinstance(error, ValueError) and not isinstance(error, UserError):
+            raise UserError(f"{host.alias}: {error}; allow another in ssh_config") from None
+        raise
+    hop = Hop(host=host, link=link, proxy=proxy)
+    hops.append(hop)
+    link.banner_timeout = link.handshake_timeout = reach.deadline(host, FIRST_WORDS_S)
+    try:
+        link.start_client()
+    except BROKEN as error:
+        why = (proxy.ended() if proxy is not None else "") or _words(link, error)
+        raise UserError(f"{host.alias}: no SSH connection: {why}; {_step(why)}") from None
+    assert link.host_key_blob is not None
+    check.check(link.host_key_blob, prompts, say)
+    sign_in(link, host, prompts, say)
+    hop.watchdog = Watchdog(
+        link, host.alias, host.server_alive_interval_s, host.server_alive_count_max
+    )
+
+
+def _words(link: Link, error: BaseException) -> str:
+    """Return why a connection failed: the server's own words, if it had any."""
+    said = link.last_words or str(error) or "the other side closed it"
+    # Paramiko's sentence runs into what follows.
+    return printable(said.replace("SSH protocol banner", "the server's first words: "))
+
+
+def _step(why: str) -> str:
+    if "Incompatible" in why:
+        return 'the server wants other algorithms; set backend = "openssh" in [ssh] of site.toml'
+    return "is that an SSH server, and are you let through to it?"
+
+
+def _end(hop: Hop) -> str:
+    words = printable(hop.link.last_words)
+    if words:
+        return f"{hop.host.alias} ended the connection: {words}"
+    error = hop.link.given_up or hop.link.saved_exception
+    why = "" if error is None or isinstance(error, EOFError) else f": {printable(str(error))}"
+    return f"{hop.host.alias} closed the connection{why}"
+
+
+def _close(hops: list[Hop]) -> None:
+    """End the hops, the first first: what is left of the others cannot hold anything up then."""
+    for hop in hops:
+        if hop.watchdog is not None:
+            hop.watchdog.stop()
+    for hop in hops:
+        if isinstance(hop.link.sock, socket.socket):
+            # Wakes the thread that reads; a mere close does not.
+            with contextlib.suppress(OSError):
+                hop.link.sock.shutdown(socket.SHUT_RDWR)
+        hop.link.close()
+        if hop.proxy is not None:
+            hop.proxy.close()
+    for hop in hops:
+        if hop.link is not threading.current_thread() and hop.link.is_alive():
+            hop.link.join(CLOSE_S / len(hops))

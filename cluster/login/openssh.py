@@ -1,0 +1,290 @@
+"""The way to a login node by the `ssh` command, for what Paramiko lacks: Kerberos, security keys.
+
+One process signs in and stays (ControlMaster); all else goes through it. A master that the user has
+already is used as it is, if it answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal
+
+from cluster.login import shell
+from cluster.login.shell import LAST_WORDS_S
+from cluster.login.transport import LOST, Running, Stream
+from cluster.site import Ssh
+from runfolder.errors import UserError
+
+BLOCK_BYTES = 1 << 16
+# What a script there gets to end once its input has.
+END_S = 60
+# What a master of the user's gets to answer.
+MASTER_S = 15
+# What ssh says on this side when it has signed in, so that no login file there has a part in it.
+SIGNED_IN = "-- sluice --"
+# Of ssh_config, what is meant for people and would keep a command from running, or from its input.
+# Only what ssh_config sets otherwise is named: releases before 8.7 do not know these.
+FOR_COMMANDS = {
+    "sessiontype": "default",
+    "stdinnull": "no",
+    "forkafterauthentication": "no",
+}
+
+
+def words_of(settings: Ssh) -> list[str]:
+    """Return the ssh command of a site, as far as the name of the host.
+
+    Raises:
+        UserError: there is no ssh command.
+    """
+    if shutil.which("ssh") is None:
+        raise UserError('ssh.backend = "openssh": ssh is not on the PATH')
+    words = ["ssh"]
+    if settings.config:
+        words += ["-F", settings.config]
+    if settings.user:
+        words += ["-l", settings.user]
+    if settings.port:
+        words += ["-p", str(settings.port)]
+    return words
+
+
+def for_commands(words: Sequence[str], host: str) -> list[str]:
+    """Return `words` (`words_of`) with the options without which a command is not run as it is.
+
+    Raises:
+        UserError: what ssh_config says is wrong.
+    """
+    words = [*words, "-o", "RemoteCommand=none"]
+    done = subprocess.run(
+        [*words, "-G", host, "exit"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{host}: ssh does not take its ssh_config; its own words are above")
+    found = (line.split(maxsplit=1) for line in done.stdout.decode(errors="replace").splitlines())
+    settings = {pair[0].lower(): pair[1] for pair in found if len(pair) == 2}
+    changed = [
+        f"{name}={plain}"
+        for name, plain in FOR_COMMANDS.items()
+        if settings.get(name, plain) != plain
+    ]
+    return [*words, *(word for setting in changed for word in ("-o", setting))]
+
+
+def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
+    """Return what there is of a master that the user has; says it if that is to be left aside.
+
+    Its process may well be there when its connection has died: a laptop that was moved.
+    """
+    state = _ask_master(words, host)
+    if state == "alive":
+        # Whatever the far side does with it: that it ends shows that the connection stands.
+        session = [*for_commands(words, host), "-T"]
+        session += ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
+        try:
+            subprocess.run(
+                [*session, host, "exit"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=MASTER_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            state = "dead"
+    if state == "dead":
+        print(
+            f"note: {host}: the open connection (ControlMaster) has not answered for {MASTER_S} s, "
+            f"and is left aside; to end it: ssh -O exit {host}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return state
+
+
+def _ask_master(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
+    """Return what the master's process says."""
+    check = [*words, "-O", "check", host]
+    try:
+        done = subprocess.run(check, capture_output=True, check=False, timeout=MASTER_S)
+    except subprocess.TimeoutExpired:
+        return "dead"
+    return "none" if done.returncode else "alive"
+
+
+class OpenSsh:
+    """A `cluster.login.transport.Transport`."""
+
+    def __init__(self, settings: Ssh) -> None:
+        self._host = settings.host
+        # Nor ports that are meant for a terminal.
+        self._words = for_commands(words_of(settings), self._host)
+        self._words += ["-o", "ClearAllForwardings=yes"]
+        self._master: subprocess.Popen[bytes] | None = None
+        # In /tmp, because the path of a socket may not be long.
+        self._folder = Path(tempfile.mkdtemp(prefix="sluice-", dir="/tmp"))
+
+    def __enter__(self) -> OpenSsh:
+        try:
+            self._sign_in()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    @property
+    def lost(self) -> str:
+        """Why there is no connection any more; see `Transport`."""
+        master = self._master
+        if master is None:
+            stands = _ask_master(self._words, self._host) == "alive"
+        else:
+            stands = master.poll() is None
+        return "" if stands else "ssh has ended"
+
+    def _sign_in(self) -> None:
+        # From here on nothing asks anything, even if the master should be lost.
+        quiet = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
+        if master_of(self._words, self._host) == "alive":
+            self._words += quiet
+            return
+        self._words += ["-o", f"ControlPath={self._folder}/socket"]
+        words = [*self._words, "-T", "-o", "ControlMaster=yes", "-o", "ControlPersist=no"]
+        words += ["-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"]
+        words += ["-o", "PermitLocalCommand=yes", "-o", f"LocalCommand=echo {SIGNED_IN}"]
+        # Ends with this process, however that ends: cat, or what a login file has put in its place,
+        # then finds no more input.
+        self._master = subprocess.Popen(
+            [*words, self._host, "exec cat >/dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._master.stdout is not None
+        for line in self._master.stdout:
+            if line.strip().endswith(SIGNED_IN.encode()):
+                break
+        else:
+            self._master.wait()
+            raise UserError(f"{self._host}: ssh could not sign in; its own words are above")
+        self._words += quiet
+
+    def _end(self) -> None:
+        try:
+            if self._master is not None:
+                assert self._master.stdin is not None
+                self._master.stdin.close()
+                self._master.terminate()
+                self._master.wait()
+        finally:
+            shutil.rmtree(self._folder)
+
+    def ask(self, script: str, data: bytes = b"") -> bytes:
+        """Run a bash script there; see `Transport`."""
+        answer = shell.Answer.of(script)
+        pipe = subprocess.PIPE
+        words = [*self._words, "-T", self._host, shell.command(answer.script)]
+        with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
+            assert process.stdin and process.stdout and process.stderr
+            # All three at once: each may have to wait for another.
+            threads = [
+                threading.Thread(target=_send, args=(process.stdin, data), daemon=True),
+                threading.Thread(
+                    target=_collect_errors, args=(process.stderr, answer), daemon=True
+                ),
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                while output := process.stdout.read(BLOCK_BYTES):
+                    if answer.take(output):
+                        # What a login file has left running may hold the session open.
+                        break
+                code = process.wait() if answer.code is None else 0
+                if code or answer.code:
+                    threads[1].join(LAST_WORDS_S)
+            finally:
+                process.kill()
+        if code == LOST and self.lost:
+            raise UserError(f"{self._host}: the connection was lost: {self.lost}; try again")
+        return answer.words(self._host, code)
+
+    def run(self, script: str, modules: Sequence[str] = ()) -> int:
+        """Run a bash script there, with these streams; see `Transport`."""
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        command = shell.command(script, modules)
+        words = [*self._words, "-t" if interactive else "-T", self._host, command]
+        stdin = None if interactive else subprocess.DEVNULL
+        return subprocess.call(words, stdin=stdin)
+
+    def start(self, script: str, modules: Sequence[str] = ()) -> Running:
+        """Run a bash script there, beside others; see `Transport`."""
+        return _Process([*self._words, "-T", self._host, shell.command(script, modules)])
+
+    def dial(self, host: str, port: int) -> Stream:
+        """Return a stream to a port there; what does not listen there is said by ssh itself."""
+        ours, theirs = socket.socketpair()
+        words = [*self._words, "-W", f"[{host}]:{port}", self._host]
+        with theirs:
+            subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno())
+        return ours
+
+
+class _Process:
+    """A `cluster.login.transport.Running`."""
+
+    def __init__(self, words: list[str]) -> None:
+        pipe = subprocess.PIPE
+        # Whoever reads these lines reads no others.
+        self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
+
+    def read_line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().decode(errors="replace")
+
+    def is_over(self) -> bool:
+        return self._process.poll() is not None
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _send(stream: IO[bytes], data: bytes) -> None:
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[stream.write(view) :]
+        stream.close()
+    except (OSError, ValueError):
+        # It has ended, or was closed as the answer is complete. Whoever reads that finds out why.
+        return
+
+
+def _collect_errors(stream: IO[bytes], answer: shell.Answer) -> None:
+    # As above.
+    with contextlib.suppress(OSError, ValueError):
+        while errors := stream.read(BLOCK_BYTES):
+            for line in answer.take_error(errors):
+                print(line, file=sys.stderr, flush=True)

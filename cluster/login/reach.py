@@ -1,0 +1,192 @@
+"""The stream to a host's sshd: over TCP, through a ProxyCommand, or through the hop before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import threading
+from typing import Any
+
+import paramiko
+
+from cluster.login.config import Host
+from cluster.login.link import BROKEN
+from runfolder.errors import UserError, printable
+
+FAMILIES = {
+    "any": socket.AF_UNSPEC,
+    "inet": socket.AF_INET,
+    "inet6": socket.AF_INET6,
+}
+FORWARD_TIMEOUT_S = 60
+# What a ProxyCommand gets to end by itself once its stream is closed, and after SIGTERM.
+GRACE_S = 0.5
+
+
+def tcp(host: Host) -> socket.socket:
+    """Return a connection to the first of the host's addresses that takes one.
+
+    Raises:
+        UserError: none does; says what became of each.
+    """
+    failures = []
+    for family, kind, protocol, _, address in _addresses(host):
+        where = f"{address[0]} port {host.port}"
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.settimeout(host.connect_timeout_s)
+            if host.bind_address:
+                made.bind((host.bind_address, 0))
+            made.connect(address)
+        except TimeoutError as error:
+            made.close()
+            why = error.strerror or f"no answer for {host.connect_timeout_s} s"
+            failures.append(f"{where}: {why}")
+        except OSError as error:
+            made.close()
+            failures.append(f"{where}: {error.strerror or error}")
+        except BaseException:
+            made.close()
+            raise
+        else:
+            # A keystroke is a packet that must not wait for the next one.
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(host.tcp_keep_alive))
+            return made
+    raise UserError(f"{host.alias}: cannot be reached ({'; '.join(failures)}); is the network up?")
+
+
+def _addresses(host: Host) -> list[Any]:
+    """Return what the name resolves to; asked in a thread, as Ctrl+C cannot interrupt it."""
+    answers: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            family = FAMILIES[host.address_family]
+            found = socket.getaddrinfo(host.hostname, host.port, family, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            answers.put(error if isinstance(error, OSError) else OSError(str(error)))
+        else:
+            answers.put(list(found))
+
+    threading.Thread(target=ask, daemon=True).start()
+    answer = answers.get()
+    if isinstance(answer, OSError):
+        why = answer.strerror or answer
+        raise UserError(
+            f"{host.alias}: the name {host.hostname} has no address ({why}); is it spelt right, "
+            "and the network (or VPN) up?"
+        )
+    return answer
+
+
+class Proxy:
+    """A ProxyCommand that runs, and our end of its stream."""
+
+    def __init__(self, host: Host) -> None:
+        """Start the command.
+
+        Raises:
+            UserError: there is no shell to run it.
+        """
+        self._command = host.proxy_command
+        ours, theirs = socket.socketpair()
+        try:
+            # As ssh runs it: by the user's shell, which it replaces; stderr stays the user's.
+            self._process = subprocess.Popen(
+                [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {host.proxy_command}"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+            )
+        except OSError as error:
+            ours.close()
+            raise UserError(f"{host.alias}: ProxyCommand: {error.strerror}") from None
+        finally:
+            theirs.close()
+        self.socket = ours
+
+    def ended(self) -> str:
+        """Return how the command ended, for a message; empty if it runs."""
+        try:
+            code = self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            return ""
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        return f"the ProxyCommand '{printable(self._command)}' ended ({how})"
+
+    def close(self) -> None:
+        """Close the stream and see the command end; takes a second at most."""
+        self.socket.close()
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                self._process.send_signal(number)
+            try:
+                self._process.wait(GRACE_S)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+        # Killed, it has to be waited for, or it stays as a zombie.
+        self._process.wait()
+
+
+class Tunnel:
+    """A channel of the hop before as the socket of the next; it can be closed when that is gone."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self.send = channel.send
+        self.recv = channel.recv
+        self.settimeout = channel.settimeout
+
+    def close(self) -> None:
+        """End the stream; says so to the hop before if that still listens."""
+        with contextlib.suppress(*BROKEN):
+            self._channel.close()
+
+    @property
+    def _closed(self) -> bool:
+        # Paramiko looks at a socket's private field.
+        return bool(self._channel.closed)
+
+
+def through(transport: paramiko.Transport, before: Host, host: Host) -> Tunnel:
+    """Return a stream to a host that the hop before it connects to.
+
+    Raises:
+        UserError: the hop refuses, or does not reach it.
+    """
+    target = (host.hostname, host.port)
+    try:
+        channel = transport.open_channel(
+            "direct-tcpip",
+            target,
+            ("127.0.0.1", 0),
+            timeout=host.connect_timeout_s or FORWARD_TIMEOUT_S,
+        )
+    except paramiko.ChannelException as error:
+        prohibited = error.code == 1
+        why = "does not allow jumps" if prohibited else "does not reach it"
+        step = "AllowTcpForwarding is off there; ask the site" if prohibited else "is it up?"
+        raise UserError(
+            f"{host.alias}: the jump host {before.alias} {why} "
+            f"({host.hostname} port {host.port}: {printable(error.text)}); {step}"
+        ) from None
+    except BROKEN as error:
+        raise UserError(
+            f"{host.alias}: no way through the jump host {before.alias}: {printable(str(error))}"
+        ) from None
+    return Tunnel(channel)
+
+
+def deadline(host: Host, seconds: float) -> float:
+    """Return how long the other side may take for its first words.
+
+    A ProxyCommand may ask the user something before it lets a byte through.
+    """
+    if host.connect_timeout_s is not None:
+        return float(host.connect_timeout_s)
+    return 600.0 if host.proxy_command else seconds

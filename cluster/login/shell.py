@@ -1,0 +1,135 @@
+"""A clean shell on the login node: what a script of ours runs in, whatever the login files do.
+
+A login shell is needed for what sites set up in one (Slurm on the PATH, modules), but nothing of
+ours runs in it: it may end, print, hang, or have been replaced by another shell, and it runs
+~/.bash_logout when it is left. So a first, clean bash starts one beside itself, takes over its
+environment, umask and limits, and becomes a second clean bash, which runs the script with the
+session's own streams.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runfolder.errors import UserError, printable
+
+# After so long it is said that the login files have not finished, and they are given up.
+SLOW_S = 10.0
+LIMIT_S = 120.0
+# For what a script that failed says of it to arrive; something else may hold its stderr open.
+LAST_WORDS_S = 2.0
+# How an error or a note of the first shell begins, in the words that are shown as they are.
+ERROR, NOTE = "error: ", "note: "
+
+# The first shell; it says what is set before it.
+TAKE_OVER = Path(__file__).with_name("shell.sh")
+
+
+def command(
+    script: str,
+    modules: Sequence[str] = (),
+    *,
+    slow_s: float = SLOW_S,
+    limit_s: float = LIMIT_S,
+) -> str:
+    """Return a command for any login shell, csh and fish too, that runs a bash script.
+
+    With the environment of a login in which `modules` are loaded, in the home folder. What the
+    login files print goes to stderr, and they do not get the script's input.
+    """
+    loads = [
+        f"module load {shlex.quote(name)} >&2 || "
+        rf"{{ \builtin printf 'module %s\0' {shlex.quote(name)} >&61; \builtin exec true; }}"
+        for name in modules
+    ]
+    values = {
+        "script": script,
+        "modules": "\n".join(loads),
+        "slow": f"{slow_s:g}",
+        "limit": f"{limit_s:g}",
+    }
+    first = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+    first += TAKE_OVER.read_text(encoding="utf-8")
+    packed = base64.b64encode(first.encode()).decode()
+    # Between single quotes, and without the letters that mean something to some shell there.
+    words = "exec bash --noprofile --norc -p -c"
+    return f"{words} 'eval \"$(echo {packed} | base64 -d)\"'"
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What a script prints, between marks that nothing else can have printed."""
+
+    script: str
+    """The script, with the marks."""
+    code: int | None = None
+    """The script's exit code, once its answer is complete."""
+    _begin: bytes
+    _end: re.Pattern[bytes]
+    _output: bytearray = field(default_factory=bytearray)
+    _errors: bytearray = field(default_factory=bytearray)
+
+    @classmethod
+    def of(cls, script: str) -> Answer:
+        """Return the answer to come of a bash script."""
+        mark = f"-- sluice {secrets.token_hex(8)} --"
+        # In a shell of its own: whatever ends it, its end is told.
+        marked = f"printf '\\n{mark}\\n'\n(\n{script}\n)\ncode=$?\nprintf '\\n{mark} %s\\n' $code\n"
+        return cls(
+            script=f"{marked}exit $code",
+            _begin=f"\n{mark}\n".encode(),
+            _end=re.compile(rf"\n{mark} (\d+)\n".encode()),
+        )
+
+    def take(self, output: bytes) -> bool:
+        """Take some output; return whether the answer is complete, whatever is to come."""
+        # The mark may have come in pieces.
+        searched = max(0, len(self._output) - 64)
+        self._output += output
+        if ended := self._end.search(self._output, searched):
+            self.code = int(ended[1])
+        return self.code is not None
+
+    def take_error(self, errors: bytes) -> list[str]:
+        """Take some of stderr; return what of it is to be shown at once."""
+        lines = (bytes(self._errors).rpartition(b"\n")[2] + errors).split(b"\n")[:-1]
+        self._errors += errors
+        shown = [printable(line.decode(errors="replace")) for line in lines]
+        return [line for line in shown if line.startswith(NOTE)]
+
+    def words(self, host: str, exit_code: int) -> bytes:
+        """Return the words of the script.
+
+        Args:
+            host: the name that was asked for.
+            exit_code: of the session, for where the script's own is not known.
+
+        Raises:
+            UserError: it failed, or never ran.
+        """
+        before, found, rest = bytes(self._output).partition(self._begin)
+        ended = self._end.search(rest)
+        if found and ended and int(ended[1]) == 0:
+            return rest[: ended.start()]
+        lines = [line.strip() for line in self._errors.decode(errors="replace").splitlines()]
+        said = [line for line in lines if line and not line.startswith(NOTE)]
+        if not found and said and said[-1].startswith(ERROR):
+            raise UserError(f"{host}: {printable(said[-1].removeprefix(ERROR))}")
+        if found:
+            code = int(ended[1]) if ended else exit_code
+            last = said[-1] if said else f"exit code {code}"
+            raise UserError(f"{host}: a command failed there: {printable(last)}")
+        said += [
+            line.strip() for line in before.decode(errors="replace").splitlines() if line.strip()
+        ]
+        last = said[-1] if said else f"exit code {exit_code}"
+        raise UserError(
+            f"{host}: no bash could be started there: {printable(last)}; the account's shell, or "
+            "what its own file (such as ~/.bashrc) does, ended first: try ssh, or ask the site"
+        )
