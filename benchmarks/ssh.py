@@ -331,12 +331,12 @@ def environment(folder: Path, config: Path) -> dict[str, str]:
     return dict(os.environ) | {"SLUICE_SITE": str(site)}
 
 
-def agreed(config: Path) -> dict[str, str]:
+def agreed(file: Path) -> dict[str, str]:
     """Return the ciphers that the two use."""
-    from cluster.login import link
+    from cluster.login import config, connection
 
     done = subprocess.run(
-        ["ssh", "-v", "-F", str(config), HOST, "true"],
+        ["ssh", "-v", "-F", str(file), HOST, "true"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -344,7 +344,8 @@ def agreed(config: Path) -> dict[str, str]:
     )
     lines = done.stderr.splitlines()
     names = [x.partition("cipher: ")[2].split()[0] for x in lines if "server->client cipher" in x]
-    return {"ssh": names[0], "sluice": link.CIPHERS[0]}
+    with connection.connect(config.resolve(HOST, config=str(file))) as connected:
+        return {"ssh": names[0], "sluice": connected.transport.remote_cipher}
 
 
 def said(command: list[str]) -> str:

@@ -6,9 +6,12 @@ python -m cluster.login [--host HOST] [--command COMMAND] [--forward-agent]
 from __future__ import annotations
 
 import os
+import sys
 
 from cluster import site
 from cluster.errors import Parser, run_to_exit
+from cluster.login.alarm import leave_on_signals
+from cluster.login.transport import OPENSSH
 from runfolder.errors import UserError
 
 
@@ -42,19 +45,19 @@ def main(argv: list[str]) -> int:
         words += ["-A"] if options.forward_agent else []
         words += [settings.host] + ([options.command] if options.command else [])
         os.execvp(words[0], words)
+    if options.forward_agent:
+        raise UserError(f"--forward-agent: is not supported by the terminal in Python; {OPENSSH}")
+    leave_on_signals()
     # They take a third of a second, which a mistake above does not have to wait for.
     from cluster.login import config, connection, session
 
     found = config.resolve(
         settings.host, user=settings.user, port=settings.port, config=settings.config
     )
+    if found.forwards_agent:
+        print(f"note: ForwardAgent is left out; for it, {OPENSSH}", file=sys.stderr, flush=True)
     with connection.connect(found) as connected:
-        return session.run(
-            connected,
-            options.command or found.remote_command or None,
-            # As with ssh, what the configuration says means nothing where there is no agent.
-            forward_agent=options.forward_agent or bool(found.forward_agent),
-        )
+        return session.run(connected, options.command or found.remote_command or None)
 
 
 def _settings(host: str) -> site.Ssh:

@@ -1,4 +1,4 @@
-"""What wakes a session's loop: signals, and other threads that have something to say."""
+"""Signals: what ends this process in order, and what wakes a session's loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,29 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 # Beside the numbers of signals in the pipe.
 BELL = b"\0"
+
+
+def leave_on_signals() -> None:
+    """Have the signals that end a process raise SystemExit, as Ctrl+C raises KeyboardInterrupt.
+
+    So all is given back on the way out: a terminal that does not echo, a folder, a connection.
+    """
+    for number in ENDING:
+        # What a parent has ignored, as nohup does, stays so.
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    # Nothing interrupts what is given back on the way out.
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 class Alarm:
@@ -22,7 +40,6 @@ class Alarm:
         self.fd, self._write_fd = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self._write_fd, False)
-        self._has_rung = False
         # Other threads may ring after the session has ended.
         self._lock = threading.Lock()
         self._is_closed = False
@@ -36,22 +53,15 @@ class Alarm:
 
     def ring(self) -> None:
         """Wake the loop."""
-        if self._has_rung:
-            return
-        with self._lock:
+        with self._lock, contextlib.suppress(BlockingIOError):
             if not self._is_closed:
-                self._has_rung = True
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._write_fd, BELL)
+                os.write(self._write_fd, BELL)
 
     def take(self) -> list[int]:
         """Return the signals that came."""
-        numbers = b""
         with contextlib.suppress(BlockingIOError):
-            numbers = os.read(self.fd, 4096)
-        # After the read, which takes every ring there is; what it told is looked at after this.
-        self._has_rung = False
-        return [number for number in numbers if number]
+            return [number for number in os.read(self.fd, 4096) if number]
+        return []
 
     @contextlib.contextmanager
     def watches(self, *, resize: bool) -> Iterator[list[int]]:

@@ -1,10 +1,10 @@
-"""The two ways to a login node: OpenSSH's programs, and Paramiko."""
+"""The two ways to a login node: OpenSSH's programs where they are, and Paramiko."""
 
 from __future__ import annotations
 
-import signal
-from typing import NoReturn
+import shutil
 
+from cluster.login.alarm import leave_on_signals
 from cluster.login.transport import Transport
 from cluster.site import Site
 
@@ -12,25 +12,19 @@ from cluster.site import Site
 def connect(site: Site) -> Transport:
     """Return a connection to the site's login node, signed in.
 
+    By the ssh command where there is one, whatever `backend` says, which is about terminals: files
+    travel twice as fast through it as through Paramiko.
+
     Raises:
         UserError: it cannot be had.
     """
     # What was made for the connection is removed then, too.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
+    leave_on_signals()
     # Neither library nor command is waited for by those who need the other.
-    if site.ssh.backend == "openssh":
+    if site.ssh.backend == "openssh" or shutil.which("ssh"):
         from cluster.login.openssh import OpenSsh
 
         return OpenSsh(site.ssh)
     from cluster.login.channels import Channels
 
     return Channels(site.ssh)
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    # Nothing interrupts what is given back on the way out.
-    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(other, signal.SIG_IGN)
-    raise SystemExit(128 + number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import socket
 import sys
 import threading
@@ -14,8 +13,9 @@ from typing import Any, Self
 
 import paramiko
 
-from cluster.login import agent, config, host_key, reach
+from cluster.login import config, reach
 from cluster.login.config import Host
+from cluster.login.host_key import Check
 from cluster.login.link import BROKEN, Link
 from cluster.login.prompts import Prompts, Refusal, Terminal
 from cluster.login.sign_in import sign_in
@@ -28,9 +28,6 @@ SESSION_TIMEOUT_S = 60.0
 # As many as a chain of login nodes can need; a host that is its own jump has no end.
 MOST_HOPS = 8
 CLOSE_S = 1.0
-JUMP = re.compile(
-    r"(ssh://)?((?P<user>.+)@)?(?P<host>\[[^\[\]]+\]|[^\[\]:@/]+)(:(?P<port>[0-9]{1,5}))?/?"
-)
 
 
 def to_stderr(text: str) -> None:
@@ -90,17 +87,6 @@ class Connection:
         except BROKEN as error:
             why = self.lost or printable(str(error)) or "the connection ended"
             raise UserError(f"{self.host.alias}: no session: {why}; try again") from None
-
-    def forward_agent(self, channel: paramiko.Channel) -> None:
-        """Let the far side of a session use the local agent; to be asked for before its command.
-
-        Raises:
-            UserError: there is no agent here.
-        """
-        path = self.host.forward_agent or self.host.identity_agent
-        if not path:
-            raise UserError("agent forwarding: there is no ssh-agent; SSH_AUTH_SOCK names one")
-        agent.forward(channel, path, agent.Binding.of(self._hops[-1].link))
 
     def close(self) -> None:
         """End all hops; takes two seconds at most, also with a dead peer. May be called twice."""
@@ -167,22 +153,16 @@ def route(host: Host) -> list[Host]:
 
 
 def _jump(host: Host, text: str) -> Host:
-    found = JUMP.fullmatch(text)
-    if found is None:
-        raise UserError(
-            f"ProxyJump {printable(text)} of {host.alias}: is not [user@]host[:port]; put it right"
-        )
-    name, port = found["host"].strip("[]"), int(found["port"] or 0)
     try:
-        return config.resolve(name, user=found["user"] or "", port=port, config=host.config)
+        return config.resolve(text, config=host.config)
     except UserError as error:
         raise UserError(f"the jump {printable(text)} of {host.alias}: {error}") from None
 
 
 def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
-    check = host_key.checker(host)
+    check = Check.of(host)
     if host.batch_mode:
-        prompts = Refusal("BatchMode is on")
+        prompts = Refusal()
     proxy: reach.Proxy | None = None
     stream: Any
     if hops:
@@ -193,25 +173,27 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
     else:
         stream = reach.tcp(host)
     try:
-        link = Link(stream, host.algorithms, is_compressed=host.compression)
-        link.offer_host_keys(check.algorithms())
-    except BaseException as error:
+        link = Link(stream, host)
+    except BaseException:
         stream.close()
         if proxy is not None:
             proxy.close()
-        if isinstance(error, ValueError) and not isinstance(error, UserError):
-            raise UserError(f"{host.alias}: {error}; allow another in ssh_config") from None
         raise
+    options = link.get_security_options()
+    options.key_types = check.preferred(options.key_types)
     hop = Hop(host=host, link=link, proxy=proxy)
     hops.append(hop)
-    link.banner_timeout = link.handshake_timeout = reach.deadline(host, FIRST_WORDS_S)
+    link.banner_timeout = reach.deadline(host, FIRST_WORDS_S)
     try:
-        link.start_client()
+        # Paramiko returns when the time is up, too.
+        link.start_client(timeout=link.banner_timeout)
+        if not link.initial_kex_done:
+            raise EOFError(f"no keys were agreed on in {link.banner_timeout:.0f} s")
+        key = link.get_remote_server_key()
     except BROKEN as error:
         why = (proxy.ended() if proxy is not None else "") or _words(link, error)
         raise UserError(f"{host.alias}: no SSH connection: {why}; {_step(why)}") from None
-    assert link.host_key_blob is not None
-    check.check(link.host_key_blob, prompts, say)
+    check.check(key, prompts, say)
     sign_in(link, host, prompts, say)
     hop.watchdog = Watchdog(
         link, host.alias, host.server_alive_interval_s, host.server_alive_count_max
@@ -235,7 +217,7 @@ def _end(hop: Hop) -> str:
     words = printable(hop.link.last_words)
     if words:
         return f"{hop.host.alias} ended the connection: {words}"
-    error = hop.link.given_up or hop.link.saved_exception
+    error = hop.link.saved_exception
     why = "" if error is None or isinstance(error, EOFError) else f": {printable(str(error))}"
     return f"{hop.host.alias} closed the connection{why}"
 
@@ -246,6 +228,8 @@ def _close(hops: list[Hop]) -> None:
         if hop.watchdog is not None:
             hop.watchdog.stop()
     for hop in hops:
+        # Else the timer of a first exchange that failed holds up the end of this process.
+        hop.link.packetizer.complete_handshake()
         if isinstance(hop.link.sock, socket.socket):
             # Wakes the thread that reads; a mere close does not.
             with contextlib.suppress(OSError):

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import IO, Literal
 
 from cluster.login import shell
-from cluster.login.shell import LAST_WORDS_S
 from cluster.login.transport import LOST, Running, Stream
 from cluster.site import Ssh
 from runfolder.errors import UserError
@@ -218,7 +217,7 @@ class OpenSsh:
                         break
                 code = process.wait() if answer.code is None else 0
                 if code or answer.code:
-                    threads[1].join(LAST_WORDS_S)
+                    threads[1].join(shell.LAST_WORDS_S)
             finally:
                 process.kill()
         if code == LOST and self.lost:

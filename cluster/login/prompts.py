@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import select
 import termios
-import threading
-from typing import Any, Protocol
+from typing import Protocol
 
-from cluster.login.alarm import Alarm
 from runfolder.errors import UserError, printable
 
 # A line's length in the kernel's line discipline.
 LINE_BYTES = 4096
+# Indices into what tcgetattr returns.
+IFLAG, LFLAG = 0, 3
 
 
 class Prompts(Protocol):
@@ -30,18 +29,15 @@ class Prompts(Protocol):
 class Refusal:
     """Answers nothing, where BatchMode says so."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
-
     def ask(self, question: str) -> str:
         """Refuse."""
-        raise UserError(f"'{one_line(question)}' cannot be asked: {self._why}")
+        raise UserError(f"'{one_line(question)}' cannot be asked: BatchMode is on")
 
     secret = ask
 
 
 class Terminal:
-    """The user at /dev/tty."""
+    """The user at /dev/tty; to be asked in the main thread, where signals end a question."""
 
     def ask(self, question: str) -> str:
         """Return a line that is shown while it is typed.
@@ -49,7 +45,7 @@ class Terminal:
         Raises:
             UserError: there is no terminal, or no answer (Ctrl+D).
         """
-        return self._line(question, is_shown=True)
+        return _line(question, is_shown=True)
 
     def secret(self, question: str) -> str:
         """Return a line that is not shown.
@@ -57,107 +53,52 @@ class Terminal:
         Raises:
             UserError: there is no terminal, or no answer (Ctrl+D).
         """
-        return self._line(question, is_shown=False)
+        return _line(question, is_shown=False)
 
-    def _line(self, question: str, *, is_shown: bool) -> str:
-        try:
-            # Not blocking, which holds for this descriptor alone: a signal does not have to wait.
-            tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            raise UserError(
-                f"there is no terminal to ask '{one_line(question)}' on; a key in ssh-agent, or "
-                "the host's key in known_hosts, needs no question"
-            ) from None
-        try:
-            line = _answer(tty, question, is_shown=is_shown)
-        except (OSError, termios.error):
-            raise UserError(f"the terminal went away at '{one_line(question)}'") from None
-        finally:
-            os.close(tty)
-        if not line.endswith(b"\n"):
-            raise UserError(f"no answer to '{one_line(question)}'")
-        return line[:-1].decode(errors="surrogateescape")
+
+def _line(question: str, *, is_shown: bool) -> str:
+    try:
+        tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        raise UserError(
+            f"there is no terminal to ask '{one_line(question)}' on; a key in ssh-agent, or "
+            "the host's key in known_hosts, needs no question"
+        ) from None
+    try:
+        line = _answer(tty, question, is_shown=is_shown)
+    except (OSError, termios.error):
+        raise UserError(f"the terminal went away at '{one_line(question)}'") from None
+    finally:
+        os.close(tty)
+    if not line.endswith(b"\n"):
+        raise UserError(f"no answer to '{one_line(question)}'")
+    return line[:-1].decode(errors="surrogateescape")
 
 
 def _answer(tty: int, question: str, *, is_shown: bool) -> bytes:
-    """Return what was typed; a signal takes effect when the terminal is itself again.
-
-    After Ctrl+Z and `fg` the question is asked anew.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        # Signals are for the main thread.
-        line = _read(tty, question, is_shown=is_shown, until=[])
-        assert line is not None
-        return line
-    while True:
-        alarm = Alarm()
-        try:
-            # They raise nothing, or one more could come when the terminal is being given back.
-            with alarm.watches(resize=False):
-                line = _read(tty, question, is_shown=is_shown, until=[alarm.fd])
-            came = alarm.take()
-        finally:
-            alarm.close()
-        for number in came:
-            os.kill(os.getpid(), number)
-        if line is not None:
-            return line
-
-
-def _read(tty: int, question: str, *, is_shown: bool, until: list[int]) -> bytes | None:
-    """Ask, and return what was typed with its newline; the terminal is given back as it was.
-
-    None: one of the descriptors of `until` had something to read.
-    """
+    """Return what was typed, with its newline; the terminal is given back as it was."""
     before = termios.tcgetattr(tty)
     asking = termios.tcgetattr(tty)
     # A line at a time, with its editing and its signals, whatever was set before.
-    asking[0] |= termios.ICRNL
-    asking[1] |= termios.OPOST | termios.ONLCR
-    asking[3] |= termios.ICANON | termios.ISIG | termios.ECHO
+    asking[IFLAG] |= termios.ICRNL
+    asking[LFLAG] |= termios.ICANON | termios.ISIG | termios.ECHO
     if not is_shown:
-        asking[3] &= ~(termios.ECHO | termios.ECHONL)
-    text = "\n".join(printable_line(line) for line in question.split("\n"))
+        asking[LFLAG] &= ~(termios.ECHO | termios.ECHONL)
     line = b""
     try:
-        _set(tty, asking)
-        if not _write(tty, text, until):
-            return None
-        while not line.endswith(b"\n"):
-            if set(until) & set(select.select([tty, *until], [], [])[0]):
-                return None
-            try:
-                more = os.read(tty, LINE_BYTES)
-            except BlockingIOError:  # somebody else has read it
-                continue
-            if not more:
-                break
+        # What was typed before is no answer to what comes.
+        termios.tcsetattr(tty, termios.TCSANOW, asking)
+        termios.tcflush(tty, termios.TCIFLUSH)
+        os.write(tty, "\n".join(map(printable_line, question.split("\n"))).encode())
+        while not line.endswith(b"\n") and (more := os.read(tty, LINE_BYTES)):
             line += more
     finally:
-        _set(tty, before)
-        if not is_shown:
-            # What a stopped terminal has no room for is no loss.
-            _write(tty, "\n", None)
+        # Not TCSAFLUSH, which waits for a terminal that stands still.
+        termios.tcsetattr(tty, termios.TCSANOW, before)
+        termios.tcflush(tty, termios.TCIFLUSH)
+    if not is_shown:
+        os.write(tty, b"\n")
     return line
-
-
-def _set(tty: int, attributes: list[Any]) -> None:
-    """Set it so, and drop what was typed before: that is no answer to what comes."""
-    # Not TCSAFLUSH, which waits for all to be shown, and fails if a signal comes meanwhile.
-    termios.tcsetattr(tty, termios.TCSANOW, attributes)
-    termios.tcflush(tty, termios.TCIFLUSH)
-
-
-def _write(tty: int, text: str, until: list[int] | None) -> bool:
-    """Show `text`, and return whether that is done; without `until` as far as there is room."""
-    data = text.encode(errors="replace")
-    while data:
-        try:
-            data = data[os.write(tty, data) :]
-        except BlockingIOError:
-            if until is None or set(until) & set(select.select(until, [tty], [])[0]):
-                return False
-    return True
 
 
 def printable_line(text: str) -> str:

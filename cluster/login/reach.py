@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import signal
 import socket
 import subprocess
-import threading
-from typing import Any
 
 import paramiko
 
 from cluster.login.config import Host
-from cluster.login.link import BROKEN
+from cluster.login.link import BROKEN, Link
 from runfolder.errors import UserError, printable
 
-FAMILIES = {
-    "any": socket.AF_UNSPEC,
-    "inet": socket.AF_INET,
-    "inet6": socket.AF_INET6,
-}
+FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 FORWARD_TIMEOUT_S = 60
 # What a ProxyCommand gets to end by itself once its stream is closed, and after SIGTERM.
 GRACE_S = 0.5
@@ -33,55 +25,33 @@ def tcp(host: Host) -> socket.socket:
     Raises:
         UserError: none does; says what became of each.
     """
+    family = FAMILIES.get(host.address_family, socket.AF_UNSPEC)
+    try:
+        addresses = socket.getaddrinfo(host.hostname, host.port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"{host.alias}: the name {host.hostname} has no address "
+            f"({getattr(error, 'strerror', None) or error}); is it spelt right, and the network "
+            "(or VPN) up?"
+        ) from None
     failures = []
-    for family, kind, protocol, _, address in _addresses(host):
-        where = f"{address[0]} port {host.port}"
-        made = socket.socket(family, kind, protocol)
+    for kind, *_, address in addresses:
+        made = socket.socket(kind, socket.SOCK_STREAM)
         try:
             made.settimeout(host.connect_timeout_s)
-            if host.bind_address:
-                made.bind((host.bind_address, 0))
             made.connect(address)
-        except TimeoutError as error:
-            made.close()
-            why = error.strerror or f"no answer for {host.connect_timeout_s} s"
-            failures.append(f"{where}: {why}")
+            # A keystroke is a packet that must not wait for the next one.
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return made
         except OSError as error:
             made.close()
-            failures.append(f"{where}: {error.strerror or error}")
+            why = error.strerror or f"no answer for {host.connect_timeout_s} s"
+            failures.append(f"{address[0]} port {host.port}: {why}")
         except BaseException:
             made.close()
             raise
-        else:
-            # A keystroke is a packet that must not wait for the next one.
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(host.tcp_keep_alive))
-            return made
     raise UserError(f"{host.alias}: cannot be reached ({'; '.join(failures)}); is the network up?")
-
-
-def _addresses(host: Host) -> list[Any]:
-    """Return what the name resolves to; asked in a thread, as Ctrl+C cannot interrupt it."""
-    answers: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            family = FAMILIES[host.address_family]
-            found = socket.getaddrinfo(host.hostname, host.port, family, socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            answers.put(error if isinstance(error, OSError) else OSError(str(error)))
-        else:
-            answers.put(list(found))
-
-    threading.Thread(target=ask, daemon=True).start()
-    answer = answers.get()
-    if isinstance(answer, OSError):
-        why = answer.strerror or answer
-        raise UserError(
-            f"{host.alias}: the name {host.hostname} has no address ({why}); is it spelt right, "
-            "and the network (or VPN) up?"
-        )
-    return answer
 
 
 class Proxy:
@@ -133,37 +103,16 @@ class Proxy:
         self._process.wait()
 
 
-class Tunnel:
-    """A channel of the hop before as the socket of the next; it can be closed when that is gone."""
-
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self.send = channel.send
-        self.recv = channel.recv
-        self.settimeout = channel.settimeout
-
-    def close(self) -> None:
-        """End the stream; says so to the hop before if that still listens."""
-        with contextlib.suppress(*BROKEN):
-            self._channel.close()
-
-    @property
-    def _closed(self) -> bool:
-        # Paramiko looks at a socket's private field.
-        return bool(self._channel.closed)
-
-
-def through(transport: paramiko.Transport, before: Host, host: Host) -> Tunnel:
+def through(link: Link, before: Host, host: Host) -> paramiko.Channel:
     """Return a stream to a host that the hop before it connects to.
 
     Raises:
         UserError: the hop refuses, or does not reach it.
     """
-    target = (host.hostname, host.port)
     try:
-        channel = transport.open_channel(
+        return link.open_channel(
             "direct-tcpip",
-            target,
+            (host.hostname, host.port),
             ("127.0.0.1", 0),
             timeout=host.connect_timeout_s or FORWARD_TIMEOUT_S,
         )
@@ -179,7 +128,6 @@ def through(transport: paramiko.Transport, before: Host, host: Host) -> Tunnel:
         raise UserError(
             f"{host.alias}: no way through the jump host {before.alias}: {printable(str(error))}"
         ) from None
-    return Tunnel(channel)
 
 
 def deadline(host: Host, seconds: float) -> float:

@@ -1,41 +1,33 @@
 """A shell or a command on the far side, with this process's terminal or streams.
 
-One loop waits for what is typed, for room where output goes, and for signals; what comes from the
-server is written by the thread that receives it (remote.py). Bytes all the way, nothing is decoded.
+One loop waits for what is typed and for signals; threads move the streams (streams.py). Bytes all
+the way, nothing is decoded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import select
 import signal
 import sys
-import time
 
-from cluster.login import remote, tty_modes
+import paramiko
+
+from cluster.login import tty_modes
 from cluster.login.alarm import ENDING, Alarm
 from cluster.login.connection import Connection
 from cluster.login.escapes import HELP, Action, Escapes
 from cluster.login.link import BROKEN
-from cluster.login.outlet import Outlet
-from cluster.login.remote import Remote
-from cluster.login.terminal import Size, Terminal
+from cluster.login.streams import BLOCK_BYTES, Streams
+from cluster.login.terminal import Terminal
+from cluster.login.transport import LOST
 from runfolder.errors import UserError, printable
 
-READ_BYTES = 1 << 18
-# As much as a terminal gives at once; memory for more would be mapped and unmapped for each key.
-TERMINAL_READ_BYTES = 1 << 12
-# What may wait to be sent before no more is read. More with a terminal, where ~. is to be seen
-# although the server takes nothing.
-PENDING_BYTES = 1 << 18
-TERMINAL_PENDING_BYTES = 1 << 20
-REDRAW_S = 0.1
-# For a terminal that stands still, to take what turns its modes off.
-RESET_S = 1.0
-# As the ssh command: the connection, not the command, is what failed.
-LOST = 255
+# A connection that has ended says so a moment after its channels.
+LAST_WORDS_S = 1.0
+# What a remote program that could not end may have left on: a mouse that types, bracketed paste,
+# colors, a cursor that is not seen. Where they are off, it does nothing.
+AT_REST = b"\x1b[?1000;1002;1003;1006;2004l\x1b[?25h\x1b[m"
 
 
 def run(
@@ -43,7 +35,6 @@ def run(
     command: str | None = None,
     *,
     tty: bool | None = None,
-    forward_agent: bool = False,
     reads_input: bool = True,
 ) -> int:
     """Run a command, or the login shell, and return its exit code.
@@ -52,153 +43,133 @@ def run(
         connection: signed in; stays open.
         command: for the shell of the far side; None is a login shell.
         tty: whether it has a terminal; None: if there is one here for it.
-        forward_agent: whether it may use the agent of this machine.
         reads_input: whether it gets this process's standard input; otherwise it gets none.
 
     Returns:
-        Its exit code; 128 + n if signal n ended it, or this process; 255 if the connection was
-        lost or the user ended it, as with ssh. What happened is said on stderr.
+        Its exit code; 128 + n if signal n ended this process; 255 if the connection was lost, the
+        user ended it, or a signal ended the command, as with ssh. What happened is said on stderr.
 
     Raises:
-        UserError: the server refuses the session, the terminal or the agent.
+        UserError: the server refuses the session or the terminal.
     """
     if tty is None:
         tty = reads_input and os.isatty(0) and (command is None or os.isatty(1))
     if tty and not os.isatty(0):
         raise UserError("standard input is no terminal; leave it as it is, or run without one")
     sys.stdout.flush()
-    session = Session(connection, reads_input=reads_input)
+    alarm = Alarm()
     try:
-        return session.run(command, tty=tty, forward_agent=forward_agent)
+        session = _Session(connection, alarm, Terminal(0) if tty else None)
+        return session.run(command, reads_input=reads_input)
     finally:
-        session.close()
+        alarm.close()
 
 
-class Session:
+class _Session:
     """One run of a command: its streams, and the end that it comes to."""
 
-    def __init__(self, connection: Connection, *, reads_input: bool) -> None:
+    def __init__(self, connection: Connection, alarm: Alarm, terminal: Terminal | None) -> None:
         self._connection = connection
         self._name = connection.host.alias
-        self._reads_input = reads_input
-        self._alarm = Alarm()
-        self._terminal: Terminal | None = None
-        self._remote: Remote | None = None
-        self._escapes = Escapes("none")
-        self._resizes_at: float | None = None
-        self._out = Outlet(1, self._see if os.isatty(1) else None)
-        self._err = Outlet(2, self._see if os.isatty(2) else None)
+        self._alarm = alarm
+        self._terminal = terminal
+        self._escapes = Escapes(connection.host.escape_char if terminal else "none")
+        self._channel = connection.open_session()
+        self._streams = Streams(self._channel, alarm.ring, is_terminal=terminal is not None)
         self._is_ended = False
         """By the user, with ~."""
 
-    def close(self) -> None:
-        """Give back all but the connection."""
-        if self._remote is not None:
-            self._remote.close()
-        self._out.close()
-        self._err.close()
-        self._alarm.close()
-
-    def run(self, command: str | None, *, tty: bool, forward_agent: bool) -> int:
+    def run(self, command: str | None, *, reads_input: bool) -> int:
         """Run it; see `run` above."""
-        terminal = self._terminal = Terminal(0) if tty else None
-        if terminal is not None:
-            # A terminal that is not raw yet would show the first lines in its own way.
-            self._out.hold()
-            self._err.hold()
-        self._start(command, terminal, forward_agent=forward_agent)
-        assert self._remote is not None
-        if not self._reads_input:
-            self._remote.send_eof()
-        with self._alarm.watches(resize=tty) as ended_by:
-            if terminal is None:
-                self._loop(ended_by)
-            else:
-                with terminal:
-                    self._out.release()
-                    self._err.release()
-                    # It may have changed since the request.
-                    self._resize()
-                    try:
-                        self._loop(ended_by)
-                    finally:
-                        self._reset(terminal)
-        return self._ending(ended_by, tty=tty)
+        self._start(command)
+        if not reads_input:
+            self._streams.send_eof()
+        terminal = self._terminal
+        with self._alarm.watches(resize=terminal is not None) as ended_by:
+            try:
+                if terminal is None:
+                    self._streams.start()
+                    self._loop(ended_by, is_open=reads_input)
+                else:
+                    with terminal:
+                        # Not before: one that is not raw yet shows lines in its own way.
+                        self._streams.start()
+                        # It may have changed since the request.
+                        self._streams.resize(terminal.size())
+                        self._loop(ended_by, is_open=reads_input)
+            finally:
+                self._streams.stop()
+                self._streams.close()
+            return self._ending(ended_by)
 
-    def _start(
-        self, command: str | None, terminal: Terminal | None, *, forward_agent: bool
-    ) -> None:
-        transport, host = self._connection.transport, self._connection.host
-        transport.default_max_packet_size = remote.PACKET_BYTES
-        transport.default_window_size = (
-            remote.WINDOW_BYTES if terminal is None else remote.TERMINAL_WINDOW_BYTES
-        )
-        channel = self._connection.open_session()
-        started = self._remote = Remote(channel, self._out, self._err, self._alarm.ring)
+    def _start(self, command: str | None) -> None:
+        channel, host = self._channel, self._connection.host
+        what = "a shell" if command is None else "a command"
         try:
-            if forward_agent:
-                self._connection.forward_agent(channel)
-            if terminal is not None:
-                started.request_terminal(
-                    os.environ.get("TERM", "dumb"),
-                    terminal.size(),
-                    tty_modes.encode(terminal.attributes),
-                )
-                self._escapes = Escapes(host.escape_char)
-            started.set_environment(host.environment(os.environ))
-            started.start(command)
-        except UserError as error:
-            why = self._connection.lost or str(error)
+            if self._terminal is not None:
+                self._request_terminal(self._terminal)
+            for name, value in host.environment(os.environ).items():
+                # Bytes, as the environment and the command line are: they need not be UTF-8.
+                channel.set_environment_variable(os.fsencode(name), os.fsencode(value))
+            if command is None:
+                channel.invoke_shell()
+            else:
+                channel.exec_command(os.fsencode(command))
+        except BROKEN:
+            why = self._connection.lost or f"the server does not run {what} for you; ask the site"
             raise UserError(f"{self._name}: {why}") from None
-        except BROKEN as error:
-            why = self._connection.lost or printable(str(error)) or "the connection ended"
-            raise UserError(f"{self._name}: no session: {why}; try again") from None
 
-    def _see(self, data: bytes) -> None:
-        if (terminal := self._terminal) is not None:
-            terminal.note(data)
+    def _request_terminal(self, terminal: Terminal) -> None:
+        # Channel.get_pty has no modes to say.
+        size = terminal.size()
+        message = paramiko.Message()
+        message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
+        message.add_int(self._channel.remote_chanid)
+        message.add_string("pty-req")
+        message.add_boolean(True)
+        message.add_string(os.fsencode(os.environ.get("TERM", "dumb")))
+        for number in (size.columns, size.rows, size.width, size.height):
+            message.add_int(number)
+        message.add_string(tty_modes.encode(terminal.attributes))
+        self._channel._event_pending()
+        try:
+            self._connection.transport._send_user_message(message)
+            self._channel._wait_for_event()
+        except BROKEN:
+            why = self._connection.lost or (
+                "the server gives no terminal (PermitTTY in its sshd_config, or no-pty with your "
+                'key); a command needs none: make ssh CMD="..." </dev/null'
+            )
+            raise UserError(f"{self._name}: {why}") from None
 
     # ---- the loop ---------------------------------------------------------------------------
 
-    def _loop(self, ended_by: list[int]) -> None:
-        assert self._remote is not None
-        is_open = self._reads_input
-        limit = PENDING_BYTES if self._terminal is None else TERMINAL_PENDING_BYTES
-        while not self._is_ended and not ended_by:
-            # Before the look at the outlets, as the last that comes may have to wait there.
-            is_over = self._remote.is_over
-            outlets = {outlet for outlet in (self._out, self._err) if outlet.is_waiting}
-            if self._out.broken or (is_over and not outlets):
-                return
+    def _loop(self, ended_by: list[int], *, is_open: bool) -> None:
+        streams = self._streams
+        while not (streams.is_over or streams.is_broken or self._is_ended or ended_by):
             reading = [self._alarm.fd]
-            if is_open and self._remote.pending_bytes < limit:
+            if is_open and streams.has_room:
                 reading.append(0)
-            ready, _, _ = select.select(reading, [out.fd for out in outlets], [], self._due_in())
-            if self._resizes_at is not None and self._due_in() == 0:
-                self._resize()
+            ready, _, _ = select.select(reading, [], [])
             for number in self._alarm.take() if self._alarm.fd in ready else ():
                 self._obey(number, ended_by)
-            # What is kept from now on rings, and is seen in the next turn.
-            if outlets:
-                self._remote.flush()
             if 0 in ready:
                 is_open = self._read()
 
     def _read(self) -> bool:
         """Pass on what was typed; return whether more may come."""
-        assert self._remote is not None
         try:
-            data = os.read(0, READ_BYTES if self._terminal is None else TERMINAL_READ_BYTES)
+            data = os.read(0, BLOCK_BYTES)
         except BlockingIOError:
             return True  # Who else has this input was quicker, and has set it so.
         except OSError:
             data = b""  # The terminal is gone.
         if not data:
-            self._remote.send_eof()
+            self._streams.send_eof()
             return False
         for piece in self._escapes.split(data):
             if isinstance(piece, bytes):
-                self._remote.send(piece)
+                self._streams.send(piece)
             else:
                 self._act(piece)
                 if self._is_ended:
@@ -216,84 +187,52 @@ class Session:
             self._suspend()
 
     def _suspend(self) -> None:
-        assert self._remote is not None
-        if self._terminal is None:
-            return
-        self._terminal.suspend()
-        # The shell has written over what the remote program drew, and only a change of the size
-        # has it draw that again: one that it takes note of before the next.
-        size = self._terminal.size()
-        self._remote.resize(Size(size.columns, max(1, size.rows - 1)))
-        self._resizes_at = time.monotonic() + REDRAW_S
-
-    def _due_in(self) -> float | None:
-        """Return in how many seconds the terminal's size is to be told; None: with its change."""
-        if self._resizes_at is None:
-            return None
-        return max(0.0, self._resizes_at - time.monotonic())
-
-    def _resize(self) -> None:
-        assert self._remote is not None
-        self._resizes_at = None
         if self._terminal is not None:
-            self._remote.resize(self._terminal.size())
+            self._terminal.suspend()
+            self._streams.resize(self._terminal.size())
 
     def _obey(self, number: int, ended_by: list[int]) -> None:
-        assert self._remote is not None
-        if number == signal.SIGWINCH:
-            self._resize()
+        if number == signal.SIGWINCH and self._terminal is not None:
+            self._streams.resize(self._terminal.size())
         elif number == signal.SIGTSTP:
             self._suspend()
         elif number in ENDING:
             ended_by.append(number)
 
-    # ---- what is said -----------------------------------------------------------------------
+    # ---- how it ended -----------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
         """Say something on stderr; in a raw terminal a new line does not begin at the left."""
         end = "\r\n" if self._terminal is not None and self._terminal.is_raw else "\n"
         print(text.replace("\n", end), end=end, file=sys.stderr, flush=True)
 
-    def _reset(self, terminal: Terminal) -> None:
-        """Turn off what the remote program can no longer turn off itself."""
-        assert self._remote is not None
-        is_waiting = self._out.is_waiting or self._err.is_waiting
-        if self._remote.was_closed and not is_waiting:
-            return
-        # Not after what waits: a slow terminal would show that for long.
-        self._out.stop()
-        self._err.stop()
-        shown = self._out if os.isatty(1) else self._err
-        terminal.reset_modes(lambda undo: shown.finish(undo, RESET_S))
-
-    def _ending(self, ended_by: list[int], *, tty: bool) -> int:
+    def _ending(self, ended_by: list[int]) -> int:
         """Say how it ended where that needs saying; return the exit code."""
-        assert self._remote is not None
-        if ended_by:
-            return 128 + ended_by[0]
-        if self._out.broken:
+        if self._streams.is_broken:
             raise BrokenPipeError
-        if self._is_ended:
-            # Not at once: the terminal may stand still.
-            self._say(f"{self._escapes.name}.")
+        if not self._streams.is_over:
+            self._calm()
+            if ended_by:
+                return 128 + ended_by[0]
+            self._say(f"{self._escapes.name}.\nConnection to {self._name} closed.")
+            return LOST
+        channel = self._channel
+        if channel.exit_status == -1 or not channel.eof_received:
+            self._connection.transport.join(LAST_WORDS_S)
+            if lost := self._connection.lost:
+                self._calm()
+                self._say(f"{self._name}: the connection was lost: {printable(lost)}")
+                return LOST
+        if self._terminal is not None:
             self._say(f"Connection to {self._name} closed.")
+        if channel.exit_status == -1:
+            self._say(f"{self._name}: it ended without an exit code, as by a signal")
             return LOST
-        if not self._remote.was_closed:
-            self._say(f"{self._name}: the connection was lost: {self._why_lost()}")
-            return LOST
-        if tty:
-            self._say(f"Connection to {self._name} closed.")
-        if self._remote.exit_signal:
-            name = re.sub(r"\W", "?", self._remote.exit_signal)
-            self._say(f"{self._name}: it was ended by signal {name}")
-            return 128 + getattr(signal, f"SIG{name}", 127)
-        if self._remote.exit_status is None:
-            self._say(f"{self._name}: it ended, and the server does not say how")
-            return LOST
-        return self._remote.exit_status
+        return int(channel.exit_status)
 
-    def _why_lost(self) -> str:
-        # The thread that receives ends a moment after the channel.
-        with contextlib.suppress(RuntimeError):
-            self._connection.transport.join(timeout=1)
-        return self._connection.lost or "the server ended it"
+    def _calm(self) -> None:
+        """Turn off in the terminal what the remote program no longer can."""
+        # Never where it stands still: this would wait with it.
+        is_shown = self._terminal is not None and self._streams.has_drawn and os.isatty(1)
+        if is_shown and select.select([], [1], [], 0)[1]:
+            os.write(1, AT_REST)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import queue
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
+from typing import Any
 
-from cluster.login.agent import Binding
-from cluster.login.config import OPENSSH, Host
-from cluster.login.dialogue import Dialogue, PasswordExpired, Reply, Round, SignInLost
-from cluster.login.keys import Candidate, Keys, KeyUnusable
-from cluster.login.link import CERTIFICATE, Link
+import paramiko
+
+from cluster.login.config import Host
+from cluster.login.keys import Keys
+from cluster.login.link import BROKEN, Link
 from cluster.login.prompts import Prompts, printable_line
+from cluster.login.transport import OPENSSH
 from runfolder.errors import UserError, printable
 
-RSA = ("rsa-sha2-512", "rsa-sha2-256")
 TRY_AGAIN = "Permission denied, please try again."
+# A push code is answered on a telephone that has to be found first.
+PATIENCE_S = 600.0
+LAST_WORDS_S = 1.0
 
 
 def sign_in(link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
@@ -23,176 +30,176 @@ def sign_in(link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]
     Raises:
         UserError: it lets us in by no method; the connection is useless then.
     """
-    keys = Keys(host=host, prompts=prompts, binding=Binding.of(link))
-    try:
-        _SignIn(link, host, prompts, say, keys).run()
-    except SignInLost as error:
-        raise _lost(link, host, error) from None
-    finally:
-        keys.close()
+    link.auth_timeout = PATIENCE_S
+    _SignIn(link, host, prompts, say).run()
 
 
 class _SignIn:
     def __init__(
-        self,
-        link: Link,
-        host: Host,
-        prompts: Prompts,
-        say: Callable[[str], None],
-        keys: Keys,
+        self, link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]
     ) -> None:
         self._link = link
         self._host = host
         self._prompts = prompts
         self._say = say
-        self._keys = keys
-        self._dialogue = Dialogue(link, host.user, lambda text: say(lines(text)))
+        self._keys = Keys(host=host, prompts=prompts)
         # Asked for nothing, nobody can give a password or a code.
         self._order = ("publickey",) if host.batch_mode else host.methods
         self._tried: list[str] = []
-        self._start_over()
-
-    def _start_over(self) -> None:
-        """Take all methods for usable, as after a first factor."""
-        self._candidates: Iterator[Candidate] = self._keys.candidates()
-        self._tries_left = {
-            "publickey": 1,
-            "password": self._host.number_of_password_prompts,
-            "keyboard-interactive": self._host.number_of_password_prompts,
-        }
+        self._takes: tuple[str, ...] = ()
+        """The methods that can go on, as the server said last."""
 
     def run(self) -> None:
-        reply = self._dialogue.begin()
-        attempts: dict[str, Callable[[], Reply | None]] = {
+        self._attempt(lambda: self._link.auth_none(self._host.user))
+        by = {
             "publickey": self._by_key,
             "password": self._by_password,
             "keyboard-interactive": self._by_conversation,
         }
-        while not reply.is_success:
-            usable = (
-                method
-                for method in self._order
-                if method in reply.methods and self._tries_left.get(method)
-            )
-            method = next(usable, None)
-            if method is None:
-                raise self._refused(reply)
-            answer = attempts[method]()
-            if answer is None:
-                continue
-            reply = answer
-            if reply.is_partial:
-                self._start_over()
+        while not self._link.is_authenticated():
+            # After each factor all methods may be used again.
+            for method in self._order:
+                if method in self._takes and by[method]():
+                    break
+            else:
+                raise self._refused()
 
-    # ---- the methods; None: there was nothing to ask the server ----
+    def _attempt(self, method: Callable[[], list[str]]) -> bool:
+        """Ask the server; return whether it was content, be it with one factor of several.
 
-    def _by_key(self) -> Reply | None:
-        candidate = next(self._candidates, None)
-        if candidate is None:
-            self._tries_left["publickey"] = 0
-            return None
-        algorithm = self._algorithm(candidate)
-        if not algorithm:
-            return None
-        self._tried.append(candidate.name)
-        reply = self._dialogue.show_key(algorithm, candidate.blob)
-        if not reply.is_key_welcome:
-            return reply
+        Raises:
+            UserError: the connection has ended.
+        """
+        error: Exception | None = None
+        more: list[str] = []
         try:
-            return self._dialogue.prove_key(
-                algorithm, candidate.blob, lambda data: candidate.signer.sign(data, algorithm)
-            )
-        except KeyUnusable as error:
-            self._say(f"note: {printable(str(error))}")
-            return None
+            more = method()
+        except paramiko.BadAuthenticationType as unwanted:
+            more, error = unwanted.allowed_types, unwanted
+        except paramiko.AuthenticationException as refused:
+            error = refused
+        except BROKEN as broken:
+            raise self._lost(broken) from None
+        banner = self._link.get_banner()
+        if banner:
+            self._say(lines(banner.decode(errors="replace")))
+        if not self._link.is_active():
+            raise self._lost(error)
+        if more:
+            self._takes = tuple(more)
+        return error is None
 
-    def _by_password(self) -> Reply:
-        self._note_try("password")
+    # ---- the methods; each returns whether the server was content ----
+
+    def _by_key(self) -> bool:
+        for name, key in self._keys.candidates():
+            if name not in self._tried:
+                self._tried.append(name)
+            sign = functools.partial(self._link.auth_publickey, self._host.user, key)
+            if self._attempt(sign):
+                return True
+        return False
+
+    def _by_password(self) -> bool:
         question = f"Password of {self._host.user}@{self._host.hostname}: "
-        try:
-            reply = self._dialogue.give_password(self._prompts.secret(question))
-        except PasswordExpired:
-            raise UserError(
-                f"{self._host.alias}: the password of {self._host.user} has expired; change it: "
-                f"ssh {self._host.user}@{self._host.hostname}"
-            ) from None
-        return self._told(reply, "password")
 
-    def _by_conversation(self) -> Reply:
-        self._note_try("keyboard-interactive")
-        was_asked = False
+        def attempt() -> bool:
+            password = self._prompts.secret(question).encode(errors="surrogateescape")
+            return self._attempt(
+                lambda: self._link.auth_password(self._host.user, password, fallback=False)
+            )
 
-        def answer(round_: Round) -> list[str]:
-            nonlocal was_asked
-            for text in (round_.name, round_.instruction):
-                if text.strip():
-                    self._say(lines(text))
-            answers = []
-            for question, is_shown in round_.questions:
-                was_asked = True
-                # As ssh does, so that it is known who asks; and on each line, as the last of them
-                # could look like a question of ours.
-                name = f"({self._host.user}@{self._host.hostname})"
-                asked = re.split(r"\r\n|\r|\n", question)
-                whole = "\n".join(f"{name} {line}" for line in asked)
-                ask = self._prompts.ask if is_shown else self._prompts.secret
-                answers.append(ask(whole))
-            return answers
+        return self._repeated("password", attempt)
 
-        reply = self._dialogue.converse(answer)
-        if not was_asked:
-            self._tries_left["keyboard-interactive"] = 0
-            return reply
-        return self._told(reply, "keyboard-interactive")
+    def _by_conversation(self) -> bool:
+        return self._repeated("keyboard-interactive", self._converse)
 
-    def _note_try(self, method: str) -> None:
-        self._tries_left[method] -= 1
-        if method not in self._tried:
-            self._tried.append(method)
-
-    def _told(self, reply: Reply, method: str) -> Reply:
-        is_over = reply.is_success or reply.is_partial
-        if not is_over and method in reply.methods and self._tries_left[method]:
+    def _repeated(self, method: str, attempt: Callable[[], bool | None]) -> bool:
+        """Have a few tries; None of one: it has asked nothing, and would not the next time."""
+        self._tried += [method] if method not in self._tried else []
+        for _ in range(self._host.number_of_password_prompts):
+            if (is_content := attempt()) is not False:
+                return bool(is_content)
+            if method not in self._takes:
+                return False
             self._say(TRY_AGAIN)
-        return reply
+        return False
 
-    def _algorithm(self, candidate: Candidate) -> str:
-        """Return how a key signs; empty if that is not allowed."""
-        kind = candidate.kind
-        allowed = self._host.algorithms.get("pubkeyacceptedalgorithms")
-        names = [kind]
-        if kind.removesuffix(CERTIFICATE) == "ssh-rsa":
-            # With SHA-1 it signs nothing any more.
-            tail = CERTIFICATE if kind.endswith(CERTIFICATE) else ""
-            told = self._link.server_extensions.get("server-sig-algs", b"").decode(errors="replace")
-            taken = [name for name in RSA if not told or name in told.split(",")]
-            names = [f"{name}{tail}" for name in taken]
-            if not names:
-                self._keys.problems.append(
-                    f"{candidate.name}: the server takes RSA with SHA-1 only"
+    def _converse(self) -> bool | None:
+        # Paramiko asks in the thread that reads the connection, where Ctrl+C never arrives: the
+        # questions are handed over to this one.
+        asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        answered: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+
+        def hand_over(*questions: Any) -> list[bytes]:
+            asked.put(questions)
+            if (given := answered.get()) is None:
+                raise paramiko.SSHException("the question was not answered")
+            return given
+
+        def attempt() -> None:
+            try:
+                asked.put(
+                    self._attempt(lambda: self._link.auth_interactive(self._host.user, hand_over))
                 )
-        names = [name for name in names if allowed is None or name in allowed]
-        return names[0] if names else ""
+            except UserError as error:
+                asked.put(error)
 
-    def _refused(self, reply: Reply) -> UserError:
+        threading.Thread(target=attempt, daemon=True).start()
+        was_asked = False
+        try:
+            while isinstance(found := asked.get(), tuple):
+                name, instruction, questions = found
+                self._say_all(name, instruction)
+                was_asked = was_asked or bool(questions)
+                answered.put([self._answer(*question) for question in questions])
+        except BaseException:
+            answered.put(None)
+            raise
+        if isinstance(found, UserError):
+            raise found
+        return True if found else False if was_asked else None
+
+    def _say_all(self, *texts: str) -> None:
+        for text in texts:
+            if text.strip():
+                self._say(lines(text))
+
+    def _answer(self, question: str, is_shown: bool) -> bytes:
+        # As ssh does, so that it is known who asks; and on each line, as the last of them could
+        # look like a question of ours.
+        name = f"({self._host.user}@{self._host.hostname})"
+        whole = "\n".join(f"{name} {line}" for line in re.split(r"\r\n|\r|\n", question))
+        ask = self._prompts.ask if is_shown else self._prompts.secret
+        return ask(whole).encode(errors="surrogateescape")
+
+    # ---- how it ends ----
+
+    def _refused(self) -> UserError:
         host = self._host
-        takes = ", ".join(printable(name) for name in reply.methods) or "nothing"
+        takes = ", ".join(self._takes) or "nothing"
         tried = ", ".join(self._tried) or "nothing was there to try"
         said = [
             f"{host.alias}: {host.user} was not let in; the server takes {takes}, tried: {tried}"
         ]
         said += self._keys.problems
-        if host.lacking and {"gssapi-with-mic", "hostbased"} & set(reply.methods):
+        if host.lacking and {"gssapi-with-mic", "hostbased"} & set(self._takes):
             said.append(f"for {' or '.join(host.lacking)} {OPENSSH}")
         return UserError(printable("; ".join(said)))
 
-
-def _lost(link: Link, host: Host, error: SignInLost) -> UserError:
-    words = printable(link.last_words)
-    hint = ""
-    if "too many authentication failures" in words.lower():
-        hint = "; name the one key: IdentityFile and IdentitiesOnly yes in ssh_config"
-    return UserError(f"{host.alias}: the sign-in was broken off: {words or error}{hint}")
+    def _lost(self, error: Exception | None) -> UserError:
+        # The thread that reads may still be at the server's last words.
+        self._link.join(LAST_WORDS_S)
+        words, hint = printable(self._link.last_words or "the connection ended"), ""
+        if "too many authentication failures" in words.lower():
+            hint = "; name the one key: IdentityFile and IdentitiesOnly yes in ssh_config"
+        elif "Illegal info request" in str(error):
+            # In the place of an answer to a password: the server wants a new one.
+            user = f"{self._host.user}@{self._host.hostname}"
+            words = f"the password of {self._host.user} has expired; change it: ssh {user}"
+        elif isinstance(error, paramiko.SSHException) and not self._link.last_words:
+            words = printable(str(error))
+        return UserError(f"{self._host.alias}: the sign-in was broken off: {words}{hint}")
 
 
 def lines(text: str) -> str:

@@ -7,11 +7,12 @@ import pty
 import signal
 import termios
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from cluster.login import prompts
+
+ECHO = 3
 
 
 @pytest.fixture
@@ -30,20 +31,38 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(slave)
 
 
-def test_ctrl_c_twice_still_gives_the_terminal_back(
-    terminal: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, before = prompts._set, termios.tcgetattr(terminal)
+def test_ctrl_c_gives_the_terminal_back(terminal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = termios.tcgetattr(terminal)
+    silent: list[bool] = []
 
-    def set_interrupted(tty: int, attributes: list[Any]) -> None:
-        # The first when it is silent, the second before it is given back.
-        if attributes == before:
-            signal.raise_signal(signal.SIGINT)
-        real(tty, attributes)
-        if attributes != before:
-            signal.raise_signal(signal.SIGINT)
+    def read(fd: int, size: int) -> bytes:
+        silent.append(not termios.tcgetattr(terminal)[ECHO] & termios.ECHO)
+        signal.raise_signal(signal.SIGINT)
+        return b""
 
-    monkeypatch.setattr(prompts, "_set", set_interrupted)
+    monkeypatch.setattr(prompts.os, "read", read)
     with pytest.raises(KeyboardInterrupt):
         prompts.Terminal().secret("Password: ")
+    assert silent == [True]
     assert termios.tcgetattr(terminal) == before
+
+
+def test_a_raw_terminal_is_asked_line_by_line(
+    terminal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = termios.tcgetattr(terminal)
+    asked[0] &= ~termios.ICRNL
+    asked[ECHO] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(terminal, termios.TCSANOW, asked)
+    asked = termios.tcgetattr(terminal)
+    while_asked = []
+
+    def read(fd: int, size: int) -> bytes:
+        while_asked.extend(termios.tcgetattr(terminal))
+        return b"yes\n"
+
+    monkeypatch.setattr(prompts.os, "read", read)
+    assert prompts.Terminal().ask("Sure? ") == "yes"
+    assert while_asked[0] & termios.ICRNL
+    assert while_asked[ECHO] & termios.ICANON and while_asked[ECHO] & termios.ECHO
+    assert termios.tcgetattr(terminal) == asked

@@ -1,139 +1,119 @@
-"""cluster/login/session.py: what its loop makes of others that are quicker."""
+"""cluster/login/streams.py and session.py: what is moved when others are quicker, or gone."""
 
 from __future__ import annotations
 
 import os
-import select
-from collections.abc import Iterator
-from types import SimpleNamespace
+import threading
 from typing import Any, cast
 
 import paramiko
 import pytest
 
-from cluster.login import session
-from cluster.login.outlet import Outlet
-from cluster.login.session import Session
-from runfolder.errors import UserError
-
-FAR_SIDE = SimpleNamespace(
-    host=SimpleNamespace(alias="server"), transport=SimpleNamespace(), lost=None
-)
+from cluster.login.session import _Session
+from cluster.login.streams import PENDING_BYTES, Streams
+from cluster.login.terminal import Size
+from tests.waiting import HANGS_AFTER_S, wait_until
 
 
-@pytest.fixture
-def made() -> Iterator[Session]:
-    made = Session(cast(Any, FAR_SIDE), reads_input=False)
-    yield made
-    made._remote = None
-    made.close()
+class Far:
+    """A channel whose program says something, and takes what it is given when it is let."""
+
+    def __init__(self, output: bytes = b"", errors: bytes = b"") -> None:
+        self._output, self._errors = [output], [errors]
+        self.taken = b""
+        self.takes = threading.Event()
+        self.is_closed = threading.Event()
+
+    def recv(self, size: int) -> bytes:
+        return self._output.pop() if self._output else b""
+
+    def recv_stderr(self, size: int) -> bytes:
+        return self._errors.pop() if self._errors else b""
+
+    def recv_exit_status(self) -> int:
+        return 0
+
+    def sendall(self, data: bytes) -> None:
+        self.takes.wait()
+        self.taken += data
+
+    def resize_pty(self, *size: int) -> None:
+        raise paramiko.SSHException("Channel is not open")
+
+    def close(self) -> None:
+        self.is_closed.set()
 
 
-class LastWords:
-    """A far side that is over: its last output came at the moment at which that was seen."""
-
-    pending_bytes = 0
-
-    def __init__(self, outlet: Outlet) -> None:
-        self._outlet = outlet
-        self._is_new = True
-
-    @property
-    def is_over(self) -> bool:
-        if self._is_new:
-            self._is_new = False
-            self._outlet._kept.append(b"the end")
-        return True
-
-    def flush(self) -> None:
-        self._outlet.flush()
+def streams_of(far: Far, rung: threading.Event) -> Streams:
+    made = Streams(cast(Any, far), rung.set, is_terminal=False)
+    made.start()
+    return made
 
 
-def test_the_last_output_is_written_though_it_had_to_wait(made: Session) -> None:
-    reader, writer = os.pipe()
-    made._out.close()
-    made._out = Outlet(writer)
-    made._remote = cast(Any, LastWords(made._out))
-    made._loop([])
-    os.close(writer)
-    made._out.close()
-    assert os.read(reader, 100) == b"the end"
-    os.close(reader)
-
-
-class SlowTerminal:
-    """A terminal that becomes raw when all has been shown that is shown too early."""
-
-    def __init__(self, reader: int) -> None:
-        self._reader = reader
-        self.shown_early = False
-
-    def __enter__(self) -> SlowTerminal:
-        self.shown_early = bool(select.select([self._reader], [], [], 0)[0])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is to be given back."""
-
-
-def test_the_first_output_waits_for_a_raw_terminal(
-    made: Session, monkeypatch: pytest.MonkeyPatch
+def test_what_a_program_that_has_ended_said_is_written_before_it_is_over(
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    rung = threading.Event()
+    streams = streams_of(Far(b"out", b"err"), rung)
+    assert rung.wait(HANGS_AFTER_S) and streams.is_over
+    assert capfd.readouterr() == ("out", "err")
+
+
+def test_input_is_held_back_while_the_far_side_takes_none_and_goes_on_then() -> None:
+    far, rung = Far(), threading.Event()
+    streams = streams_of(far, rung)
+    assert rung.wait(HANGS_AFTER_S)
+    rung.clear()
+    given = os.urandom(PENDING_BYTES)
+    streams.send(given)
+    assert not streams.has_room
+    far.takes.set()
+    assert rung.wait(HANGS_AFTER_S) and streams.has_room
+    assert far.taken == given
+
+
+def test_a_size_that_the_far_side_does_not_want_ends_nothing() -> None:
+    far = Far()
+    streams = streams_of(far, threading.Event())
+    far.takes.set()
+    streams.resize(Size(80, 24))
+    streams.send(b"x")
+    streams.close()
+    assert far.is_closed.wait(HANGS_AFTER_S)
+    assert far.taken == b"x"
+
+
+def test_a_writer_that_shares_the_descriptor_may_set_it_not_to_block() -> None:
     reader, writer = os.pipe()
-    made._out.close()
-    made._out = Outlet(writer)
-    terminal = SlowTerminal(reader)
-
-    def start(*_: object, **options: object) -> None:
-        # It comes at once.
-        made._out.put(b"first\n")
-        made._remote = cast(
-            Any,
-            SimpleNamespace(
-                is_over=True,
-                was_closed=True,
-                pending_bytes=0,
-                exit_signal="",
-                exit_status=0,
-                flush=made._out.flush,
-                resize=lambda size: None,
-                send_eof=lambda: None,
-                close=lambda: None,
-            ),
-        )
-
-    monkeypatch.setattr(session, "Terminal", lambda fd: terminal)
-    monkeypatch.setattr(made, "_start", start)
-    monkeypatch.setattr(made, "_resize", lambda: None)
-    monkeypatch.setattr(made, "_say", lambda text: None)
-    assert made.run(None, tty=True, forward_agent=False) == 0
-    assert not terminal.shown_early
-    assert os.read(reader, 100) == b"first\n"
+    os.set_blocking(writer, False)
+    far, sent = Far(bytes(1 << 20)), threading.Event()
+    streams = Streams(cast(Any, far), sent.set, is_terminal=False)
+    thread = threading.Thread(target=streams._write, args=(far.recv, writer))
+    thread.start()
+    found = 0
+    while found < 1 << 20:
+        found += len(os.read(reader, 1 << 16))
+    thread.join()
     os.close(reader)
     os.close(writer)
 
 
-def test_input_that_somebody_else_has_read_is_no_end(
-    made: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_input_that_somebody_else_has_read_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(fd: int, size: int) -> bytes:
         raise BlockingIOError
 
     monkeypatch.setattr(os, "read", read)
-    made._remote = cast(Any, SimpleNamespace())
-    assert made._read()
+    assert _Session._read(cast(Any, None))
 
 
-def test_a_link_that_breaks_at_the_start_is_said(
-    made: Session, monkeypatch: pytest.MonkeyPatch
+def test_who_waits_is_woken_when_nobody_reads_the_output(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def forward_agent(channel: object) -> None:
-        raise paramiko.SSHException("Channel is not open")
+    def write(fd: int, data: bytes) -> int:
+        raise BrokenPipeError
 
-    connection = SimpleNamespace(
-        **vars(FAR_SIDE), open_session=lambda: None, forward_agent=forward_agent
-    )
-    made._connection = cast(Any, connection)
-    monkeypatch.setattr(session, "Remote", lambda *_: None)
-    with pytest.raises(UserError, match="server: no session: Channel is not open"):
-        made._start("true", None, forward_agent=True)
+    monkeypatch.setattr(os, "write", write)
+    rung = threading.Event()
+    streams = streams_of(Far(b"out", b"err"), rung)
+    wait_until(lambda: streams.is_broken, "the broken pipe", every_s=0.01)
+    assert rung.wait(HANGS_AFTER_S)

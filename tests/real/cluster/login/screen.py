@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.login.modes import Modes
 from tests.real.cluster.login.server import Server
 from tests.shared import CHECKOUT
 from tests.waiting import wait_until
@@ -187,14 +186,6 @@ class Screen:
                 ):
                     found[pid] = (folder.parent / "cmdline").read_bytes().decode(errors="replace")
         return found
-
-    def left_on(self) -> bytes:
-        """Return what would have to be sent to turn off what was turned on."""
-        self.read()
-        modes = Modes()
-        modes.rows = os.get_terminal_size(self._slave).lines
-        modes.feed(self.shown)
-        return modes.undo()
 
     def _read_last(self) -> None:
         """Take in all that was written: the kernel hands it over a moment later, but in order."""

@@ -113,32 +113,19 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return keygen(tmp_path_factory.mktemp("authority") / "ca", "rsa")
 
 
-@pytest.mark.parametrize(
-    ("options", "wrong"),
-    [
-        (("-n", "127.0.0.1"), ""),
-        (("-n", "127.0.0.1", "-V", "-2d:-1d"), "it has expired"),
-        (("-n", "127.0.0.1", "-t", "ssh-rsa"), "it is signed with SHA-1"),
-    ],
-    ids=["named", "expired", "sha1"],
-)
-def test_a_host_certificate_is_seen_as_ssh_sees_it(
-    authority: Path, known: Path, tmp_path: Path, options: tuple[str, ...], wrong: str
+def test_a_host_that_is_known_by_its_certificate_alone_is_refused_by_name(
+    both: Server, host: Host, known: Path, authority: Path
 ) -> None:
-    folder = tmp_path / "certified"
-    folder.mkdir()
-    keygen(folder / "host_ed25519")
-    sign = ["ssh-keygen", "-q", "-h", "-s", authority, "-I", "host", *options]
-    subprocess.run([*sign, folder / "host_ed25519.pub"], check=True, capture_output=True)
-    server = start(folder, f"HostCertificate {folder}/host_ed25519-cert.pub")
-    try:
-        host = replace(host_of(server), user_known_hosts_files=(str(known),))
-        known.write_text(f"@cert-authority [127.*]:* {public(authority)}\n")
-        assert by_openssh(server, known).returncode == (255 if wrong else 0)
-        if wrong:
-            assert wrong in refusal(server, host)
-        else:
-            with signed_in(replace(host, strict_host_key_checking="yes")):
-                pass
-    finally:
-        server.stop()
+    known.write_text(f"@cert-authority [127.*]:* {public(authority)}\n")
+    said = refusal(both, host)
+    assert f"{known}:1" in said and 'backend = "openssh"' in said
+    with known.open("a") as stream:
+        stream.write(f"[127.0.0.1]:{both.port} {public(both.host_key)}\n")
+    with signed_in(host):
+        pass
+
+
+def test_a_revoked_key_is_refused(both: Server, host: Host, known: Path) -> None:
+    line = f"[127.0.0.1]:{both.port} {public(both.host_key)}\n"
+    known.write_text(f"{line}@revoked * {public(both.host_key)}\n")
+    assert f"revoked ({known}:2)" in refusal(both, host)

@@ -1,0 +1,80 @@
+"""Settings of ssh_config in the words of `ssh -G`, asked for by their kind."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from runfolder.errors import UserError, printable
+
+Settings = dict[str, list[str]]
+"""Keywords in lower case, each with its values in their order."""
+
+
+class Values:
+    """What is said of one host."""
+
+    def __init__(self, alias: str, settings: Settings) -> None:
+        self._alias = alias
+        self._settings = settings
+        self.tokens: dict[str, str] = {}
+        """What %h and the like stand for (man ssh_config, TOKENS)."""
+
+    def one(self, key: str, default: str = "") -> str:
+        """Return a value; "none" is the default."""
+        value = self._settings.get(key, [default])[0]
+        return default if value.lower() == "none" else value
+
+    def all(self, key: str, default: Sequence[str] = ()) -> list[str]:
+        """Return what all lines of a keyword say."""
+        return [value for value in self._settings.get(key, default) if value.lower() != "none"]
+
+    def is_on(self, key: str, default: str = "no") -> bool:
+        """Return whether a setting is there that is not switched off."""
+        return self.one(key, default).lower() not in ("no", "false")
+
+    def number(self, key: str, default: int) -> int:
+        """Return a number, or raise a `UserError`."""
+        value = self.one(key, str(default))
+        if not value.isdecimal():
+            raise self.wrong(key, value, "is not a number")
+        return int(value)
+
+    def files(self, key: str, default: str) -> tuple[str, ...]:
+        """Return the files of a line, in which `ssh -G` has left out the quotes."""
+        names = self._settings.get(key, [default])[0].split()
+        names = [self.path(name) for name in names if name.lower() != "none"]
+        if relative := [name for name in names if not name.startswith("/")]:
+            raise self.wrong(key, relative[0], "name a file without blanks, from the root or ~")
+        return tuple(names)
+
+    def agent(self) -> str:
+        """Return the socket of the agent; a variable that holds it may be unset."""
+        value = self._settings.get("identityagent", ["SSH_AUTH_SOCK"])[0]
+        if value == "SSH_AUTH_SOCK" or re.fullmatch(r"\$\w+", value):
+            return os.environ.get(value.removeprefix("$"), "")
+        return "" if value.lower() == "none" else self.path(value)
+
+    def path(self, value: str) -> str:
+        """Return a path with ~, ${NAME} and tokens replaced."""
+        if value.startswith("~/"):
+            # By the account, as ssh does, not by $HOME.
+            value = f"%d{value[1:]}"
+        return self.expand(
+            re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), value)
+        )
+
+    def expand(self, value: str) -> str:
+        """Return `value` with its tokens replaced, or raise a `UserError`."""
+
+        def meaning(found: re.Match[str]) -> str:
+            if found[1] not in self.tokens:
+                raise self.wrong(value, found[0], "is not supported; write it out")
+            return self.tokens[found[1]]
+
+        return re.sub(r"%(.?)", meaning, value, flags=re.DOTALL)
+
+    def wrong(self, key: str, value: str, why: str) -> UserError:
+        """Return the error for a value that cannot be honoured."""
+        return UserError(f"ssh_config for {self._alias}: {key} {printable(value)}: {why}")

@@ -1,0 +1,141 @@
+"""The streams of a program on the far side, each moved by a thread of its own.
+
+The session's loop waits for none of them, so that ~. and signals are heeded although a terminal
+stands still or a server takes nothing. What was not written yet stays in the channel, and its
+window bounds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import threading
+from collections.abc import Callable
+
+import paramiko
+
+from cluster.login.link import BROKEN
+from cluster.login.terminal import Size
+
+BLOCK_BYTES = 1 << 16
+# What may wait to be sent before no more is read; with a terminal more, where ~. is to be seen
+# although the server takes nothing.
+PENDING_BYTES = 1 << 18
+TERMINAL_PENDING_BYTES = 1 << 20
+
+
+class Streams:
+    """Standard input, output and errors of a session's channel."""
+
+    def __init__(
+        self, channel: paramiko.Channel, wake: Callable[[], None], *, is_terminal: bool
+    ) -> None:
+        """Prepare; `wake` is called, by other threads, when something has changed."""
+        self._channel = channel
+        self._wake = wake
+        self._limit = TERMINAL_PENDING_BYTES if is_terminal else PENDING_BYTES
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Each is counted by one thread alone.
+        self._given_bytes = self._sent_bytes = 0
+        self._is_stopped = False
+        self.is_over = False
+        """The program has ended, and all that it wrote is written."""
+        self.is_broken = False
+        """Nobody reads standard output any more."""
+        self.has_drawn = False
+        """There were control sequences in its output."""
+
+    def start(self) -> None:
+        """Begin to move what comes and what is given."""
+        for target in (self._send_all, self._follow):
+            threading.Thread(target=target, daemon=True).start()
+
+    def stop(self) -> None:
+        """Drop what still comes."""
+        self._is_stopped = True
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more input should be read."""
+        return self.pending_bytes < self._limit
+
+    @property
+    def pending_bytes(self) -> int:
+        """What of the input is still to be sent."""
+        return self._given_bytes - self._sent_bytes
+
+    def send(self, data: bytes) -> None:
+        """Have `data` sent."""
+
+        def job() -> None:
+            self._channel.sendall(data)
+            was_full = not self.has_room
+            self._sent_bytes += len(data)
+            if was_full:
+                self._wake()
+
+        self._given_bytes += len(data)
+        self._jobs.put(job)
+
+    def send_eof(self) -> None:
+        """Have its input end after what is still to be sent."""
+        self._jobs.put(self._channel.shutdown_write)
+
+    def resize(self, size: Size) -> None:
+        """Have its terminal resized."""
+
+        def job() -> None:
+            # One that has closed its output may not be told, and has nothing to draw.
+            with contextlib.suppress(paramiko.SSHException):
+                self._channel.resize_pty(size.columns, size.rows, size.width, size.height)
+
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Have the channel closed; not waited for, as the other side may be dead."""
+        self._jobs.put(self._channel.close)
+        self._jobs.put(None)
+
+    def _send_all(self) -> None:
+        # A link that breaks is seen by who receives; a program that ended needs no more.
+        with contextlib.suppress(*BROKEN):
+            while job := self._jobs.get():
+                job()
+
+    def _follow(self) -> None:
+        errors = threading.Thread(
+            target=self._write, args=(self._channel.recv_stderr, 2), daemon=True
+        )
+        errors.start()
+        self._write(self._channel.recv, 1)
+        errors.join()
+        # Or until the connection is gone.
+        self._channel.recv_exit_status()
+        self.is_over = True
+        self._wake()
+
+    def _write(self, receive: Callable[[int], bytes], fd: int) -> None:
+        has_reader = True
+        with contextlib.suppress(*BROKEN):
+            while data := receive(BLOCK_BYTES):
+                if self._is_stopped or not has_reader:
+                    continue
+                self.has_drawn = self.has_drawn or b"\x1b" in data
+                try:
+                    _write_all(fd, data)
+                except OSError:
+                    has_reader = False
+                    if fd == 1:
+                        self.is_broken = True
+                        self._wake()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            # Who shares the descriptor has set it so.
+            select.select([], [fd], [])
