@@ -1,12 +1,11 @@
-"""The way to a login node in Python: each command is a channel of one connection."""
+"""The way to a login node in Python, where there is no ssh: each command is a channel."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Sequence
-from types import TracebackType
+from typing import Self
 
 import paramiko
 
@@ -16,7 +15,8 @@ from cluster.login.transport import Running, Stream
 from cluster.site import Ssh
 from runfolder.errors import UserError
 
-BLOCK_BYTES = 1 << 16
+# What a script there gets to end once its input has.
+END_S = 30
 
 
 class Channels:
@@ -30,53 +30,32 @@ class Channels:
         # From here on signed in.
         self._connection = connection.connect(host)
 
-    def __enter__(self) -> Channels:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._connection.close()
 
     @property
     def lost(self) -> str:
         """Why there is no connection any more; see `Transport`."""
-        if self._connection.transport.is_active():
-            return ""
-        return self._connection.lost or "it was closed"
+        return self._connection.lost or ""
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script there; see `Transport`."""
         answer = shell.Answer.of(script)
-        channel = self._connection.open_session()
-        try:
-            channel.exec_command(shell.command(answer.script))
-            # All three at once: each may have to wait for another.
-            threads = [
-                threading.Thread(target=_send, args=(channel, data), daemon=True),
-                threading.Thread(target=_collect_errors, args=(channel, answer), daemon=True),
-            ]
-            for thread in threads:
-                thread.start()
-            while output := channel.recv(BLOCK_BYTES):
-                if answer.take(output):
-                    # What a login file has left running may hold the channel open.
-                    if answer.code:
-                        threads[1].join(shell.LAST_WORDS_S)
-                    return answer.words(self._host, 0)
-            for thread in threads:
-                thread.join()
-            code = channel.recv_exit_status()
-        except BROKEN as error:
-            raise self._lost(str(error)) from None
-        finally:
-            _close(channel)
+        channel = self._start(shell.command(answer.script))
+
+        def send() -> None:
+            with contextlib.suppress(*BROKEN):
+                channel.sendall(data)
+                channel.shutdown_write()
+
+        answer.collect(send, channel.recv, channel.recv_stderr)
+        code = 0 if answer.code is not None else channel.recv_exit_status()
+        _close(channel)
         if code < 0 and self.lost:
-            raise self._lost("it was closed")
-        # Without one, a signal has ended it there.
+            raise self._ended("it was closed")
         return answer.words(self._host, code)
 
     def run(self, script: str, modules: Sequence[str] = ()) -> int:
@@ -88,19 +67,13 @@ class Channels:
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
         """Run a bash script there, beside others; see `Transport`."""
-        channel = self._connection.open_session()
-        try:
-            channel.exec_command(shell.command(script, modules))
-        except BROKEN as error:
-            raise self._lost(str(error)) from None
-        return _Channel(channel)
+        return _Channel(self._start(shell.command(script, modules)))
 
     def dial(self, host: str, port: int) -> Stream:
         """Return a stream to a port there; see `Transport`."""
+        link = self._connection.transport
         try:
-            stream: Stream = self._connection.transport.open_channel(
-                "direct-tcpip", (host, port), ("127.0.0.1", 0)
-            )
+            stream: Stream = link.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0))
             return stream
         except paramiko.ChannelException as error:
             # The codes of RFC 4254, section 5.1.
@@ -110,12 +83,20 @@ class Channels:
                 why = f"nothing takes connections at port {port} of {host}, as {self._host} sees it"
             raise UserError(f"{host}:{port}: {why}") from None
         except BROKEN as error:
-            raise self._lost(str(error)) from None
+            raise self._ended(str(error)) from None
 
-    def _lost(self, why: str) -> UserError:
+    def _start(self, command: str) -> paramiko.Channel:
+        channel = self._connection.open_session()
+        try:
+            channel.exec_command(command)
+        except BROKEN as error:
+            raise self._ended(str(error)) from None
+        return channel
+
+    def _ended(self, why: str) -> UserError:
         return UserError(
-            f"{self._host}: the connection was lost: {self._connection.lost or why}; make status "
-            "shows what became of a job"
+            f"{self._host}: the connection was lost: {self.lost or why}; make status shows what "
+            "became of a job"
         )
 
 
@@ -136,28 +117,13 @@ class _Channel:
         return bool(self._channel.exit_status_ready() or self._channel.closed)
 
     def end(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(*BROKEN):
             self._channel.shutdown_write()
-        self._channel.status_event.wait(timeout=30)
+        self._channel.status_event.wait(END_S)
         _close(self._channel)
 
 
 def _close(channel: paramiko.Channel) -> None:
     # With a connection that is gone there is nobody to tell.
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(*BROKEN):
         channel.close()
-
-
-def _send(channel: paramiko.Channel, data: bytes) -> None:
-    try:
-        channel.sendall(data)
-        channel.shutdown_write()
-    except (EOFError, OSError):
-        # Whoever reads the answer finds out why.
-        return
-
-
-def _collect_errors(channel: paramiko.Channel, answer: shell.Answer) -> None:
-    while errors := channel.recv_stderr(BLOCK_BYTES):
-        for line in answer.take_error(errors):
-            connection.to_stderr(line)

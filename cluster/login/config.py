@@ -7,18 +7,15 @@ import os
 import pwd
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.login import plain_config
-from cluster.login.settings import Settings, Values
+from cluster.login.settings import Settings, Values, by_ssh
 from cluster.login.transport import OPENSSH
 from runfolder.errors import UserError, printable
 
-# `Match exec` and the names of a canonical host may ask the network.
-TIMEOUT_S = 60
 # ServerAliveInterval 0 means never, and a laptop that was moved would wait for ever.
 ALIVE_INTERVAL_S = 15
 METHODS = ("publickey", "keyboard-interactive", "password")
@@ -43,12 +40,6 @@ REFUSED = {
     "bindinterface": "none",
     "proxyusefdpass": "no",
 }
-# What the user has set up for the sign-in and only the ssh command can do.
-LACKING = {
-    "gssapiauthentication": "Kerberos (GSSAPIAuthentication)",
-    "hostbasedauthentication": "HostbasedAuthentication",
-    "pkcs11provider": "smart cards (PKCS11Provider)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +62,6 @@ class Host:
     """The agent's socket; empty without an agent."""
     methods: tuple[str, ...] = METHODS
     """Of publickey, keyboard-interactive and password those that may be used, in this order."""
-    number_of_password_prompts: int = 3
     batch_mode: bool = False
     """Nothing is asked."""
 
@@ -107,7 +97,6 @@ class Host:
     """By ssh_config's name in lower case: those that ssh would use."""
     remote_command: str = ""
     """What runs in a session that is given no command; empty: the login shell."""
-    lacking: tuple[str, ...] = ()
 
     @property
     def known_as(self) -> str:
@@ -118,10 +107,7 @@ class Host:
         return name if self.port == 22 else f"[{name}]:{self.port}"
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
-        """Return the variables for a session: those of `ours` that SendEnv lets pass, and SetEnv's.
-
-        A server takes only what its AcceptEnv names, so each of them may come to nothing.
-        """
+        """Return what of `ours` SendEnv lets pass, and SetEnv's; the server may take none."""
         sent = {
             name: value
             for name, value in ours.items()
@@ -135,8 +121,7 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
 
     Args:
         alias: a Host of ssh_config, a name, an address; user@host, ssh://user@host:port too.
-        user: instead of what ssh_config says.
-        port: instead of what ssh_config says; 0 leaves it.
+        user, port: instead of what ssh_config says, unless empty.
         config: a file instead of ~/.ssh/config and /etc/ssh/ssh_config.
 
     Raises:
@@ -154,7 +139,10 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
     if config and not Path(config).is_file():
         raise UserError(f"{config}: there is no such ssh_config; see config in [ssh] of site.toml")
     if shutil.which("ssh"):
-        settings = _by_ssh(alias, user, port, config)
+        options = ["-F", config] if config else []
+        options += ["-l", user] if user else []
+        options += ["-p", str(port)] if port else []
+        settings = by_ssh(options, alias)
     else:
         settings = plain_config.read(alias, config)
         settings |= {"user": [user]} if user else {}
@@ -171,38 +159,6 @@ def _refuse_unsafe(name: str, user: str) -> None:
         raise UserError(
             f"'{printable(user)}' is not a user; a shell would take it for more than a name"
         )
-
-
-def _by_ssh(alias: str, user: str, port: int, config: str) -> Settings:
-    options = ["-F", config] if config else []
-    options += ["-l", user] if user else []
-    options += ["-p", str(port)] if port else []
-    try:
-        done = subprocess.run(
-            ["ssh", "-T", "-G", *options, "--", alias],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            # A file's name may be any bytes.
-            errors="surrogateescape",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"ssh -G {alias} had no answer for {TIMEOUT_S} s; a Match exec in ssh_config may hang"
-        ) from None
-    if done.returncode != 0:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"ssh -G {alias}: {said[0] if said else f'exit code {done.returncode}'}; "
-            "put ssh_config right"
-        )
-    found: Settings = {}
-    for line in done.stdout.splitlines():
-        key, _, value = line.partition(" ")
-        found.setdefault(key, []).append(value)
-    return found
 
 
 def _host(alias: str, settings: Settings, config: str) -> Host:
@@ -231,7 +187,6 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         identities_only=said.is_on("identitiesonly"),
         identity_agent=said.agent(),
         methods=_methods(said),
-        number_of_password_prompts=said.number("numberofpasswordprompts", 3),
         batch_mode=said.is_on("batchmode"),
         proxy_jump=tuple(part.strip() for part in jump.split(",") if part.strip()),
         proxy_command="" if jump else said.expand(said.one("proxycommand")),
@@ -256,7 +211,6 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
             key: tuple(settings[key][0].split(",")) for key in ALGORITHMS if key in settings
         },
         remote_command=said.expand(said.one("remotecommand")),
-        lacking=tuple(words for key, words in LACKING.items() if said.is_on(key)),
     )
 
 

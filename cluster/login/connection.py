@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import socket
 import sys
-import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 import paramiko
@@ -17,22 +15,18 @@ from cluster.login import config, reach
 from cluster.login.config import Host
 from cluster.login.host_key import Check
 from cluster.login.link import BROKEN, Link
-from cluster.login.prompts import Prompts, Refusal, Terminal
+from cluster.login.prompts import Prompts, Terminal
 from cluster.login.sign_in import sign_in
+from cluster.login.transport import OPENSSH
 from cluster.login.watchdog import Watchdog
 from runfolder.errors import UserError, printable
 
 # The servers of busy login nodes take their time before the first word.
-FIRST_WORDS_S = 60.0
+FIRST_WORDS_S, PROXY_WORDS_S = 60, 600
 SESSION_TIMEOUT_S = 60.0
 # As many as a chain of login nodes can need; a host that is its own jump has no end.
 MOST_HOPS = 8
 CLOSE_S = 1.0
-
-
-def to_stderr(text: str) -> None:
-    """Show what the user should know: a banner, a note."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,10 +51,7 @@ class Connection:
 
     @property
     def lost(self) -> str | None:
-        """Why the connection is gone ("no answer from NAME for 45 s"); None while it stands.
-
-        It is None, too, after `close`.
-        """
+        """Why the connection is gone ("no answer from NAME for 45 s"); None while it stands."""
         if self._is_closed:
             return None
         # The hop that fell first took those behind it along.
@@ -72,11 +63,7 @@ class Connection:
         return None
 
     def open_session(self) -> paramiko.Channel:
-        """Return a new session channel.
-
-        Raises:
-            UserError: the server refuses it, or the connection is gone.
-        """
+        """Return a new session channel, or raise a `UserError`."""
         try:
             return self.transport.open_session(timeout=SESSION_TIMEOUT_S)
         except paramiko.ChannelException as error:
@@ -96,33 +83,27 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def connect(
-    host: Host, *, prompts: Prompts | None = None, say: Callable[[str], None] = to_stderr
+    host: Host, *, prompts: Prompts | None = None, say: Callable[[str], None] | None = None
 ) -> Connection:
     """Return a connection that is signed in.
 
     Args:
         host: as `config.resolve` returned it; its jumps are resolved in the same way.
         prompts: who answers questions; the terminal.
-        say: takes banners and notes, free of control characters, without a newline at the end.
+        say: takes banners and notes, free of control characters; stderr.
 
     Raises:
         UserError: a host cannot be reached, is not the one that is known, or lets nobody in.
-        KeyboardInterrupt: Ctrl+C, also at a question; the terminal is as it was.
     """
     hops: list[Hop] = []
     try:
         for stop in route(host):
-            _add_hop(hops, stop, prompts or Terminal(), say)
+            _add_hop(hops, stop, prompts or Terminal(), say or _to_stderr)
     except BaseException:
         _close(hops)
         raise
@@ -140,8 +121,12 @@ def route(host: Host) -> list[Host]:
     """
     way = [host]
     while way[0].proxy_jump:
-        first = way[0]
-        jumps = [_jump(first, text) for text in first.proxy_jump]
+        jumps = []
+        for name in way[0].proxy_jump:
+            try:
+                jumps.append(config.resolve(name, config=host.config))
+            except UserError as error:
+                raise UserError(f"the jump {printable(name)} of {way[0].alias}: {error}") from None
         rest = [dataclasses.replace(jump, proxy_jump=(), proxy_command="") for jump in jumps[1:]]
         way = [jumps[0], *rest, *way]
         if len(way) > MOST_HOPS:
@@ -152,17 +137,8 @@ def route(host: Host) -> list[Host]:
     return way
 
 
-def _jump(host: Host, text: str) -> Host:
-    try:
-        return config.resolve(text, config=host.config)
-    except UserError as error:
-        raise UserError(f"the jump {printable(text)} of {host.alias}: {error}") from None
-
-
 def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
     check = Check.of(host)
-    if host.batch_mode:
-        prompts = Refusal()
     proxy: reach.Proxy | None = None
     stream: Any
     if hops:
@@ -174,7 +150,7 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
         stream = reach.tcp(host)
     try:
         link = Link(stream, host)
-    except BaseException:
+    except UserError:
         stream.close()
         if proxy is not None:
             proxy.close()
@@ -183,7 +159,9 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
     options.key_types = check.preferred(options.key_types)
     hop = Hop(host=host, link=link, proxy=proxy)
     hops.append(hop)
-    link.banner_timeout = reach.deadline(host, FIRST_WORDS_S)
+    # A ProxyCommand may ask the user something before it lets a byte through.
+    usual_s = PROXY_WORDS_S if proxy is not None else FIRST_WORDS_S
+    link.banner_timeout = float(host.connect_timeout_s or usual_s)
     try:
         # Paramiko returns when the time is up, too.
         link.start_client(timeout=link.banner_timeout)
@@ -192,12 +170,19 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
         key = link.get_remote_server_key()
     except BROKEN as error:
         why = (proxy.ended() if proxy is not None else "") or _words(link, error)
-        raise UserError(f"{host.alias}: no SSH connection: {why}; {_step(why)}") from None
+        step = "is that an SSH server, and are you let through to it?"
+        if "Incompatible" in why:
+            step = f"the server wants other algorithms; {OPENSSH}"
+        raise UserError(f"{host.alias}: no SSH connection: {why}; {step}") from None
     check.check(key, prompts, say)
     sign_in(link, host, prompts, say)
     hop.watchdog = Watchdog(
         link, host.alias, host.server_alive_interval_s, host.server_alive_count_max
     )
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _words(link: Link, error: BaseException) -> str:
@@ -207,15 +192,8 @@ def _words(link: Link, error: BaseException) -> str:
     return printable(said.replace("SSH protocol banner", "the server's first words: "))
 
 
-def _step(why: str) -> str:
-    if "Incompatible" in why:
-        return 'the server wants other algorithms; set backend = "openssh" in [ssh] of site.toml'
-    return "is that an SSH server, and are you let through to it?"
-
-
 def _end(hop: Hop) -> str:
-    words = printable(hop.link.last_words)
-    if words:
+    if words := printable(hop.link.last_words):
         return f"{hop.host.alias} ended the connection: {words}"
     error = hop.link.saved_exception
     why = "" if error is None or isinstance(error, EOFError) else f": {printable(str(error))}"
@@ -227,7 +205,6 @@ def _close(hops: list[Hop]) -> None:
     for hop in hops:
         if hop.watchdog is not None:
             hop.watchdog.stop()
-    for hop in hops:
         # Else the timer of a first exchange that failed holds up the end of this process.
         hop.link.packetizer.complete_handshake()
         if isinstance(hop.link.sock, socket.socket):
@@ -238,5 +215,5 @@ def _close(hops: list[Hop]) -> None:
         if hop.proxy is not None:
             hop.proxy.close()
     for hop in hops:
-        if hop.link is not threading.current_thread() and hop.link.is_alive():
+        if hop.link.is_alive():
             hop.link.join(CLOSE_S / len(hops))

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from enum import Enum
 
-HELP = (
-    "Supported escape sequences:\n"
-    " {0}.   - end the connection, also a dead one\n"
-    " {0}^Z  - suspend; fg comes back\n"
-    " {0}?   - this message\n"
-    " {0}{0}   - send {0}\n"
-    "(They are recognized only after a newline.)\n"
-)
+HELP = """Supported escape sequences:
+ {0}.   - end the connection, also a dead one
+ {0}^Z  - suspend; fg comes back
+ {0}?   - this message
+ {0}{0}   - send {0}
+(They are recognized only after a newline.)"""
 
 
 class Action(Enum):
     """What the client is told to do."""
 
-    END = "end"
-    SUSPEND = "suspend"
-    HELP = "help"
-
-
-ACTIONS = {b".": Action.END, b"\x1a": Action.SUSPEND, b"?": Action.HELP}
+    END = b"."
+    SUSPEND = b"\x1a"
+    HELP = b"?"
 
 
 class Escapes:
@@ -30,7 +25,9 @@ class Escapes:
 
     def __init__(self, character: str = "~") -> None:
         """Watch for `character`: one, or ^X for a control character, or "none"."""
-        self._escape = _code(character)
+        self._escape = character.encode() if character != "none" else b""
+        if len(character) == 2 and character[0] == "^":
+            self._escape = bytes((ord(character[1].upper()) & 0x1F,))
         self._at_start = True
         self._is_pending = False
         self.name = character
@@ -41,18 +38,16 @@ class Escapes:
         Sequences that are none of ours go to the server as they are.
         """
         if not self._escape:
-            return [typed] if typed else []
+            return [typed]
         pieces: list[bytes | Action] = []
         plain = bytearray()
         for code in typed:
             byte = bytes((code,))
             if self._is_pending:
                 self._is_pending = False
-                if action := ACTIONS.get(byte):
-                    if plain:
-                        pieces.append(bytes(plain))
-                        plain.clear()
-                    pieces.append(action)
+                if any(byte == action.value for action in Action):
+                    pieces += [bytes(plain), Action(byte)]
+                    plain.clear()
                     # As in ssh: after one of them another may follow at once.
                     self._at_start = True
                     continue
@@ -63,14 +58,4 @@ class Escapes:
                 continue
             plain += byte
             self._at_start = byte in b"\r\n"
-        if plain:
-            pieces.append(bytes(plain))
-        return pieces
-
-
-def _code(character: str) -> bytes:
-    if character.lower() == "none":
-        return b""
-    if len(character) == 2 and character[0] == "^":
-        return bytes((ord(character[1].upper()) & 0x1F,))
-    return character.encode()
+        return [piece for piece in (*pieces, bytes(plain)) if piece]

@@ -69,7 +69,8 @@ class Keys:
             else:
                 if key.asbytes() not in in_agent:
                     yield from self._forms(str(path), key)
-        for path in sealed:
+        # Asked for nothing, nobody can give a passphrase.
+        for path in [] if self.host.batch_mode else sealed:
             if (key := self._unsealed(path)) is not None:
                 yield from self._forms(str(path), key)
 

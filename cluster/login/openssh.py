@@ -1,4 +1,4 @@
-"""The way to a login node by the `ssh` command, for what Paramiko lacks: Kerberos, security keys.
+"""The way to a login node by the `ssh` command, wherever it is installed.
 
 One process signs in and stays (ControlMaster); all else goes through it. A master that the user has
 already is used as it is, if it answers.
@@ -15,15 +15,14 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Literal
+from typing import Literal
 
 from cluster.login import shell
+from cluster.login.settings import by_ssh
 from cluster.login.transport import LOST, Running, Stream
 from cluster.site import Ssh
 from runfolder.errors import UserError
 
-BLOCK_BYTES = 1 << 16
 # What a script there gets to end once its input has.
 END_S = 60
 # What a master of the user's gets to answer.
@@ -32,51 +31,26 @@ MASTER_S = 15
 SIGNED_IN = "-- sluice --"
 # Of ssh_config, what is meant for people and would keep a command from running, or from its input.
 # Only what ssh_config sets otherwise is named: releases before 8.7 do not know these.
-FOR_COMMANDS = {
-    "sessiontype": "default",
-    "stdinnull": "no",
-    "forkafterauthentication": "no",
-}
+FOR_COMMANDS = {"sessiontype": "default", "stdinnull": "no", "forkafterauthentication": "no"}
 
 
 def words_of(settings: Ssh) -> list[str]:
-    """Return the ssh command of a site, as far as the name of the host.
-
-    Raises:
-        UserError: there is no ssh command.
-    """
+    """Return the ssh command of a site, as far as the host; a `UserError` if there is none."""
     if shutil.which("ssh") is None:
         raise UserError('ssh.backend = "openssh": ssh is not on the PATH')
-    words = ["ssh"]
-    if settings.config:
-        words += ["-F", settings.config]
-    if settings.user:
-        words += ["-l", settings.user]
-    if settings.port:
-        words += ["-p", str(settings.port)]
-    return words
+    words = ["ssh", *(["-F", settings.config] if settings.config else [])]
+    words += ["-l", settings.user] if settings.user else []
+    return words + (["-p", str(settings.port)] if settings.port else [])
 
 
 def for_commands(words: Sequence[str], host: str) -> list[str]:
-    """Return `words` (`words_of`) with the options without which a command is not run as it is.
-
-    Raises:
-        UserError: what ssh_config says is wrong.
-    """
+    """Return `words` (`words_of`) with the options without which a command is not run as it is."""
     words = [*words, "-o", "RemoteCommand=none"]
-    done = subprocess.run(
-        [*words, "-G", host, "exit"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False
-    )
-    if done.returncode:
-        raise UserError(f"{host}: ssh does not take its ssh_config; its own words are above")
-    found = (line.split(maxsplit=1) for line in done.stdout.decode(errors="replace").splitlines())
-    settings = {pair[0].lower(): pair[1] for pair in found if len(pair) == 2}
-    changed = [
-        f"{name}={plain}"
-        for name, plain in FOR_COMMANDS.items()
-        if settings.get(name, plain) != plain
-    ]
-    return [*words, *(word for setting in changed for word in ("-o", setting))]
+    settings = by_ssh(words[1:], host, "exit")
+    for name, plain in FOR_COMMANDS.items():
+        if settings.get(name, [plain]) != [plain]:
+            words += ["-o", f"{name}={plain}"]
+    return words
 
 
 def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
@@ -129,6 +103,7 @@ class OpenSsh:
         self._words = for_commands(words_of(settings), self._host)
         self._words += ["-o", "ClearAllForwardings=yes"]
         self._master: subprocess.Popen[bytes] | None = None
+        self._is_ending = False
         # In /tmp, because the path of a socket may not be long.
         self._folder = Path(tempfile.mkdtemp(prefix="sluice-", dir="/tmp"))
 
@@ -140,12 +115,7 @@ class OpenSsh:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     @property
@@ -185,6 +155,7 @@ class OpenSsh:
         self._words += quiet
 
     def _end(self) -> None:
+        self._is_ending = True
         try:
             if self._master is not None:
                 assert self._master.stdin is not None
@@ -200,24 +171,20 @@ class OpenSsh:
         pipe = subprocess.PIPE
         words = [*self._words, "-T", self._host, shell.command(answer.script)]
         with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
-            assert process.stdin and process.stdout and process.stderr
-            # All three at once: each may have to wait for another.
-            threads = [
-                threading.Thread(target=_send, args=(process.stdin, data), daemon=True),
-                threading.Thread(
-                    target=_collect_errors, args=(process.stderr, answer), daemon=True
-                ),
-            ]
-            for thread in threads:
-                thread.start()
+            given, output, errors = process.stdin, process.stdout, process.stderr
+            assert given and output and errors
+
+            def send() -> None:
+                # It may end, or be closed as the answer is complete; who reads finds out why.
+                with contextlib.suppress(OSError, ValueError):
+                    view = memoryview(data)
+                    while view:
+                        view = view[given.write(view) :]
+                    given.close()
+
             try:
-                while output := process.stdout.read(BLOCK_BYTES):
-                    if answer.take(output):
-                        # What a login file has left running may hold the session open.
-                        break
+                answer.collect(send, output.read, errors.read)
                 code = process.wait() if answer.code is None else 0
-                if code or answer.code:
-                    threads[1].join(shell.LAST_WORDS_S)
             finally:
                 process.kill()
         if code == LOST and self.lost:
@@ -237,11 +204,24 @@ class OpenSsh:
         return _Process([*self._words, "-T", self._host, shell.command(script, modules)])
 
     def dial(self, host: str, port: int) -> Stream:
-        """Return a stream to a port there; what does not listen there is said by ssh itself."""
+        """Return a stream to a port there; what does not listen there is said when that is known."""
         ours, theirs = socket.socketpair()
         words = [*self._words, "-W", f"[{host}]:{port}", self._host]
         with theirs:
-            subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno())
+            process = subprocess.Popen(
+                words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
+            )
+
+        def wait() -> None:
+            if process.wait() and not self._is_ending:
+                print(
+                    f"error: {host}:{port}: nothing takes connections at port {port} of {host}, as "
+                    f"{self._host} sees it, or sshd there forwards no ports (AllowTcpForwarding)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        threading.Thread(target=wait, daemon=True).start()
         return ours
 
 
@@ -268,22 +248,3 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _send(stream: IO[bytes], data: bytes) -> None:
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[stream.write(view) :]
-        stream.close()
-    except (OSError, ValueError):
-        # It has ended, or was closed as the answer is complete. Whoever reads that finds out why.
-        return
-
-
-def _collect_errors(stream: IO[bytes], answer: shell.Answer) -> None:
-    # As above.
-    with contextlib.suppress(OSError, ValueError):
-        while errors := stream.read(BLOCK_BYTES):
-            for line in answer.take_error(errors):
-                print(line, file=sys.stderr, flush=True)

@@ -20,10 +20,10 @@ FILES = (OWN, "/etc/ssh/ssh_config")
 # What config.py makes something of.
 HONOURED = """
 addressfamily batchmode certificatefile ciphers compression connecttimeout escapechar forwardagent
-globalknownhostsfile gssapiauthentication hashknownhosts host hostbasedauthentication
+globalknownhostsfile hashknownhosts host
 hostkeyalgorithms hostkeyalias hostname identitiesonly identityagent identityfile
-kbdinteractiveauthentication kexalgorithms macs numberofpasswordprompts passwordauthentication
-pkcs11provider port preferredauthentications proxycommand proxyjump pubkeyauthentication
+kbdinteractiveauthentication kexalgorithms macs passwordauthentication
+port preferredauthentications proxycommand proxyjump pubkeyauthentication
 remotecommand requiredrsasize sendenv serveralivecountmax serveraliveinterval setenv
 stricthostkeychecking user userknownhostsfile
 """
@@ -33,8 +33,10 @@ OF_NO_MATTER = """
 addkeystoagent canonicaldomains canonicalizefallbacklocal canonicalizemaxdots checkhostip
 clearallforwardings connectionattempts controlmaster controlpath controlpersist dynamicforward
 enableescapecommandline exitonforwardfailure fingerprinthash forwardx11 forwardx11timeout
-forwardx11trusted gatewayports gssapidelegatecredentials ipqos localcommand localforward loglevel
-logverbose nohostauthenticationforlocalhost permitlocalcommand permitremoteopen rekeylimit
+forwardx11trusted gatewayports gssapiauthentication
+gssapidelegatecredentials hostbasedauthentication ipqos localcommand localforward loglevel
+logverbose nohostauthenticationforlocalhost permitlocalcommand numberofpasswordprompts
+permitremoteopen pkcs11provider rekeylimit
 remoteforward requesttty securitykeyprovider streamlocalbindmask streamlocalbindunlink
 syslogfacility tcpkeepalive tunnel tunneldevice updatehostkeys verifyhostkeydns visualhostkey
 xauthlocation

@@ -26,33 +26,15 @@ class Prompts(Protocol):
         ...
 
 
-class Refusal:
-    """Answers nothing, where BatchMode says so."""
-
-    def ask(self, question: str) -> str:
-        """Refuse."""
-        raise UserError(f"'{one_line(question)}' cannot be asked: BatchMode is on")
-
-    secret = ask
-
-
 class Terminal:
     """The user at /dev/tty; to be asked in the main thread, where signals end a question."""
 
     def ask(self, question: str) -> str:
-        """Return a line that is shown while it is typed.
-
-        Raises:
-            UserError: there is no terminal, or no answer (Ctrl+D).
-        """
+        """Return a line that is shown while it is typed; a `UserError` if there is no answer."""
         return _line(question, is_shown=True)
 
     def secret(self, question: str) -> str:
-        """Return a line that is not shown.
-
-        Raises:
-            UserError: there is no terminal, or no answer (Ctrl+D).
-        """
+        """Return a line that is not shown; a `UserError` if there is no answer."""
         return _line(question, is_shown=False)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 
@@ -37,20 +37,18 @@ def tcp(host: Host) -> socket.socket:
     failures = []
     for kind, *_, address in addresses:
         made = socket.socket(kind, socket.SOCK_STREAM)
+        made.settimeout(host.connect_timeout_s)
         try:
-            made.settimeout(host.connect_timeout_s)
             made.connect(address)
-            # A keystroke is a packet that must not wait for the next one.
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            return made
         except OSError as error:
             made.close()
             why = error.strerror or f"no answer for {host.connect_timeout_s} s"
             failures.append(f"{address[0]} port {host.port}: {why}")
-        except BaseException:
-            made.close()
-            raise
+        else:
+            # A keystroke is a packet that must not wait for the next one.
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return made
     raise UserError(f"{host.alias}: cannot be reached ({'; '.join(failures)}); is the network up?")
 
 
@@ -58,11 +56,7 @@ class Proxy:
     """A ProxyCommand that runs, and our end of its stream."""
 
     def __init__(self, host: Host) -> None:
-        """Start the command.
-
-        Raises:
-            UserError: there is no shell to run it.
-        """
+        """Start the command, or raise a `UserError`."""
         self._command = host.proxy_command
         ours, theirs = socket.socketpair()
         try:
@@ -91,15 +85,12 @@ class Proxy:
     def close(self) -> None:
         """Close the stream and see the command end; takes a second at most."""
         self.socket.close()
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None:
-                self._process.send_signal(number)
-            try:
+        for end in (self._process.terminate, self._process.kill):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
                 return
-            except subprocess.TimeoutExpired:
-                continue
-        # Killed, it has to be waited for, or it stays as a zombie.
+            end()
+        # Or it stays as a zombie.
         self._process.wait()
 
 
@@ -128,13 +119,3 @@ def through(link: Link, before: Host, host: Host) -> paramiko.Channel:
         raise UserError(
             f"{host.alias}: no way through the jump host {before.alias}: {printable(str(error))}"
         ) from None
-
-
-def deadline(host: Host, seconds: float) -> float:
-    """Return how long the other side may take for its first words.
-
-    A ProxyCommand may ask the user something before it lets a byte through.
-    """
-    if host.connect_timeout_s is not None:
-        return float(host.connect_timeout_s)
-    return 600.0 if host.proxy_command else seconds

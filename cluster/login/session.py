@@ -121,14 +121,14 @@ class _Session:
 
     def _request_terminal(self, terminal: Terminal) -> None:
         # Channel.get_pty has no modes to say.
-        size = terminal.size()
         message = paramiko.Message()
         message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
         message.add_int(self._channel.remote_chanid)
         message.add_string("pty-req")
         message.add_boolean(True)
         message.add_string(os.fsencode(os.environ.get("TERM", "dumb")))
-        for number in (size.columns, size.rows, size.width, size.height):
+        # In characters; in pixels it is not known.
+        for number in (*terminal.size(), 0, 0):
             message.add_int(number)
         message.add_string(tty_modes.encode(terminal.attributes))
         self._channel._event_pending()
@@ -181,7 +181,7 @@ class _Session:
         if action is Action.END:
             self._is_ended = True
         elif action is Action.HELP:
-            self._say(f"{name}?\n{HELP.format(name)}".rstrip())
+            self._say(f"{name}?\n{HELP.format(name)}")
         else:
             self._say(f"{name}^Z [suspend]")
             self._suspend()

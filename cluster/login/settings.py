@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Sequence
 
 from runfolder.errors import UserError, printable
 
 Settings = dict[str, list[str]]
 """Keywords in lower case, each with its values in their order."""
+# `Match exec` and the names of a canonical host may ask the network.
+TIMEOUT_S = 60
+
+
+def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
+    """Return what `ssh -G` says of a host, to which a command may be given.
+
+    Raises:
+        UserError: ssh does not take its configuration.
+    """
+    try:
+        done = subprocess.run(
+            ["ssh", *options, "-T", "-G", "--", alias, *command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            # A file's name may be any bytes.
+            errors="surrogateescape",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"ssh -G {alias} had no answer for {TIMEOUT_S} s; a Match exec in ssh_config may hang"
+        ) from None
+    if done.returncode != 0:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(
+            f"ssh -G {alias}: {said[0] if said else f'exit code {done.returncode}'}; "
+            "put ssh_config right"
+        )
+    found: Settings = {}
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition(" ")
+        found.setdefault(key, []).append(value)
+    return found
 
 
 class Values:

@@ -10,10 +10,13 @@ session's own streams.
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 import secrets
 import shlex
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,7 @@ SLOW_S = 10.0
 LIMIT_S = 120.0
 # For what a script that failed says of it to arrive; something else may hold its stderr open.
 LAST_WORDS_S = 2.0
+BLOCK_BYTES = 1 << 16
 # How an error or a note of the first shell begins, in the words that are shown as they are.
 ERROR, NOTE = "error: ", "note: "
 
@@ -102,6 +106,32 @@ class Answer:
         self._errors += errors
         shown = [printable(line.decode(errors="replace")) for line in lines]
         return [line for line in shown if line.startswith(NOTE)]
+
+    def collect(
+        self,
+        send: Callable[[], None],
+        read: Callable[[int], bytes],
+        read_error: Callable[[int], bytes],
+    ) -> None:
+        """Take the answer from a session's streams, while its input is sent.
+
+        It may be complete before they end: a login file can have left something running.
+        """
+
+        def take_errors() -> None:
+            with contextlib.suppress(OSError, ValueError):  # closed, as the answer is complete
+                while errors := read_error(BLOCK_BYTES):
+                    for line in self.take_error(errors):
+                        print(line, file=sys.stderr, flush=True)
+
+        # All three at once: each may have to wait for another.
+        threads = [threading.Thread(target=job, daemon=True) for job in (send, take_errors)]
+        for thread in threads:
+            thread.start()
+        while (output := read(BLOCK_BYTES)) and not self.take(output):
+            continue
+        if self.code != 0:
+            threads[1].join(LAST_WORDS_S)
 
     def words(self, host: str, exit_code: int) -> bytes:
         """Return the words of the script.

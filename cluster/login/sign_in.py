@@ -22,6 +22,8 @@ TRY_AGAIN = "Permission denied, please try again."
 # A push code is answered on a telephone that has to be found first.
 PATIENCE_S = 600.0
 LAST_WORDS_S = 1.0
+# Of a password, or of a round of questions, as ssh by default.
+TRIES = 3
 
 
 def sign_in(link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
@@ -117,7 +119,7 @@ class _SignIn:
     def _repeated(self, method: str, attempt: Callable[[], bool | None]) -> bool:
         """Have a few tries; None of one: it has asked nothing, and would not the next time."""
         self._tried += [method] if method not in self._tried else []
-        for _ in range(self._host.number_of_password_prompts):
+        for _ in range(TRIES):
             if (is_content := attempt()) is not False:
                 return bool(is_content)
             if method not in self._takes:
@@ -183,8 +185,8 @@ class _SignIn:
             f"{host.alias}: {host.user} was not let in; the server takes {takes}, tried: {tried}"
         ]
         said += self._keys.problems
-        if host.lacking and {"gssapi-with-mic", "hostbased"} & set(self._takes):
-            said.append(f"for {' or '.join(host.lacking)} {OPENSSH}")
+        if more := {"gssapi-with-mic", "hostbased"} & set(self._takes):
+            said.append(f"for {' or '.join(sorted(more))} {OPENSSH}")
         return UserError(printable("; ".join(said)))
 
     def _lost(self, error: Exception | None) -> UserError:

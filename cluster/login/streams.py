@@ -17,7 +17,6 @@ from collections.abc import Callable
 import paramiko
 
 from cluster.login.link import BROKEN
-from cluster.login.terminal import Size
 
 BLOCK_BYTES = 1 << 16
 # What may wait to be sent before no more is read; with a terminal more, where ~. is to be seen
@@ -83,13 +82,13 @@ class Streams:
         """Have its input end after what is still to be sent."""
         self._jobs.put(self._channel.shutdown_write)
 
-    def resize(self, size: Size) -> None:
+    def resize(self, size: os.terminal_size) -> None:
         """Have its terminal resized."""
 
         def job() -> None:
             # One that has closed its output may not be told, and has nothing to draw.
             with contextlib.suppress(paramiko.SSHException):
-                self._channel.resize_pty(size.columns, size.rows, size.width, size.height)
+                self._channel.resize_pty(*size)
 
         self._jobs.put(job)
 

@@ -7,10 +7,7 @@ bash and the usual small commands; no SFTP, which some sites have switched off.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Protocol
 
 # As ssh has it; a command's own 255 cannot be told from it.
 LOST = 255
@@ -48,12 +45,7 @@ class Transport(Protocol):
         """Why there is no connection any more; empty as long as there is."""
 
     def __enter__(self) -> Transport: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script with `data` as its standard input; return what it prints.

@@ -10,22 +10,8 @@ import termios
 from typing import Any
 
 # RFC 4254, section 8.
-CHARACTERS = {
-    1: "VINTR",
-    2: "VQUIT",
-    3: "VERASE",
-    4: "VKILL",
-    5: "VEOF",
-    6: "VEOL",
-    7: "VEOL2",
-    8: "VSTART",
-    9: "VSTOP",
-    10: "VSUSP",
-    12: "VREPRINT",
-    13: "VWERASE",
-    14: "VLNEXT",
-    18: "VDISCARD",
-}
+CHARACTERS = {1: "VINTR", 2: "VQUIT", 3: "VERASE", 4: "VKILL", 5: "VEOF"}
+CHARACTERS |= {8: "VSTART", 9: "VSTOP", 10: "VSUSP", 13: "VWERASE", 14: "VLNEXT"}
 DISABLED = 255
 # RFC 8160. Python 3.11 has no name for the bit, which is the same on Linux and macOS.
 UTF8_MODE, IUTF8 = 42, 0x4000

@@ -93,8 +93,13 @@ class Laptop:
         rewrite(self.checkout / "train/new.py", f"# {content}\n")
 
     def words(self, *command: str) -> list[str]:
-        """Return a command line that runs a command where Slurm's commands are not."""
-        hide = "; ".join(f'mount --bind /dev/null "$(command -v {name})"' for name in SLURM)
+        """Return a command line that runs a command where Slurm's commands are not.
+
+        Nor OpenSSH's, unless its backend is meant: else all goes through it.
+        """
+        is_by_ssh = 'backend = "openssh"' in (self.checkout / "site.toml").read_text()
+        hidden = SLURM if is_by_ssh else (*SLURM, "ssh", "ssh-keygen")
+        hide = "; ".join(f'mount --bind /dev/null "$(command -v {name})"' for name in hidden)
         user = [] if IS_ROOT else ["--map-root-user"]
         return ["unshare", *user, "--mount", "sh", "-ec", f'{hide}; exec "$@"', "-", *command]
 
@@ -267,8 +272,8 @@ def test_the_cluster_and_a_job_are_checked_from_afar(either: Laptop) -> None:
     assert "fits:  NODES=2" in never.stdout
 
 
-def test_what_a_tunnel_cannot_lead_to_is_said(laptop: Laptop) -> None:
-    laptop.use()
+def test_what_a_tunnel_cannot_lead_to_is_said(either: Laptop) -> None:
+    laptop = either
     port = free_port()
     process = laptop.start("tunnel", "NODE=node2", f"PORT={port}")
     assert process.stdout is not None and process.stderr is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pty
 
-from cluster.login.terminal import Size, Terminal
+from cluster.login.terminal import Terminal
 
 
 def test_a_window_that_was_closed_is_no_error() -> None:
@@ -13,6 +13,6 @@ def test_a_window_that_was_closed_is_no_error() -> None:
     terminal = Terminal(slave)
     os.close(master)
     terminal.make_raw()
-    assert terminal.size() == Size(80, 24)
+    assert terminal.size() == os.terminal_size((80, 24))
     terminal.restore()
     os.close(slave)

@@ -11,7 +11,6 @@ import pytest
 
 from cluster.login.session import _Session
 from cluster.login.streams import PENDING_BYTES, Streams
-from cluster.login.terminal import Size
 from tests.waiting import HANGS_AFTER_S, wait_until
 
 
@@ -76,7 +75,7 @@ def test_a_size_that_the_far_side_does_not_want_ends_nothing() -> None:
     far = Far()
     streams = streams_of(far, threading.Event())
     far.takes.set()
-    streams.resize(Size(80, 24))
+    streams.resize(os.terminal_size((80, 24)))
     streams.send(b"x")
     streams.close()
     assert far.is_closed.wait(HANGS_AFTER_S)
