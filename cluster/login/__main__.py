@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Run a shell or a command on the login node; return its exit code."""
     parser = Parser(
         prog="python -m cluster.login",
-        description="A shell on the login node; ~? in it lists what it takes itself.",
+        description="A shell on the login node; ~. at the start of a line ends it.",
         allow_abbrev=False,
     )
     parser.add_argument("--host", default="", help="a Host of ~/.ssh/config, instead of the site's")

@@ -66,7 +66,7 @@ class Alarm:
     @contextlib.contextmanager
     def watches(self, *, resize: bool) -> Iterator[list[int]]:
         """Have signals wake the loop; yields a list for the one that ends the session."""
-        numbers = [*ENDING, signal.SIGTSTP, *([signal.SIGWINCH] if resize else [])]
+        numbers = [*ENDING, *([signal.SIGWINCH] if resize else [])]
         before: dict[int, Any] = {}
         descriptor = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         try:

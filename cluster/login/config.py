@@ -87,7 +87,6 @@ class Host:
     """None: as long as the system tries."""
     address_family: str = "any"
     """any, inet or inet6."""
-    compression: bool = False
     escape_char: str = "~"
     """One character, as ^X if it is a control character; "none" without one."""
     send_env: tuple[str, ...] = ()
@@ -202,7 +201,6 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         server_alive_count_max=said.number("serveralivecountmax", 3) if alive_interval_s else 3,
         connect_timeout_s=said.number("connecttimeout", 0) or None,
         address_family=said.one("addressfamily", "any").lower(),
-        compression=said.is_on("compression"),
         # ssh prints a control character with a backslash before it, and a backslash twice.
         escape_char=escape.removeprefix("\\") or escape,
         send_env=tuple(word for line in said.all("sendenv") for word in line.split()),

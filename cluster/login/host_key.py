@@ -21,44 +21,34 @@ class Check:
 
     host: Host
     keys: list[Entry]
-    """Of its name; where there are none, of its name without the port, as ssh does."""
-    is_changed_by_others: bool
-    """Whether another key than these would be a changed one."""
+    portless: list[Entry]
+    """Of its name without the port, of which ssh thinks only where `keys` has none."""
     marked: list[Entry]
     """Revoked keys, and authorities."""
 
     @classmethod
     def of(cls, host: Host) -> Check:
-        """Return the check for a host.
-
-        Raises:
-            UserError: a file of known hosts cannot be read.
-        """
+        """Return the check for a host; a `UserError` where a file cannot be read."""
         files = host.user_known_hosts_files + host.global_known_hosts_files
         named = known_hosts.find(files, host.known_as)
         plain = host.hostname.lower()
         # Another server on the same machine may have the key of the name without the port.
         has_portless = plain != host.known_as and not host.host_key_alias
         portless = known_hosts.find(files, plain) if has_portless else []
-        own = [entry for entry in named if not entry.marker]
         return cls(
             host=host,
-            keys=own or [entry for entry in portless if not entry.marker],
-            is_changed_by_others=bool(own),
+            keys=[entry for entry in named if not entry.marker],
+            portless=[entry for entry in portless if not entry.marker],
             marked=[entry for entry in named + portless if entry.marker],
         )
 
     def preferred(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return host key algorithms, those first whose keys can be compared."""
-        kinds = {entry.kind for entry in self.keys}
+        kinds = {entry.kind for entry in self.keys or self.portless}
         return tuple(sorted(names, key=lambda name: _kind_of(name) not in kinds))
 
     def check(self, key: paramiko.PKey, prompts: Prompts, say: Callable[[str], None]) -> None:
-        """Return if the key that the server has shown is to be trusted.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Return if the key that the server has shown is to be trusted, or raise a `UserError`."""
         name = self.host.known_as
         for entry in self.marked:
             if entry.marker == "REVOKED" and entry.blob == key.asbytes():
@@ -72,10 +62,10 @@ class Check:
                 f"{name}: its host key is of RSA with {key.get_bits()} bits, and RequiredRSASize "
                 f"is {least}; ask the site for a longer one"
             )
-        if any(entry.blob == key.asbytes() for entry in self.keys):
+        if any(entry.blob == key.asbytes() for entry in self.keys or self.portless):
             return
         seen = f"{key.algorithm_name} key {key.fingerprint}"
-        if self.is_changed_by_others:
+        if self.keys:
             raise self._changed(seen, key.get_name())
         for entry in self.marked:
             if entry.marker == "CA":

@@ -37,14 +37,10 @@ class Entry:
 
 
 def find(files: Iterable[str], name: str) -> list[Entry]:
-    """Return the lines for a host.
-
-    Args:
-        files: those that do not exist say nothing.
-        name: as known_hosts has it, in lower case: a name, or [name]:port.
+    """Return the lines for a host, whose name is in lower case: a name, or [name]:port.
 
     Raises:
-        UserError: a file cannot be read, or understood without ssh-keygen.
+        UserError: a file is there and cannot be read, or understood without ssh-keygen.
     """
     found: list[Entry] = []
     for file in dict.fromkeys(files):
@@ -103,11 +99,7 @@ def _by_paramiko(file: str, name: str) -> list[Entry]:
 
 
 def add(file: str, name: str, key: paramiko.PKey, *, is_hashed: bool) -> None:
-    """Append a host's key to a file, which is made if need be; what is in it stays as it is.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Append a host's key to a file, or raise an OSError; what is in it stays as it is."""
     path = Path(file)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     named = paramiko.HostKeys.hash_host(name) if is_hashed else name

@@ -38,7 +38,6 @@ class Link(paramiko.Transport):  # type: ignore[misc]
         """What the server said when it disconnected."""
         self.packetizer.REKEY_BYTES = REKEY_BYTES
         self.packetizer.REKEY_PACKETS = REKEY_PACKETS
-        self.use_compression(host.compression)
         options = self.get_security_options()
         for key in ("kexalgorithms", "hostkeyalgorithms", "ciphers", "macs"):
             kind = OPTIONS.get(key, key)

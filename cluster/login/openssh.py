@@ -29,6 +29,8 @@ END_S = 60
 MASTER_S = 15
 # What ssh says on this side when it has signed in, so that no login file there has a part in it.
 SIGNED_IN = "-- sluice --"
+# Once there is a master nothing asks anything, even if it should be lost.
+QUIET = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
 # Of ssh_config, what is meant for people and would keep a command from running, or from its input.
 # Only what ssh_config sets otherwise is named: releases before 8.7 do not know these.
 FOR_COMMANDS = {"sessiontype": "default", "stdinnull": "no", "forkafterauthentication": "no"}
@@ -61,19 +63,8 @@ def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead
     state = _ask_master(words, host)
     if state == "alive":
         # Whatever the far side does with it: that it ends shows that the connection stands.
-        session = [*for_commands(words, host), "-T"]
-        session += ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
-        try:
-            subprocess.run(
-                [*session, host, "exit"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=MASTER_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            state = "dead"
+        state = _outcome([*for_commands(words, host), "-T", *QUIET, host, "exit"])
+        state = "alive" if state == "none" else state
     if state == "dead":
         print(
             f"note: {host}: the open connection (ControlMaster) has not answered for {MASTER_S} s, "
@@ -86,12 +77,16 @@ def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead
 
 def _ask_master(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
     """Return what the master's process says."""
-    check = [*words, "-O", "check", host]
+    return _outcome([*words, "-O", "check", host])
+
+
+def _outcome(command: list[str]) -> Literal["none", "alive", "dead"]:
+    null = subprocess.DEVNULL
     try:
-        done = subprocess.run(check, capture_output=True, check=False, timeout=MASTER_S)
+        code = subprocess.call(command, stdin=null, stdout=null, stderr=null, timeout=MASTER_S)
     except subprocess.TimeoutExpired:
         return "dead"
-    return "none" if done.returncode else "alive"
+    return "none" if code else "alive"
 
 
 class OpenSsh:
@@ -121,18 +116,13 @@ class OpenSsh:
     @property
     def lost(self) -> str:
         """Why there is no connection any more; see `Transport`."""
-        master = self._master
-        if master is None:
-            stands = _ask_master(self._words, self._host) == "alive"
-        else:
-            stands = master.poll() is None
-        return "" if stands else "ssh has ended"
+        if self._master is not None:
+            return "" if self._master.poll() is None else "ssh has ended"
+        return "" if _ask_master(self._words, self._host) == "alive" else "ssh has ended"
 
     def _sign_in(self) -> None:
-        # From here on nothing asks anything, even if the master should be lost.
-        quiet = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
         if master_of(self._words, self._host) == "alive":
-            self._words += quiet
+            self._words += QUIET
             return
         self._words += ["-o", f"ControlPath={self._folder}/socket"]
         words = [*self._words, "-T", "-o", "ControlMaster=yes", "-o", "ControlPersist=no"]
@@ -152,14 +142,12 @@ class OpenSsh:
         else:
             self._master.wait()
             raise UserError(f"{self._host}: ssh could not sign in; its own words are above")
-        self._words += quiet
+        self._words += QUIET
 
     def _end(self) -> None:
         self._is_ending = True
         try:
             if self._master is not None:
-                assert self._master.stdin is not None
-                self._master.stdin.close()
                 self._master.terminate()
                 self._master.wait()
         finally:
@@ -204,22 +192,23 @@ class OpenSsh:
         return _Process([*self._words, "-T", self._host, shell.command(script, modules)])
 
     def dial(self, host: str, port: int) -> Stream:
-        """Return a stream to a port there; what does not listen there is said when that is known."""
+        """Return a stream to a port there; that nothing listens there is said afterwards."""
         ours, theirs = socket.socketpair()
         words = [*self._words, "-W", f"[{host}]:{port}", self._host]
-        with theirs:
-            process = subprocess.Popen(
-                words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
-            )
+        process = subprocess.Popen(
+            words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL
+        )
 
         def wait() -> None:
-            if process.wait() and not self._is_ending:
-                print(
-                    f"error: {host}:{port}: nothing takes connections at port {port} of {host}, as "
-                    f"{self._host} sees it, or sshd there forwards no ports (AllowTcpForwarding)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            # The stream ends when that is said.
+            with theirs:
+                if process.wait() and not self._is_ending:
+                    print(
+                        f"error: {host}:{port}: nothing takes connections at port {port} of "
+                        f"{host}, as {self._host} sees it, or sshd there forwards no ports",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
         threading.Thread(target=wait, daemon=True).start()
         return ours

@@ -19,27 +19,25 @@ OWN = "~/.ssh/config"
 FILES = (OWN, "/etc/ssh/ssh_config")
 # What config.py makes something of.
 HONOURED = """
-addressfamily batchmode certificatefile ciphers compression connecttimeout escapechar forwardagent
-globalknownhostsfile hashknownhosts host
-hostkeyalgorithms hostkeyalias hostname identitiesonly identityagent identityfile
-kbdinteractiveauthentication kexalgorithms macs passwordauthentication
-port preferredauthentications proxycommand proxyjump pubkeyauthentication
-remotecommand requiredrsasize sendenv serveralivecountmax serveraliveinterval setenv
-stricthostkeychecking user userknownhostsfile
+addressfamily batchmode certificatefile ciphers connecttimeout escapechar forwardagent
+globalknownhostsfile hashknownhosts host hostkeyalgorithms hostkeyalias hostname identitiesonly
+identityagent identityfile kbdinteractiveauthentication kexalgorithms macs passwordauthentication
+port preferredauthentications proxycommand proxyjump pubkeyauthentication remotecommand
+requiredrsasize sendenv serveralivecountmax serveraliveinterval setenv stricthostkeychecking user
+userknownhostsfile
 """
 # What is about other things than the way to a host and who it is: forwardings, sharing, looks.
 # Or what makes OpenSSH trust more than we do without it.
 OF_NO_MATTER = """
 addkeystoagent canonicaldomains canonicalizefallbacklocal canonicalizemaxdots checkhostip
-clearallforwardings connectionattempts controlmaster controlpath controlpersist dynamicforward
-enableescapecommandline exitonforwardfailure fingerprinthash forwardx11 forwardx11timeout
-forwardx11trusted gatewayports gssapiauthentication
-gssapidelegatecredentials hostbasedauthentication ipqos localcommand localforward loglevel
-logverbose nohostauthenticationforlocalhost permitlocalcommand numberofpasswordprompts
-permitremoteopen pkcs11provider rekeylimit
-remoteforward requesttty securitykeyprovider streamlocalbindmask streamlocalbindunlink
-syslogfacility tcpkeepalive tunnel tunneldevice updatehostkeys verifyhostkeydns visualhostkey
-xauthlocation
+clearallforwardings compression connectionattempts controlmaster controlpath controlpersist
+dynamicforward enableescapecommandline exitonforwardfailure fingerprinthash forwardx11
+forwardx11timeout forwardx11trusted gatewayports gssapiauthentication gssapidelegatecredentials
+hostbasedauthentication ipqos localcommand localforward loglevel logverbose
+nohostauthenticationforlocalhost permitlocalcommand numberofpasswordprompts permitremoteopen
+pkcs11provider rekeylimit remoteforward requesttty securitykeyprovider streamlocalbindmask
+streamlocalbindunlink syslogfacility tcpkeepalive tunnel tunneldevice updatehostkeys
+verifyhostkeydns visualhostkey xauthlocation
 """
 # Of which each line adds to the ones before, and Paramiko keeps one.
 ONCE = ("certificatefile", "sendenv", "setenv")

@@ -95,11 +95,7 @@ class Proxy:
 
 
 def through(link: Link, before: Host, host: Host) -> paramiko.Channel:
-    """Return a stream to a host that the hop before it connects to.
-
-    Raises:
-        UserError: the hop refuses, or does not reach it.
-    """
+    """Return a stream to a host that the hop before it connects to, or raise a `UserError`."""
     try:
         return link.open_channel(
             "direct-tcpip",

@@ -6,20 +6,18 @@ the way, nothing is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import sys
 
-import paramiko
-
-from cluster.login import tty_modes
+from cluster.login import terminal
 from cluster.login.alarm import ENDING, Alarm
 from cluster.login.connection import Connection
-from cluster.login.escapes import HELP, Action, Escapes
+from cluster.login.escapes import Escapes
 from cluster.login.link import BROKEN
 from cluster.login.streams import BLOCK_BYTES, Streams
-from cluster.login.terminal import Terminal
 from cluster.login.transport import LOST
 from runfolder.errors import UserError, printable
 
@@ -39,15 +37,14 @@ def run(
 ) -> int:
     """Run a command, or the login shell, and return its exit code.
 
+    It is 128 + n if signal n ended this process; 255 if the connection was lost, the user ended
+    it, or a signal ended the command, as with ssh. What happened is said on stderr.
+
     Args:
         connection: signed in; stays open.
         command: for the shell of the far side; None is a login shell.
         tty: whether it has a terminal; None: if there is one here for it.
         reads_input: whether it gets this process's standard input; otherwise it gets none.
-
-    Returns:
-        Its exit code; 128 + n if signal n ended this process; 255 if the connection was lost, the
-        user ended it, or a signal ended the command, as with ssh. What happened is said on stderr.
 
     Raises:
         UserError: the server refuses the session or the terminal.
@@ -59,7 +56,7 @@ def run(
     sys.stdout.flush()
     alarm = Alarm()
     try:
-        session = _Session(connection, alarm, Terminal(0) if tty else None)
+        session = _Session(connection, alarm, tty=tty)
         return session.run(command, reads_input=reads_input)
     finally:
         alarm.close()
@@ -68,35 +65,28 @@ def run(
 class _Session:
     """One run of a command: its streams, and the end that it comes to."""
 
-    def __init__(self, connection: Connection, alarm: Alarm, terminal: Terminal | None) -> None:
+    def __init__(self, connection: Connection, alarm: Alarm, *, tty: bool) -> None:
         self._connection = connection
         self._name = connection.host.alias
         self._alarm = alarm
-        self._terminal = terminal
-        self._escapes = Escapes(connection.host.escape_char if terminal else "none")
+        self._tty = tty
+        self._escapes = Escapes(connection.host.escape_char if tty else "none")
         self._channel = connection.open_session()
-        self._streams = Streams(self._channel, alarm.ring, is_terminal=terminal is not None)
-        self._is_ended = False
-        """By the user, with ~."""
+        self._streams = Streams(self._channel, alarm.ring, is_terminal=tty)
 
     def run(self, command: str | None, *, reads_input: bool) -> int:
         """Run it; see `run` above."""
         self._start(command)
         if not reads_input:
             self._streams.send_eof()
-        terminal = self._terminal
-        with self._alarm.watches(resize=terminal is not None) as ended_by:
+        with self._alarm.watches(resize=self._tty) as ended_by:
             try:
-                if terminal is None:
+                with terminal.raw(0) if self._tty else contextlib.nullcontext():
+                    # Not before: a terminal that is not raw yet shows lines in its own way.
                     self._streams.start()
+                    # It may have changed since the request.
+                    self._resize()
                     self._loop(ended_by, is_open=reads_input)
-                else:
-                    with terminal:
-                        # Not before: one that is not raw yet shows lines in its own way.
-                        self._streams.start()
-                        # It may have changed since the request.
-                        self._streams.resize(terminal.size())
-                        self._loop(ended_by, is_open=reads_input)
             finally:
                 self._streams.stop()
                 self._streams.close()
@@ -106,8 +96,8 @@ class _Session:
         channel, host = self._channel, self._connection.host
         what = "a shell" if command is None else "a command"
         try:
-            if self._terminal is not None:
-                self._request_terminal(self._terminal)
+            if self._tty:
+                self._request_terminal()
             for name, value in host.environment(os.environ).items():
                 # Bytes, as the environment and the command line are: they need not be UTF-8.
                 channel.set_environment_variable(os.fsencode(name), os.fsencode(value))
@@ -119,22 +109,9 @@ class _Session:
             why = self._connection.lost or f"the server does not run {what} for you; ask the site"
             raise UserError(f"{self._name}: {why}") from None
 
-    def _request_terminal(self, terminal: Terminal) -> None:
-        # Channel.get_pty has no modes to say.
-        message = paramiko.Message()
-        message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
-        message.add_int(self._channel.remote_chanid)
-        message.add_string("pty-req")
-        message.add_boolean(True)
-        message.add_string(os.fsencode(os.environ.get("TERM", "dumb")))
-        # In characters; in pixels it is not known.
-        for number in (*terminal.size(), 0, 0):
-            message.add_int(number)
-        message.add_string(tty_modes.encode(terminal.attributes))
-        self._channel._event_pending()
+    def _request_terminal(self) -> None:
         try:
-            self._connection.transport._send_user_message(message)
-            self._channel._wait_for_event()
+            self._channel.get_pty(os.fsencode(os.environ.get("TERM", "dumb")), *terminal.size(0))
         except BROKEN:
             why = self._connection.lost or (
                 "the server gives no terminal (PermitTTY in its sshd_config, or no-pty with your "
@@ -146,7 +123,7 @@ class _Session:
 
     def _loop(self, ended_by: list[int], *, is_open: bool) -> None:
         streams = self._streams
-        while not (streams.is_over or streams.is_broken or self._is_ended or ended_by):
+        while not (streams.is_over or streams.is_broken or self._escapes.has_ended or ended_by):
             reading = [self._alarm.fd]
             if is_open and streams.has_room:
                 reading.append(0)
@@ -167,44 +144,24 @@ class _Session:
         if not data:
             self._streams.send_eof()
             return False
-        for piece in self._escapes.split(data):
-            if isinstance(piece, bytes):
-                self._streams.send(piece)
-            else:
-                self._act(piece)
-                if self._is_ended:
-                    break
+        if passed := self._escapes.pass_on(data):
+            self._streams.send(passed)
         return True
 
-    def _act(self, action: Action) -> None:
-        name = self._escapes.name
-        if action is Action.END:
-            self._is_ended = True
-        elif action is Action.HELP:
-            self._say(f"{name}?\n{HELP.format(name)}")
-        else:
-            self._say(f"{name}^Z [suspend]")
-            self._suspend()
-
-    def _suspend(self) -> None:
-        if self._terminal is not None:
-            self._terminal.suspend()
-            self._streams.resize(self._terminal.size())
+    def _resize(self) -> None:
+        if self._tty:
+            self._streams.resize(terminal.size(0))
 
     def _obey(self, number: int, ended_by: list[int]) -> None:
-        if number == signal.SIGWINCH and self._terminal is not None:
-            self._streams.resize(self._terminal.size())
-        elif number == signal.SIGTSTP:
-            self._suspend()
+        if number == signal.SIGWINCH:
+            self._resize()
         elif number in ENDING:
             ended_by.append(number)
 
     # ---- how it ended -----------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        """Say something on stderr; in a raw terminal a new line does not begin at the left."""
-        end = "\r\n" if self._terminal is not None and self._terminal.is_raw else "\n"
-        print(text.replace("\n", end), end=end, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def _ending(self, ended_by: list[int]) -> int:
         """Say how it ended where that needs saying; return the exit code."""
@@ -223,7 +180,7 @@ class _Session:
                 self._calm()
                 self._say(f"{self._name}: the connection was lost: {printable(lost)}")
                 return LOST
-        if self._terminal is not None:
+        if self._tty:
             self._say(f"Connection to {self._name} closed.")
         if channel.exit_status == -1:
             self._say(f"{self._name}: it ended without an exit code, as by a signal")
@@ -233,6 +190,6 @@ class _Session:
     def _calm(self) -> None:
         """Turn off in the terminal what the remote program no longer can."""
         # Never where it stands still: this would wait with it.
-        is_shown = self._terminal is not None and self._streams.has_drawn and os.isatty(1)
+        is_shown = self._tty and self._streams.has_drawn and os.isatty(1)
         if is_shown and select.select([], [1], [], 0)[1]:
             os.write(1, AT_REST)

@@ -67,11 +67,7 @@ class _SignIn:
                 raise self._refused()
 
     def _attempt(self, method: Callable[[], list[str]]) -> bool:
-        """Ask the server; return whether it was content, be it with one factor of several.
-
-        Raises:
-            UserError: the connection has ended.
-        """
+        """Ask the server; return whether it was content, be it with one factor of several."""
         error: Exception | None = None
         more: list[str] = []
         try:
@@ -151,8 +147,9 @@ class _SignIn:
         was_asked = False
         try:
             while isinstance(found := asked.get(), tuple):
-                name, instruction, questions = found
-                self._say_all(name, instruction)
+                *words, questions = found
+                for text in filter(str.strip, words):
+                    self._say(lines(text))
                 was_asked = was_asked or bool(questions)
                 answered.put([self._answer(*question) for question in questions])
         except BaseException:
@@ -161,11 +158,6 @@ class _SignIn:
         if isinstance(found, UserError):
             raise found
         return True if found else False if was_asked else None
-
-    def _say_all(self, *texts: str) -> None:
-        for text in texts:
-            if text.strip():
-                self._say(lines(text))
 
     def _answer(self, question: str, is_shown: bool) -> bytes:
         # As ssh does, so that it is known who asks; and on each line, as the last of them could
