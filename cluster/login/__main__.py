@@ -1,17 +1,16 @@
 """`make ssh`: a shell on the login node, or one command there.
 
-python -m cluster.login [--host HOST] [--command COMMAND] [--forward-agent]
+python -m cluster.login [--command COMMAND]
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 from cluster import site
 from cluster.errors import Parser, run_to_exit
 from cluster.login.alarm import leave_on_signals
-from cluster.login.transport import OPENSSH
+from cluster.login.transport import OPENSSH, to_stderr
 from runfolder.errors import UserError
 
 
@@ -22,16 +21,12 @@ def main(argv: list[str]) -> int:
         description="A shell on the login node; ~. at the start of a line ends it.",
         allow_abbrev=False,
     )
-    parser.add_argument("--host", default="", help="a Host of ~/.ssh/config, instead of the site's")
     parser.add_argument("--command", default="", help="run this there, instead of a shell")
-    parser.add_argument(
-        "--forward-agent", action="store_true", help="lend it the ssh-agent of this machine"
-    )
     options = parser.parse_args(argv)
     _open_standard_streams()
-    settings = _settings(options.host)
+    settings = site.load().ssh
     if not settings.host:
-        raise UserError("ssh: no host is named; set host in [ssh] of site.toml, or give HOST=")
+        raise UserError("ssh: no host is named; set host in [ssh] of site.toml")
 
     if settings.backend == "openssh":
         from cluster.login import openssh
@@ -42,11 +37,8 @@ def main(argv: list[str]) -> int:
             words = openssh.for_commands(words, settings.host)
         if openssh.master_of(words, settings.host) == "dead":
             words += ["-o", "ControlPath=none"]
-        words += ["-A"] if options.forward_agent else []
         words += [settings.host] + ([options.command] if options.command else [])
         os.execvp(words[0], words)
-    if options.forward_agent:
-        raise UserError(f"--forward-agent: is not supported by the terminal in Python; {OPENSSH}")
     leave_on_signals()
     # They take a third of a second, which a mistake above does not have to wait for.
     from cluster.login import config, connection, session
@@ -55,17 +47,9 @@ def main(argv: list[str]) -> int:
         settings.host, user=settings.user, port=settings.port, config=settings.config
     )
     if found.forwards_agent:
-        print(f"note: ForwardAgent is left out; for it, {OPENSSH}", file=sys.stderr, flush=True)
+        to_stderr(f"note: ForwardAgent is left out; for it, {OPENSSH}")
     with connection.connect(found) as connected:
         return session.run(connected, options.command or found.remote_command or None)
-
-
-def _settings(host: str) -> site.Ssh:
-    here = site.load()
-    if not host or host == here.ssh.host:
-        return here.ssh
-    # User and port are those of the site's own host, and so is the private cluster's file.
-    return site.Ssh(host=host, config="" if here.is_private else here.ssh.config)
 
 
 def _open_standard_streams() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
+import socket
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -37,38 +36,34 @@ class Alarm:
     """Wakes the loop: for a signal, and for what another thread has to say."""
 
     def __init__(self) -> None:
-        self.fd, self._write_fd = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._write_fd, False)
-        # Other threads may ring after the session has ended.
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._theirs.setblocking(False)
 
     def close(self) -> None:
         """Close it; it may still be rung, to no effect."""
-        with self._lock:
-            self._is_closed = True
-            os.close(self.fd)
-            os.close(self._write_fd)
+        self._ours.close()
+        self._theirs.close()
+
+    def fileno(self) -> int:
+        """Return what select waits for."""
+        return self._ours.fileno()
 
     def ring(self) -> None:
         """Wake the loop."""
-        with self._lock, contextlib.suppress(BlockingIOError):
-            if not self._is_closed:
-                os.write(self._write_fd, BELL)
+        with contextlib.suppress(OSError):  # full, or closed
+            self._theirs.send(BELL)
 
     def take(self) -> list[int]:
         """Return the signals that came."""
-        with contextlib.suppress(BlockingIOError):
-            return [number for number in os.read(self.fd, 4096) if number]
-        return []
+        return [number for number in self._ours.recv(4096) if number]
 
     @contextlib.contextmanager
     def watches(self, *, resize: bool) -> Iterator[list[int]]:
         """Have signals wake the loop; yields a list for the one that ends the session."""
         numbers = [*ENDING, *([signal.SIGWINCH] if resize else [])]
         before: dict[int, Any] = {}
-        descriptor = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        descriptor = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         try:
             for number in numbers:
                 # What a parent has ignored, as nohup does, stays so.

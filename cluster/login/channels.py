@@ -9,7 +9,8 @@ from typing import Self
 
 import paramiko
 
-from cluster.login import config, connection, session, shell
+from cluster import clean_shell
+from cluster.login import config, connection, session
 from cluster.login.link import BROKEN
 from cluster.login.transport import Running, Stream
 from cluster.site import Ssh
@@ -39,12 +40,12 @@ class Channels:
     @property
     def lost(self) -> str:
         """Why there is no connection any more; see `Transport`."""
-        return self._connection.lost or ""
+        return self._connection.lost
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script there; see `Transport`."""
-        answer = shell.Answer.of(script)
-        channel = self._start(shell.command(answer.script))
+        answer = clean_shell.Answer.of(script)
+        channel = self._start(clean_shell.command(answer.script))
 
         def send() -> None:
             with contextlib.suppress(*BROKEN):
@@ -61,13 +62,13 @@ class Channels:
     def run(self, script: str, modules: Sequence[str] = ()) -> int:
         """Run a bash script there, with these streams; see `Transport`."""
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        words = shell.command(script, modules)
+        words = clean_shell.command(script, modules)
         # A command reads nothing; it shall not take what a loop around it reads line by line.
         return session.run(self._connection, words, tty=interactive, reads_input=interactive)
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
         """Run a bash script there, beside others; see `Transport`."""
-        return _Channel(self._start(shell.command(script, modules)))
+        return _Channel(self._start(clean_shell.command(script, modules)))
 
     def dial(self, host: str, port: int) -> Stream:
         """Return a stream to a port there; see `Transport`."""

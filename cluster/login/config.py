@@ -19,7 +19,6 @@ from runfolder.errors import UserError, printable
 # ServerAliveInterval 0 means never, and a laptop that was moved would wait for ever.
 ALIVE_INTERVAL_S = 15
 METHODS = ("publickey", "keyboard-interactive", "password")
-# In OpenSSH's order, without the types that it has and we cannot use.
 IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
 USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
@@ -33,13 +32,10 @@ DESTINATION = re.compile(
 BAD_HOST = re.compile(r"^-|[\s\x00-\x1f\x7f'`\"$\\;&<>|(){}]")
 BAD_USER = re.compile(r"^-|[\x00-\x1f\x7f'`\";&<>|(){}]|\s-|\\\Z")
 # What would change whom we trust, or which way we go, and is not done here.
-REFUSED = {
-    "knownhostscommand": "none",
-    "revokedhostkeys": "none",
-    "bindaddress": "none",
-    "bindinterface": "none",
-    "proxyusefdpass": "no",
-}
+REFUSED = dict.fromkeys(
+    ("knownhostscommand", "revokedhostkeys", "bindaddress", "bindinterface"), "none"
+)
+REFUSED |= {"proxyusefdpass": "no"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +43,7 @@ class Host:
     """A host, with all that decides how it is reached and whom it is believed to be."""
 
     alias: str
-    """The name that was asked for."""
     hostname: str
-    """The name or address that is connected to."""
     port: int = 22
     user: str
     config: str = ""
@@ -63,12 +57,10 @@ class Host:
     methods: tuple[str, ...] = METHODS
     """Of publickey, keyboard-interactive and password those that may be used, in this order."""
     batch_mode: bool = False
-    """Nothing is asked."""
 
     proxy_jump: tuple[str, ...] = ()
     """[user@]host[:port], the first first."""
     proxy_command: str = ""
-    """For a shell; its tokens are expanded."""
 
     user_known_hosts_files: tuple[str, ...] = ()
     """A new key is added to the first."""
@@ -78,24 +70,20 @@ class Host:
     """yes, ask or accept-new."""
     hash_known_hosts: bool = False
     required_rsa_size: int = 1024
-    """In bits: an RSA key of a host that is shorter is not believed."""
+    """In bits."""
 
     forwards_agent: bool = False
     server_alive_interval_s: float = ALIVE_INTERVAL_S
     server_alive_count_max: int = 3
     connect_timeout_s: int | None = None
-    """None: as long as the system tries."""
     address_family: str = "any"
-    """any, inet or inet6."""
     escape_char: str = "~"
     """One character, as ^X if it is a control character; "none" without one."""
     send_env: tuple[str, ...] = ()
-    """Patterns of variables."""
     set_env: Mapping[str, str] = field(default_factory=dict)
     algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By ssh_config's name in lower case: those that ssh would use."""
     remote_command: str = ""
-    """What runs in a session that is given no command; empty: the login shell."""
 
     @property
     def known_as(self) -> str:
@@ -224,7 +212,7 @@ def _methods(said: Values) -> tuple[str, ...]:
 
 
 def _strictness(value: str) -> str:
-    known = {"true": "yes", "yes": "yes", "accept-new": "accept-new"}
+    if value.lower() in ("yes", "true"):
+        return "yes"
     # "no" would go on with a changed key. Only what is new is let pass.
-    known |= dict.fromkeys(("no", "false", "off"), "accept-new")
-    return known.get(value.lower(), "ask")
+    return "accept-new" if value.lower() in ("no", "false", "off", "accept-new") else "ask"

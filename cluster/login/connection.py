@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -15,9 +14,9 @@ from cluster.login import config, reach
 from cluster.login.config import Host
 from cluster.login.host_key import Check
 from cluster.login.link import BROKEN, Link
-from cluster.login.prompts import Prompts, Terminal
+from cluster.login.prompts import Prompts
 from cluster.login.sign_in import sign_in
-from cluster.login.transport import OPENSSH
+from cluster.login.transport import OPENSSH, to_stderr
 from cluster.login.watchdog import Watchdog
 from runfolder.errors import UserError, printable
 
@@ -44,23 +43,20 @@ class Connection:
 
     def __init__(self, hops: list[Hop]) -> None:
         self._hops = hops
-        self._is_closed = False
         self.host = hops[-1].host
         self.transport: paramiko.Transport = hops[-1].link
         """Of the last hop."""
 
     @property
-    def lost(self) -> str | None:
-        """Why the connection is gone ("no answer from NAME for 45 s"); None while it stands."""
-        if self._is_closed:
-            return None
+    def lost(self) -> str:
+        """Why the connection is gone ("no answer from NAME for 45 s"); empty while it stands."""
         # The hop that fell first took those behind it along.
         for hop in self._hops:
             if hop.watchdog is not None and hop.watchdog.verdict:
                 return hop.watchdog.verdict
             if not hop.link.is_active():
                 return _end(hop)
-        return None
+        return ""
 
     def open_session(self) -> paramiko.Channel:
         """Return a new session channel, or raise a `UserError`."""
@@ -77,7 +73,6 @@ class Connection:
 
     def close(self) -> None:
         """End all hops; takes two seconds at most, also with a dead peer. May be called twice."""
-        self._is_closed = True
         _close(self._hops)
 
     def __enter__(self) -> Self:
@@ -103,7 +98,7 @@ def connect(
     hops: list[Hop] = []
     try:
         for stop in route(host):
-            _add_hop(hops, stop, prompts or Terminal(), say or _to_stderr)
+            _add_hop(hops, stop, prompts or Prompts(), say or to_stderr)
     except BaseException:
         _close(hops)
         raise
@@ -111,13 +106,10 @@ def connect(
 
 
 def route(host: Host) -> list[Host]:
-    """Return the hosts on the way, the target last.
+    """Return the hosts on the way, the target last; a `UserError` where it has no end.
 
     As with ssh, the first jump is reached as its own configuration says, and may have jumps of
     its own; each further one through those before it.
-
-    Raises:
-        UserError: the way has no end, or a jump's configuration is wrong.
     """
     way = [host]
     while way[0].proxy_jump:
@@ -169,7 +161,10 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
             raise EOFError(f"no keys were agreed on in {link.banner_timeout:.0f} s")
         key = link.get_remote_server_key()
     except BROKEN as error:
-        why = (proxy.ended() if proxy is not None else "") or _words(link, error)
+        said = link.last_words or str(error) or "the other side closed it"
+        # Paramiko's sentence runs into what follows.
+        said = printable(said.replace("SSH protocol banner", "the server's first words: "))
+        why = (proxy.ended() if proxy is not None else "") or said
         step = "is that an SSH server, and are you let through to it?"
         if "Incompatible" in why:
             step = f"the server wants other algorithms; {OPENSSH}"
@@ -179,17 +174,6 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
     hop.watchdog = Watchdog(
         link, host.alias, host.server_alive_interval_s, host.server_alive_count_max
     )
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _words(link: Link, error: BaseException) -> str:
-    """Return why a connection failed: the server's own words, if it had any."""
-    said = link.last_words or str(error) or "the other side closed it"
-    # Paramiko's sentence runs into what follows.
-    return printable(said.replace("SSH protocol banner", "the server's first words: "))
 
 
 def _end(hop: Hop) -> str:
@@ -204,7 +188,7 @@ def _close(hops: list[Hop]) -> None:
     """End the hops, the first first: what is left of the others cannot hold anything up then."""
     for hop in hops:
         if hop.watchdog is not None:
-            hop.watchdog.stop()
+            hop.watchdog.is_over.set()
         # Else the timer of a first exchange that failed holds up the end of this process.
         hop.link.packetizer.complete_handshake()
         if isinstance(hop.link.sock, socket.socket):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-END = b"."
-
 
 class Escapes:
     """Parts what is typed to the server from what is meant for us."""
@@ -31,7 +29,7 @@ class Escapes:
             byte = bytes((code,))
             if self._is_pending:
                 self._is_pending = False
-                if byte == END:
+                if byte == b".":
                     self.has_ended = True
                     break
                 if byte != self._escape:

@@ -89,11 +89,9 @@ class Check:
     def _changed(self, seen: str, kind: str) -> UserError:
         same = [entry for entry in self.keys if entry.kind == kind]
         entry = (same or self.keys)[0]
-        what = (
-            f"its host key is not the one of {entry.where}"
-            if same
-            else f"it has shown no host key of a type that is known ({entry.where})"
-        )
+        what = f"its host key is not the one of {entry.where}"
+        if not same:
+            what = f"it has shown no host key of a type that is known ({entry.where})"
         file = entry.where.rpartition(":")[0] or entry.where
         return UserError(
             f"{self.host.known_as}: {what} but {seen}; someone may be listening in, or the server "
@@ -122,12 +120,12 @@ class Check:
         if not self._file:
             say(f"note: the key of {name} is not kept; UserKnownHostsFile names no file")
             return
+        done = "was added"
         try:
             known_hosts.add(self._file, name, key, is_hashed=self.host.hash_known_hosts)
         except OSError as error:
-            say(f"note: {self._file}: {error.strerror}; the key of {name} is not kept")
-            return
-        say(f"note: {self._file}: the key of {name} was added")
+            done = f"is not kept: {error.strerror}"
+        say(f"note: {self._file}: the key of {name} {done}")
 
 
 def _kind_of(algorithm: str) -> str:

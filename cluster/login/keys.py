@@ -14,6 +14,8 @@ from pathlib import Path
 
 import paramiko
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
+from paramiko import SSHException
+from paramiko.pkey import PublicBlob, UnknownKeyType
 
 from cluster.login.config import Host
 from cluster.login.prompts import Prompts
@@ -22,13 +24,7 @@ from runfolder.errors import UserError
 PASSPHRASE_TRIES = 3
 CERTIFICATE = "-cert-v01@openssh.com"
 # What Paramiko and the library below it raise at a file that they cannot read, or not so.
-UNREADABLE = (
-    ValueError,
-    paramiko.SSHException,
-    paramiko.pkey.UnknownKeyType,
-    InvalidTag,
-    UnsupportedAlgorithm,
-)
+UNREADABLE = (ValueError, SSHException, UnknownKeyType, InvalidTag, UnsupportedAlgorithm)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +59,7 @@ class Keys:
             except TypeError:
                 sealed.append(path)
             except UNREADABLE as error:
-                self.problems.append(f"{path}: {_reason(error)}")
+                self.problems.append(f"{path}: {str(error).partition('. ')[0]}")
             except OSError as error:
                 self.problems.append(f"{path}: {error.strerror}")
             else:
@@ -75,13 +71,16 @@ class Keys:
                 yield from self._forms(str(path), key)
 
     def _in_agent(self) -> list[paramiko.AgentKey]:
-        if not self.host.identity_agent:
-            return []
+        # Paramiko looks for its socket here and nowhere else.
+        before = os.environ.get("SSH_AUTH_SOCK", "")
+        os.environ["SSH_AUTH_SOCK"] = self.host.identity_agent
         try:
-            return _agent_keys(self.host.identity_agent)
-        except (paramiko.SSHException, OSError) as error:
+            return list(paramiko.Agent().get_keys())
+        except (SSHException, OSError) as error:
             self.problems.append(f"ssh-agent: {error}")
             return []
+        finally:
+            os.environ["SSH_AUTH_SOCK"] = before
 
     def _unsealed(self, path: Path) -> paramiko.PKey | None:
         for _ in range(PASSPHRASE_TRIES):
@@ -107,7 +106,7 @@ class Keys:
         for file in dict.fromkeys(files):
             with contextlib.suppress(OSError, ValueError):
                 text = file.read_text()
-                certificate = paramiko.pkey.PublicBlob.from_string(text)
+                certificate = PublicBlob.from_string(text)
                 # It holds what the key consists of, behind the name of its type.
                 part = key.asbytes()[4 + len(key.get_name()) :]
                 if certificate.key_type.endswith(CERTIFICATE) and part in certificate.key_blob:
@@ -115,22 +114,9 @@ class Keys:
                     yield str(file), key
         # One that the agent holds is a certificate already.
         is_certificate = key.get_name().endswith(CERTIFICATE)
-        blob = paramiko.pkey.PublicBlob(key.get_name(), key.blob) if is_certificate else None
+        blob = PublicBlob(key.get_name(), key.blob) if is_certificate else None
         key.public_blob = blob
         yield name, key
-
-
-def _agent_keys(socket: str) -> list[paramiko.AgentKey]:
-    # Paramiko looks for its socket here and nowhere else.
-    before = os.environ.get("SSH_AUTH_SOCK")
-    os.environ["SSH_AUTH_SOCK"] = socket
-    try:
-        return list(paramiko.Agent().get_keys())
-    finally:
-        if before is None:
-            del os.environ["SSH_AUTH_SOCK"]
-        else:
-            os.environ["SSH_AUTH_SOCK"] = before
 
 
 def _load(path: Path, passphrase: bytes | None) -> paramiko.PKey:
@@ -145,11 +131,7 @@ def _load(path: Path, passphrase: bytes | None) -> paramiko.PKey:
 def _public_blob(path: Path) -> bytes | None:
     """Return the public key of a file of either kind, as far as one without a secret tells it."""
     for file in (path, Path(f"{path}.pub")):
-        with contextlib.suppress(OSError, ValueError, paramiko.SSHException):
-            blob: bytes = paramiko.pkey.PublicBlob.from_string(file.read_text()).key_blob
+        with contextlib.suppress(OSError, ValueError, SSHException):
+            blob: bytes = PublicBlob.from_string(file.read_text()).key_blob
             return blob
     return None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition(". ")[0] or "cannot be read"

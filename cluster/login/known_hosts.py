@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import paramiko
 
@@ -30,7 +29,8 @@ class Entry:
 
     where: str
     """FILE:LINE; the file alone where Paramiko has read it."""
-    marker: Literal["", "CA", "REVOKED"] = ""
+    marker: str = ""
+    """CA or REVOKED, if it has one."""
     kind: str
     """The type of its key, such as ssh-ed25519."""
     blob: bytes
@@ -65,8 +65,8 @@ def _by_keygen(file: str, name: str) -> list[Entry]:
         check=False,
     )
     # It says nothing where it finds nothing.
-    if done.returncode and done.stderr.strip():
-        raise UserError(f"ssh-keygen -F {name} -f {file}: {done.stderr.splitlines()[0]}")
+    if done.returncode and (said := done.stderr.strip()):
+        raise UserError(f"ssh-keygen -F {name} -f {file}: {said}")
     lines = done.stdout.splitlines()
     entries = []
     for comment, line in itertools.pairwise(lines):
@@ -75,8 +75,7 @@ def _by_keygen(file: str, name: str) -> list[Entry]:
             words = words[1:] if found["marker"] else words
             where = f"{file}:{found['number']}"
             blob = base64.b64decode(words[2])
-            marker: Literal["", "CA", "REVOKED"] = found["marker"]  # type: ignore[assignment]
-            entries.append(Entry(where=where, marker=marker, kind=words[1], blob=blob))
+            entries.append(Entry(where=where, marker=found["marker"], kind=words[1], blob=blob))
     return entries
 
 

@@ -28,11 +28,7 @@ class Link(paramiko.Transport):  # type: ignore[misc]
     """Paramiko's transport, with the last words of the server."""
 
     def __init__(self, sock: Any, host: Host) -> None:
-        """Prepare the transport; nothing is sent yet.
-
-        Raises:
-            UserError: none of the algorithms that the user allows is known here.
-        """
+        """Prepare; a `UserError` where none of the algorithms that are allowed is known."""
         super().__init__(sock)
         self.last_words = ""
         """What the server said when it disconnected."""

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cluster.login import shell
+from cluster import clean_shell
 from cluster.login.settings import by_ssh
-from cluster.login.transport import LOST, Running, Stream
+from cluster.login.transport import LOST, Running, Stream, to_stderr
 from cluster.site import Ssh
 from runfolder.errors import UserError
 
@@ -60,24 +60,17 @@ def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead
 
     Its process may well be there when its connection has died: a laptop that was moved.
     """
-    state = _ask_master(words, host)
+    state = _outcome([*words, "-O", "check", host])
     if state == "alive":
         # Whatever the far side does with it: that it ends shows that the connection stands.
         state = _outcome([*for_commands(words, host), "-T", *QUIET, host, "exit"])
         state = "alive" if state == "none" else state
     if state == "dead":
-        print(
+        to_stderr(
             f"note: {host}: the open connection (ControlMaster) has not answered for {MASTER_S} s, "
-            f"and is left aside; to end it: ssh -O exit {host}",
-            file=sys.stderr,
-            flush=True,
+            f"and is left aside; to end it: ssh -O exit {host}"
         )
     return state
-
-
-def _ask_master(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
-    """Return what the master's process says."""
-    return _outcome([*words, "-O", "check", host])
 
 
 def _outcome(command: list[str]) -> Literal["none", "alive", "dead"]:
@@ -117,8 +110,10 @@ class OpenSsh:
     def lost(self) -> str:
         """Why there is no connection any more; see `Transport`."""
         if self._master is not None:
-            return "" if self._master.poll() is None else "ssh has ended"
-        return "" if _ask_master(self._words, self._host) == "alive" else "ssh has ended"
+            stands = self._master.poll() is None
+        else:
+            stands = _outcome([*self._words, "-O", "check", self._host]) == "alive"
+        return "" if stands else "ssh has ended"
 
     def _sign_in(self) -> None:
         if master_of(self._words, self._host) == "alive":
@@ -155,9 +150,9 @@ class OpenSsh:
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
         """Run a bash script there; see `Transport`."""
-        answer = shell.Answer.of(script)
+        answer = clean_shell.Answer.of(script)
         pipe = subprocess.PIPE
-        words = [*self._words, "-T", self._host, shell.command(answer.script)]
+        words = [*self._words, "-T", self._host, clean_shell.command(answer.script)]
         with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as process:
             given, output, errors = process.stdin, process.stdout, process.stderr
             assert given and output and errors
@@ -182,14 +177,14 @@ class OpenSsh:
     def run(self, script: str, modules: Sequence[str] = ()) -> int:
         """Run a bash script there, with these streams; see `Transport`."""
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        command = shell.command(script, modules)
+        command = clean_shell.command(script, modules)
         words = [*self._words, "-t" if interactive else "-T", self._host, command]
         stdin = None if interactive else subprocess.DEVNULL
         return subprocess.call(words, stdin=stdin)
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
         """Run a bash script there, beside others; see `Transport`."""
-        return _Process([*self._words, "-T", self._host, shell.command(script, modules)])
+        return _Process([*self._words, "-T", self._host, clean_shell.command(script, modules)])
 
     def dial(self, host: str, port: int) -> Stream:
         """Return a stream to a port there; that nothing listens there is said afterwards."""
@@ -203,11 +198,9 @@ class OpenSsh:
             # The stream ends when that is said.
             with theirs:
                 if process.wait() and not self._is_ending:
-                    print(
+                    to_stderr(
                         f"error: {host}:{port}: nothing takes connections at port {port} of "
-                        f"{host}, as {self._host} sees it, or sshd there forwards no ports",
-                        file=sys.stderr,
-                        flush=True,
+                        f"{host}, as {self._host} sees it, or sshd there forwards no ports"
                     )
 
         threading.Thread(target=wait, daemon=True).start()

@@ -47,11 +47,7 @@ PLAIN = re.compile(r"\"[^\"\\]+\"|[^\"'\\#\0]+")
 
 
 def read(alias: str, config: str) -> Settings:
-    """Return what a file, or the user's and the system's, say of a host.
-
-    Raises:
-        UserError: a line cannot be honoured; names file and line.
-    """
+    """Return what a file, or the user's and the system's, say; a `UserError` names its line."""
     found: Settings = {}
     for file in [config] if config else FILES:
         path = Path(file).expanduser()

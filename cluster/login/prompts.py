@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import termios
-from typing import Protocol
 
 from runfolder.errors import UserError, printable
 
@@ -14,27 +13,18 @@ LINE_BYTES = 4096
 IFLAG, LFLAG = 0, 3
 
 
-class Prompts(Protocol):
-    """Who answers what a sign-in asks; tests answer by themselves."""
+class Prompts:
+    """The user at /dev/tty; to be asked in the main thread, where signals end a question.
+
+    Each question raises a `UserError` where there is no terminal, or no answer (Ctrl+D).
+    """
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, which the terminal shows while it is typed."""
-        ...
-
-    def secret(self, question: str) -> str:
-        """Return the answer to a question, which is not shown."""
-        ...
-
-
-class Terminal:
-    """The user at /dev/tty; to be asked in the main thread, where signals end a question."""
-
-    def ask(self, question: str) -> str:
-        """Return a line that is shown while it is typed; a `UserError` if there is no answer."""
         return _line(question, is_shown=True)
 
     def secret(self, question: str) -> str:
-        """Return a line that is not shown; a `UserError` if there is no answer."""
+        """Return the answer to a question, which is not shown."""
         return _line(question, is_shown=False)
 
 

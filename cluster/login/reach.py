@@ -74,7 +74,7 @@ class Proxy:
         self.socket = ours
 
     def ended(self) -> str:
-        """Return how the command ended, for a message; empty if it runs."""
+        """Return how the command ended; empty if it runs."""
         try:
             code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:

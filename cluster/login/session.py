@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+from typing import Any
 
 from cluster.login import terminal
 from cluster.login.alarm import ENDING, Alarm
@@ -18,7 +19,7 @@ from cluster.login.connection import Connection
 from cluster.login.escapes import Escapes
 from cluster.login.link import BROKEN
 from cluster.login.streams import BLOCK_BYTES, Streams
-from cluster.login.transport import LOST
+from cluster.login.transport import LOST, to_stderr
 from runfolder.errors import UserError, printable
 
 # A connection that has ended says so a moment after its channels.
@@ -72,7 +73,7 @@ class _Session:
         self._tty = tty
         self._escapes = Escapes(connection.host.escape_char if tty else "none")
         self._channel = connection.open_session()
-        self._streams = Streams(self._channel, alarm.ring, is_terminal=tty)
+        self._streams = Streams(self._channel, alarm.ring)
 
     def run(self, command: str | None, *, reads_input: bool) -> int:
         """Run it; see `run` above."""
@@ -124,12 +125,13 @@ class _Session:
     def _loop(self, ended_by: list[int], *, is_open: bool) -> None:
         streams = self._streams
         while not (streams.is_over or streams.is_broken or self._escapes.has_ended or ended_by):
-            reading = [self._alarm.fd]
-            if is_open and streams.has_room:
-                reading.append(0)
-            ready, _, _ = select.select(reading, [], [])
-            for number in self._alarm.take() if self._alarm.fd in ready else ():
-                self._obey(number, ended_by)
+            typed: list[Any] = [0] if is_open and streams.has_room else []
+            ready, _, _ = select.select([self._alarm, *typed], [], [])
+            for number in self._alarm.take() if self._alarm in ready else ():
+                if number == signal.SIGWINCH:
+                    self._resize()
+                elif number in ENDING:
+                    ended_by.append(number)
             if 0 in ready:
                 is_open = self._read()
 
@@ -152,16 +154,7 @@ class _Session:
         if self._tty:
             self._streams.resize(terminal.size(0))
 
-    def _obey(self, number: int, ended_by: list[int]) -> None:
-        if number == signal.SIGWINCH:
-            self._resize()
-        elif number in ENDING:
-            ended_by.append(number)
-
     # ---- how it ended -----------------------------------------------------------------------
-
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     def _ending(self, ended_by: list[int]) -> int:
         """Say how it ended where that needs saying; return the exit code."""
@@ -171,19 +164,19 @@ class _Session:
             self._calm()
             if ended_by:
                 return 128 + ended_by[0]
-            self._say(f"{self._escapes.name}.\nConnection to {self._name} closed.")
+            to_stderr(f"{self._escapes.name}.\nConnection to {self._name} closed.")
             return LOST
         channel = self._channel
         if channel.exit_status == -1 or not channel.eof_received:
             self._connection.transport.join(LAST_WORDS_S)
             if lost := self._connection.lost:
                 self._calm()
-                self._say(f"{self._name}: the connection was lost: {printable(lost)}")
+                to_stderr(f"{self._name}: the connection was lost: {printable(lost)}")
                 return LOST
         if self._tty:
-            self._say(f"Connection to {self._name} closed.")
+            to_stderr(f"Connection to {self._name} closed.")
         if channel.exit_status == -1:
-            self._say(f"{self._name}: it ended without an exit code, as by a signal")
+            to_stderr(f"{self._name}: it ended without an exit code, as by a signal")
             return LOST
         return int(channel.exit_status)
 

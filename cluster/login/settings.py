@@ -16,11 +16,7 @@ TIMEOUT_S = 60
 
 
 def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
-    """Return what `ssh -G` says of a host, to which a command may be given.
-
-    Raises:
-        UserError: ssh does not take its configuration.
-    """
+    """Return what `ssh -G` says of a host, or raise a `UserError`; a command may be given."""
     try:
         done = subprocess.run(
             ["ssh", *options, "-T", "-G", "--", alias, *command],
@@ -37,11 +33,8 @@ def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
             f"ssh -G {alias} had no answer for {TIMEOUT_S} s; a Match exec in ssh_config may hang"
         ) from None
     if done.returncode != 0:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"ssh -G {alias}: {said[0] if said else f'exit code {done.returncode}'}; "
-            "put ssh_config right"
-        )
+        said = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
+        raise UserError(f"ssh -G {alias}: {said.strip()}; put ssh_config right")
     found: Settings = {}
     for line in done.stdout.splitlines():
         key, _, value = line.partition(" ")

@@ -20,18 +20,13 @@ from runfolder.errors import UserError, printable
 
 TRY_AGAIN = "Permission denied, please try again."
 # A push code is answered on a telephone that has to be found first.
-PATIENCE_S = 600.0
-LAST_WORDS_S = 1.0
+PATIENCE_S, LAST_WORDS_S = 600.0, 1.0
 # Of a password, or of a round of questions, as ssh by default.
 TRIES = 3
 
 
 def sign_in(link: Link, host: Host, prompts: Prompts, say: Callable[[str], None]) -> None:
-    """Sign in to a server whose host key was checked.
-
-    Raises:
-        UserError: it lets us in by no method; the connection is useless then.
-    """
+    """Sign in to a server whose host key was checked, or raise a `UserError`."""
     link.auth_timeout = PATIENCE_S
     _SignIn(link, host, prompts, say).run()
 
@@ -78,8 +73,7 @@ class _SignIn:
             error = refused
         except BROKEN as broken:
             raise self._lost(broken) from None
-        banner = self._link.get_banner()
-        if banner:
+        if banner := self._link.get_banner():
             self._say(lines(banner.decode(errors="replace")))
         if not self._link.is_active():
             raise self._lost(error)
@@ -91,8 +85,7 @@ class _SignIn:
 
     def _by_key(self) -> bool:
         for name, key in self._keys.candidates():
-            if name not in self._tried:
-                self._tried.append(name)
+            self._tried += [name] if name not in self._tried else []
             sign = functools.partial(self._link.auth_publickey, self._host.user, key)
             if self._attempt(sign):
                 return True
@@ -173,10 +166,8 @@ class _SignIn:
         host = self._host
         takes = ", ".join(self._takes) or "nothing"
         tried = ", ".join(self._tried) or "nothing was there to try"
-        said = [
-            f"{host.alias}: {host.user} was not let in; the server takes {takes}, tried: {tried}"
-        ]
-        said += self._keys.problems
+        said = [f"{host.alias}: {host.user} was not let in; the server takes {takes}"]
+        said += [f"tried: {tried}", *self._keys.problems]
         if more := {"gssapi-with-mic", "hostbased"} & set(self._takes):
             said.append(f"for {' or '.join(sorted(more))} {OPENSSH}")
         return UserError(printable("; ".join(said)))

@@ -19,22 +19,17 @@ import paramiko
 from cluster.login.link import BROKEN
 
 BLOCK_BYTES = 1 << 16
-# What may wait to be sent before no more is read; with a terminal more, where ~. is to be seen
-# although the server takes nothing.
-PENDING_BYTES = 1 << 18
-TERMINAL_PENDING_BYTES = 1 << 20
+# What may wait to be sent before no more is read: ~. is seen although the server takes nothing.
+PENDING_BYTES = 1 << 20
 
 
 class Streams:
     """Standard input, output and errors of a session's channel."""
 
-    def __init__(
-        self, channel: paramiko.Channel, wake: Callable[[], None], *, is_terminal: bool
-    ) -> None:
+    def __init__(self, channel: paramiko.Channel, wake: Callable[[], None]) -> None:
         """Prepare; `wake` is called, by other threads, when something has changed."""
         self._channel = channel
         self._wake = wake
-        self._limit = TERMINAL_PENDING_BYTES if is_terminal else PENDING_BYTES
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Each is counted by one thread alone.
         self._given_bytes = self._sent_bytes = 0
@@ -58,12 +53,7 @@ class Streams:
     @property
     def has_room(self) -> bool:
         """Whether more input should be read."""
-        return self.pending_bytes < self._limit
-
-    @property
-    def pending_bytes(self) -> int:
-        """What of the input is still to be sent."""
-        return self._given_bytes - self._sent_bytes
+        return self._given_bytes - self._sent_bytes < PENDING_BYTES
 
     def send(self, data: bytes) -> None:
         """Have `data` sent."""

@@ -1,11 +1,12 @@
 """The way to a login node from a laptop: commands over one connection, with one sign-in.
 
-A script runs in a clean shell there (shell.py). All that is wanted of the far side is sshd,
-bash and the usual small commands; no SFTP, which some sites have switched off.
+A script runs in a clean shell there (cluster/clean_shell.py). All that is wanted of the far side is
+sshd, bash and the usual small commands; no SFTP, which some sites have switched off.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,11 @@ from typing import Protocol
 LOST = 255
 # The way out, where Paramiko lacks something.
 OPENSSH = 'set backend = "openssh" in [ssh] of site.toml, which takes the ssh command'
+
+
+def to_stderr(text: str) -> None:
+    """Show what the user should know: a banner, a note."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Running(Protocol):
@@ -62,15 +68,10 @@ class Transport(Protocol):
         """
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
-        """Start a bash script whose standard input stays open until `end`.
-
-        Raises:
-            UserError: the connection was lost.
-        """
+        """Start a bash script whose standard input stays open until `end`."""
 
     def dial(self, host: str, port: int) -> Stream:
         """Return a stream to a port as the login node sees it.
 
-        Raises:
-            UserError: nothing listens there, or sshd does not allow it.
+        Where nothing listens, or sshd allows it not, that is a `UserError`, or is said later.
         """

@@ -16,22 +16,19 @@ class Watchdog:
         self._name = name
         self._interval_s = interval_s
         self._patience_s = interval_s * count_max
-        self._over = threading.Event()
-        self.verdict: str | None = None
+        self.is_over = threading.Event()
+        """Set, it watches no longer."""
+        self.verdict = ""
         """Why it closed the link."""
         threading.Thread(target=self._watch, daemon=True, name=f"watch {name}").start()
 
-    def stop(self) -> None:
-        """Watch no longer."""
-        self._over.set()
-
     def _watch(self) -> None:
-        while not self._over.wait(self._interval_s) and self._link.is_active():
+        while not self.is_over.wait(self._interval_s) and self._link.is_active():
             # In a thread of its own: with a full buffer to a dead peer it waits for ever.
             question = threading.Thread(target=self._ask, daemon=True)
             question.start()
             question.join(self._patience_s)
-            if question.is_alive() and not self._over.is_set():
+            if question.is_alive() and not self.is_over.is_set():
                 self.verdict = f"no answer from {self._name} for {self._patience_s:.0f} s"
                 self._link.close()
                 return

@@ -42,7 +42,7 @@ def test_ctrl_c_gives_the_terminal_back(terminal: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(prompts.os, "read", read)
     with pytest.raises(KeyboardInterrupt):
-        prompts.Terminal().secret("Password: ")
+        prompts.Prompts().secret("Password: ")
     assert silent == [True]
     assert termios.tcgetattr(terminal) == before
 
@@ -62,7 +62,7 @@ def test_a_raw_terminal_is_asked_line_by_line(
         return b"yes\n"
 
     monkeypatch.setattr(prompts.os, "read", read)
-    assert prompts.Terminal().ask("Sure? ") == "yes"
+    assert prompts.Prompts().ask("Sure? ") == "yes"
     assert while_asked[0] & termios.ICRNL
     assert while_asked[ECHO] & termios.ICANON and while_asked[ECHO] & termios.ECHO
     assert termios.tcgetattr(terminal) == asked

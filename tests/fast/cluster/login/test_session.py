@@ -44,7 +44,7 @@ class Far:
 
 
 def streams_of(far: Far, rung: threading.Event) -> Streams:
-    made = Streams(cast(Any, far), rung.set, is_terminal=False)
+    made = Streams(cast(Any, far), rung.set)
     made.start()
     return made
 
@@ -86,7 +86,7 @@ def test_a_writer_that_shares_the_descriptor_may_set_it_not_to_block() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     far, sent = Far(bytes(1 << 20)), threading.Event()
-    streams = Streams(cast(Any, far), sent.set, is_terminal=False)
+    streams = Streams(cast(Any, far), sent.set)
     thread = threading.Thread(target=streams._write, args=(far.recv, writer))
     thread.start()
     found = 0

@@ -44,8 +44,8 @@ def test_the_first_question_without_an_answer_ends_the_link(answers: int) -> Non
 def test_one_that_was_stopped_gives_nobody_up() -> None:
     far = Far(1000)
     dog = Watchdog(cast(Any, far), "farm", 1000, 3)
-    dog.stop()
+    dog.is_over.set()
     for thread in threading.enumerate():
         if thread.name == "watch farm":
             thread.join()
-    assert (far.asked, dog.verdict) == (0, None)
+    assert (far.asked, dog.verdict) == (0, "")

@@ -56,8 +56,7 @@ def test_commands_share_one_sign_in(server: Server) -> None:
     with signed_in(host_of(server)) as connection:
         for _ in range(3):
             assert output(connection, "id -un") == f"{USER}\n"
-        assert connection.lost is None
-    assert connection.lost is None
+        assert not connection.lost
     assert server.log.count("Accepted publickey") == before + 1
 
 
@@ -272,7 +271,7 @@ def test_a_server_answers_the_question_whether_it_is_there(server: Server) -> No
         # As the configuration says, and not as it is without one.
         assert link.banner_timeout == 77
         wait_until(lambda: server.log.count("keepalive@openssh.com") > before + 1, "two questions")
-        assert connection.lost is None
+        assert not connection.lost
 
 
 def test_a_silent_server_is_given_up_though_output_waits_for_it(new_server: NewServer) -> None:
@@ -305,7 +304,6 @@ def test_a_server_that_dies_is_named(new_server: NewServer) -> None:
         assert channel.recv(1) == b""
         wait_until(lambda: not connection.transport.is_active(), "the end", every_s=0.01)
         assert connection.lost == "server closed the connection"
-    assert connection.lost is None
 
 
 def test_dead_hops_do_not_hold_up_the_end(

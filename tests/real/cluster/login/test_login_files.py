@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.login import openssh, shell
+from cluster import clean_shell
+from cluster.login import openssh
 from cluster.login.channels import Channels
 from cluster.login.openssh import OpenSsh
 from cluster.login.transport import Transport
@@ -95,8 +96,8 @@ def test_a_profile_that_hangs_is_named_at_once_and_given_up(
     profile = account.folder / ".bash_profile"
     os.mkfifo(account.folder / "pipe")
     profile.write_text(f"read -r x <{account.folder}/pipe")
-    quick = functools.partial(shell.command, slow_s=0.1, limit_s=0.1)
-    monkeypatch.setattr(shell, "command", quick)
+    quick = functools.partial(clean_shell.command, slow_s=0.1, limit_s=0.1)
+    monkeypatch.setattr(clean_shell, "command", quick)
     with connected(backend, account) as there:
         with pytest.raises(UserError, match=rf"\({profile}, .*\) did not finish"):
             there.ask("echo ran")

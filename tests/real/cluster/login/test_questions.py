@@ -70,10 +70,10 @@ def test_a_wrong_code_begins_again_and_then_ends_in_one_line(
 ASK = """
 from cluster.errors import run_to_exit
 from cluster.login.alarm import leave_on_signals
-from cluster.login.prompts import Terminal
+from cluster.login.prompts import Prompts
 def main(argv):
     leave_on_signals()
-    print("answered", len(Terminal().secret("Password: ")))
+    print("answered", len(Prompts().secret("Password: ")))
     return 0
 run_to_exit(main)
 """

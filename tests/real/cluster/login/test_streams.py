@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +16,64 @@ import pytest
 
 from tests.real.cluster.login.screen import CLIENT, Screen, environment
 from tests.real.cluster.login.server import NewServer, Server
-from tests.real.cluster.login.standard import client, exit_code, standard_pipes, when_heeded
 from tests.shared import CHECKOUT
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.needs("sshd")
+PIPE = subprocess.PIPE
+PIPES = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE}
+Process = subprocess.Popen[bytes]
 
 # A command that reads nothing, and ends with its connection.
-WAITS = "tail --pid=$PPID -f /dev/null"
+WAITS = "echo started; tail --pid=$PPID -f /dev/null"
+
+
+def start(server: Server, command: str, **variables: str) -> Process:
+    """Start a command there, or a shell if it is empty."""
+    words = [*CLIENT, *(["--command", command] if command else [])]
+    variables = environment(server, **variables)
+    return subprocess.Popen(
+        words, cwd=CHECKOUT, env=variables, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+
+
+def ended(process: Process, given: bytes = b"") -> tuple[int, bytes, bytes]:
+    """Return how it ends, and all that it says."""
+    out, errors = process.communicate(given)
+    return process.returncode, out, errors
+
+
+def run(server: Server, command: str, given: bytes = b"", **more: str) -> tuple[int, bytes, bytes]:
+    return ended(start(server, command, **more), given)
 
 
 def test_a_command_and_a_variable_need_not_be_utf8(server: Server) -> None:
     server.write_config("SendEnv SLUICE_WORD")
     word = os.fsdecode(b"\xff\xfe")
-    done = client(server, f"printf '{word} %s' \"$SLUICE_WORD\"", SLUICE_WORD=word)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"\xff\xfe \xff\xfe", b"")
+    done = run(server, f"printf '{word} %s' \"$SLUICE_WORD\"", SLUICE_WORD=word)
+    assert done == (0, b"\xff\xfe \xff\xfe", b"")
 
 
-@pytest.mark.parametrize("code", [0, 1, 130, 255])
+@pytest.mark.parametrize("code", [0, 255])
 def test_the_exit_code_is_the_commands_and_nothing_is_added(server: Server, code: int) -> None:
-    done = client(server, f"echo out; echo err >&2; printf last; exit {code}")
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"out\nlast", b"err\n")
+    done = run(server, f"echo out; echo err >&2; printf last; exit {code}")
+    assert done == (code, b"out\nlast", b"err\n")
 
 
 def test_death_by_a_signal_is_told(server: Server) -> None:
-    done = client(server, "echo before; kill -TERM $$")
-    assert (done.returncode, done.stdout) == (255, b"before\n")
-    assert done.stderr == b"server: it ended without an exit code, as by a signal\n"
+    said = b"server: it ended without an exit code, as by a signal\n"
+    assert run(server, "echo before; kill -TERM $$") == (255, b"before\n", said)
 
 
-def test_every_byte_passes_and_the_end_of_the_input_does(server: Server) -> None:
-    # Also what would be escapes in a terminal.
-    given = bytes(range(256)) * 300 + b"\n~.\n~?\n"
-    done = client(server, "cat; echo the end >&2", given=given)
-    assert (done.returncode, done.stdout, done.stderr) == (0, given, b"the end\n")
-
-
-def test_output_goes_on_after_the_input_has_ended(server: Server) -> None:
-    done = client(server, "cat >/dev/null; seq 30000; exit 3", given=b"x")
-    assert done.returncode == 3
-    assert done.stdout.endswith(b"\n30000\n") and len(done.stdout.splitlines()) == 30000
+def test_every_byte_passes_and_output_goes_on_after_the_input_has_ended(server: Server) -> None:
+    # Also what would be an escape in a terminal.
+    given = bytes(range(256)) * 300 + b"\n~.\n"
+    done = run(server, "cat; echo the end >&2; exit 3", given)
+    assert done == (3, given, b"the end\n")
 
 
 def test_without_a_command_the_input_is_the_shells(server: Server) -> None:
-    done = client(server, "", given=b"tty; echo $((6 * 7)); exit 9\n")
-    assert done.returncode == 9
-    assert done.stdout.endswith(b"not a tty\n42\n")
+    code, out, _ = run(server, "", b"tty; echo $((6 * 7)); exit 9\n")
+    assert code == 9 and out.endswith(b"not a tty\n42\n")
 
 
 def test_closed_streams_are_no_trouble(server: Server) -> None:
@@ -71,28 +82,27 @@ def test_closed_streams_are_no_trouble(server: Server) -> None:
         ["sh", "-c", script, "sh", sys.executable],
         cwd=CHECKOUT,
         env=environment(server),
-        stdout=subprocess.PIPE,
+        stdout=PIPE,
         check=False,
     )
     assert (done.returncode, done.stdout) == (6, b"done\n")
 
 
 def test_a_reader_that_leaves_ends_it(server: Server) -> None:
-    with standard_pipes() as (given, out, errors):
-        given.leave()
-        out.in_background(out.take_some)
-        errors.in_background(errors.take)
-        assert exit_code(server, "--command", "yes; exit 3") == 141
-    assert out.data.startswith(b"y\n") and errors.data == b""
+    process = start(server, "yes; exit 3")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(2) == b"y\n"
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
 
 
-@pytest.mark.parametrize("is_full", [False, True], ids=["at once", "full"])
-def test_a_reader_of_errors_that_leaves_does_not_hold_it_up(server: Server, is_full: bool) -> None:
-    with standard_pipes() as (given, _, errors):
-        given.leave()
-        errors.in_background(errors.leave_when_full if is_full else errors.leave)
-        # More than the window has room for.
-        assert exit_code(server, "--command", "head -c 5000000 /dev/zero >&2; exit 3") == 3
+def test_a_reader_of_errors_that_leaves_does_not_hold_it_up(server: Server) -> None:
+    # More than the window has room for.
+    process = start(server, "echo >&2; head -c 5000000 /dev/zero >&2; exit 3")
+    assert process.stderr is not None
+    assert process.stderr.read(1) == b"\n"
+    process.stderr.close()
+    assert process.wait() == 3
 
 
 # ---- much -----------------------------------------------------------------------------------
@@ -104,7 +114,7 @@ LARGE = 40 * MEGABYTE
 def test_a_server_that_makes_new_keys_holds_nothing_up(new_server: NewServer) -> None:
     server = new_server("RekeyLimit 1M")
     given = random.Random(0).randbytes(8 * MEGABYTE)
-    assert client(server, "cat", given=given).stdout == given
+    assert run(server, "cat", given) == (0, given, b"")
     assert server.log.count("SSH2_MSG_NEWKEYS received") > 8
 
 
@@ -156,32 +166,22 @@ def test_much_passes_both_ways_with_flat_memory(server: Server, tmp_path: Path) 
 # ---- how it is lost -------------------------------------------------------------------------
 
 
-def ended(server: Server, end: Callable[[], None]) -> tuple[int, bytes]:
-    """Return how a command ends that waits, and what is said, if `end` is called meanwhile."""
-    with standard_pipes() as (given, out, errors):
-
-        def end_it() -> None:
-            wait_until(lambda: out.data == b"started\n", "the command to start", every_s=0.01)
-            end()
-
-        given.leave()
-        out.in_background(out.take, end_it)
-        errors.in_background(errors.take)
-        code = exit_code(server, "--command", f"echo started; {WAITS}")
-    return code, errors.data
-
-
 def test_a_server_that_is_killed(new_server: NewServer) -> None:
     server = new_server()
-    code, said = ended(server, lambda: server.send_children(signal.SIGKILL))
-    assert code == 255
-    assert said.startswith(b"server: the connection was lost: server closed the connection")
-    assert said.count(b"\n") == 1
+    process = start(server, WAITS)
+    assert process.stdout is not None and process.stdout.readline() == b"started\n"
+    os.kill(server.children()[0], signal.SIGKILL)
+    said = b"server: the connection was lost: server closed the connection"
+    code, _, errors = ended(process)
+    assert (code, errors.count(b"\n")) == (255, 1) and errors.startswith(said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it(server: Server, number: signal.Signals) -> None:
-    assert ended(server, when_heeded(number)) == (128 + number, b"")
+    process = start(server, WAITS)
+    assert process.stdout is not None and process.stdout.readline() == b"started\n"
+    process.send_signal(number)
+    assert ended(process) == (128 + number, b"", b"")
 
 
 # ---- what a server refuses or says ----------------------------------------------------------
@@ -190,9 +190,9 @@ def test_a_signal_ends_it(server: Server, number: signal.Signals) -> None:
 def test_a_banner_goes_to_stderr(new_server: NewServer, tmp_path: Path) -> None:
     (tmp_path / "banner").write_text("Authorized \033[31muse only\n")
     server = new_server(f"Banner {tmp_path}/banner")
-    done = client(server, "echo out")
-    assert done.stdout == b"out\n"
-    assert b"use only" in done.stderr and b"\033" not in done.stderr
+    code, out, errors = run(server, "echo out")
+    assert (code, out) == (0, b"out\n")
+    assert b"use only" in errors and b"\033" not in errors
 
 
 def test_a_key_without_a_terminal(new_server: NewServer) -> None:
@@ -203,23 +203,19 @@ def test_a_key_without_a_terminal(new_server: NewServer) -> None:
         assert screen.wait() == 2
         screen.expect("error: server: the server gives no terminal")
         assert screen.attributes() == screen.at_start
-    assert client(server, "echo fine").stdout == b"fine\n"
+    assert run(server, "echo fine") == (0, b"fine\n", b"")
 
 
 def test_an_agent_is_not_lent_and_that_is_said(server: Server) -> None:
-    done = client(server, "true", "--forward-agent")
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"error: --forward-agent: ") and b"openssh" in done.stderr
-    assert done.stderr.count(b"\n") == 1
     server.write_config("ForwardAgent yes")
-    done = client(server, "echo out")
-    assert done.stdout == b"out\n"
-    assert done.stderr.startswith(b"note: ForwardAgent ") and done.stderr.count(b"\n") == 1
+    code, out, errors = run(server, "echo out")
+    assert (code, out, errors.count(b"\n")) == (0, b"out\n", 1)
+    assert errors.startswith(b"note: ForwardAgent ")
 
 
 def test_a_site_without_a_host_is_said(server: Server, tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
     site.write_text((CHECKOUT / "configs/site.example.toml").read_text())
-    done = client(server, "true", SLUICE_SITE=str(site))
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"error: ssh: no host is named; set host in [ssh] of site.toml")
+    code, _, errors = run(server, "true", SLUICE_SITE=str(site))
+    assert (code, errors.count(b"\n")) == (2, 1)
+    assert errors.startswith(b"error: ssh: no host is named; set host in [ssh] of site.toml")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first shell on a login node (cluster/login/shell.py): takes over what a login has, and becomes the
+# The first shell on a login node (cluster/clean_shell.py): takes over what a login has, and becomes the
 # shell that runs a script. The session's streams are not touched before.
 : "${script:?bash, to be run}" "${slow:?seconds}" "${limit:?seconds}"
 : "${modules?bash, that loads modules in the login shell}"

@@ -32,7 +32,7 @@ BLOCK_BYTES = 1 << 16
 ERROR, NOTE = "error: ", "note: "
 
 # The first shell; it says what is set before it.
-TAKE_OVER = Path(__file__).with_name("shell.sh")
+TAKE_OVER = Path(__file__).with_name("clean_shell.sh")
 
 
 def command(

@@ -1,4 +1,4 @@
-"""shell.py: a script in words that any shell passes on, run where no login file spoils it."""
+"""clean_shell.py: a script in words that any shell passes on, run where no login file spoils it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.login import shell
+from cluster import clean_shell
 from runfolder.errors import UserError
 
 SHELLS = [
@@ -35,7 +35,7 @@ def run(
     account: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a script as sshd would have an account's shell run it, with the `account`'s variables."""
-    command = shell.command(script, modules, slow_s=slow_s, limit_s=limit_s)
+    command = clean_shell.command(script, modules, slow_s=slow_s, limit_s=limit_s)
     return subprocess.run(
         [shutil.which(started_by) or started_by, "-c", command],
         check=False,
@@ -48,7 +48,7 @@ def run(
 
 def ask(home: Path, script: str, data: bytes = b"") -> bytes:
     """Return a script's answer."""
-    answer = shell.Answer.of(script)
+    answer = clean_shell.Answer.of(script)
     done = run(home, answer.script, data)
     answer.take(done.stdout)
     answer.take_error(done.stderr)
@@ -173,7 +173,7 @@ def test_a_profile_that_is_slow_is_waited_for(tmp_path: Path) -> None:
     subprocess.run(["mkfifo", tmp_path / "pipe"], check=True)
     # It goes on when it was said that it is slow.
     script = f"exec 2> >(read -r note; echo late >{tmp_path}/pipe; cat >&2)\n"
-    command = script + shell.command('echo "$X"', slow_s=0.1)
+    command = script + clean_shell.command('echo "$X"', slow_s=0.1)
     done = subprocess.run(
         ["bash", "-c", command],
         env={"HOME": str(tmp_path), "PATH": PATH},
@@ -188,7 +188,7 @@ def test_a_profile_that_is_slow_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_what_is_said_before_and_after_is_no_part_of_an_answer(tmp_path: Path) -> None:
-    answer = shell.Answer.of("printf 'a\\n\\nb'")
+    answer = clean_shell.Answer.of("printf 'a\\n\\nb'")
     done = run(tmp_path, answer.script)
     for piece in (b"fortune\n-- sluice", b" --\n", *(done.stdout[i : i + 1] for i in range(200))):
         answer.take(piece)
@@ -199,7 +199,7 @@ def test_what_is_said_before_and_after_is_no_part_of_an_answer(tmp_path: Path) -
 
 
 def test_an_answer_may_have_every_byte_and_the_lines_of_another_one(tmp_path: Path) -> None:
-    other = shell.Answer.of("echo inside")
+    other = clean_shell.Answer.of("echo inside")
     before = run(tmp_path, other.script).stdout
     assert ask(tmp_path, "cat", before + EVERY_BYTE) == before + EVERY_BYTE
 
@@ -223,14 +223,14 @@ def test_a_script_that_fails_is_told_in_its_last_words(
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_an_account_without_a_shell_is_told_in_its_own_words(code: int) -> None:
-    answer = shell.Answer.of("echo x")
+    answer = clean_shell.Answer.of("echo x")
     answer.take(b"This account is not available.\n")
     with pytest.raises(UserError, match=r"^login: no bash could be started there: This account"):
         answer.words("login", code)
 
 
 def test_notes_are_shown_at_once_and_are_no_last_words() -> None:
-    answer = shell.Answer.of("false")
+    answer = clean_shell.Answer.of("false")
     assert answer.take_error(b"welcome\nnote: x: slow") == []
     assert answer.take_error(b"ly\nno room\nnote: y\n") == ["note: x: slowly", "note: y"]
     with pytest.raises(UserError, match=r"no bash could be started there: no room;"):
