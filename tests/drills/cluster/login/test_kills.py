@@ -19,8 +19,8 @@ from tests.real.cluster.login.test_kills import BUSY, LOST, given_back
 
 pytestmark = pytest.mark.needs("sshd")
 
-KINDS = ["KILL", "server", "cut", "KILL", "TERM", "reset", "HUP", "server", "INT", "KILL"] * 5
-CODES = {"KILL": -9, "TERM": 143, "HUP": 129, "INT": 130, "QUIT": 131}
+KINDS = ["QUIT", "server", "cut", "TERM", "TERM", "reset", "HUP", "server", "INT", "cut"] * 5
+CODES = {"TERM": 143, "HUP": 129, "INT": 130, "QUIT": 131}
 AT_ONCE = 5
 
 

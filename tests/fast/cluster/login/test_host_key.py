@@ -90,19 +90,6 @@ def test_an_unknown_key_is_shown_and_appended(host: Host, known: Path, answer: s
     assert check(host, OURS).asked == []
 
 
-def test_a_name_is_hashed_where_that_is_wanted(host: Host, known: Path) -> None:
-    host = replace(host, hash_known_hosts=True, strict_host_key_checking="ask")
-    check(host, OURS, "yes")
-    assert NAME not in known.read_text() and line(OURS) in known.read_text()
-    assert check(host, OURS).asked == []
-
-
-def test_no_is_no(host: Host, known: Path) -> None:
-    host = replace(host, strict_host_key_checking="ask")
-    assert "was not accepted" in refusal(host, OURS, "no")
-    assert not known.exists()
-
-
 def test_strict_checking_refuses_what_is_new_and_accept_new_takes_it(
     host: Host, known: Path
 ) -> None:
@@ -137,12 +124,6 @@ def test_a_changed_key_is_refused_with_file_and_line(
     assert known.read_text() == f"# a comment\n{KNOWN_AS} {line(STRANGER)}\n"
 
 
-def test_the_type_that_is_known_is_asked_for(host: Host, known: Path) -> None:
-    names = ("ssh-ed25519", "ecdsa-sha2-nistp384", "rsa-sha2-512")
-    known.write_text(f"{KNOWN_AS} {line(OTHER_TYPE)}\n")
-    assert Check.of(host).preferred(names)[0] == "ecdsa-sha2-nistp384"
-
-
 def test_a_host_known_by_another_type_only_is_refused_as_ssh_does(host: Host, known: Path) -> None:
     known.write_text(f"{KNOWN_AS} {line(OTHER_TYPE)}\n")
     said = refusal(replace(host, strict_host_key_checking="accept-new"), OURS)
@@ -169,18 +150,6 @@ def test_an_rsa_key_that_is_too_short_is_refused_though_it_is_known(
 # ---- who is meant ----
 
 
-@pytest.mark.parametrize("names", [KNOWN_AS, f"other,[*.org]:{PORT}", NAME, "*", "[farm.*]:*"])
-def test_names_and_patterns(host: Host, known: Path, names: str) -> None:
-    known.write_text(f"{names} {line(OURS)}\n")
-    check(host, OURS)
-
-
-@pytest.mark.parametrize("names", [f"*,!{NAME},!{KNOWN_AS}", f"[{NAME}]:22", "[*]:1"])
-def test_names_that_are_others(host: Host, known: Path, names: str) -> None:
-    known.write_text(f"{names} {line(OURS)}\n")
-    assert "not known" in refusal(host, OURS)
-
-
 def test_an_alias_stands_for_the_name(host: Host, known: Path) -> None:
     known.write_text(f"barn {line(OURS)}\n")
     check(replace(host, host_key_alias="barn"), OURS)
@@ -190,7 +159,7 @@ def test_an_alias_stands_for_the_name(host: Host, known: Path) -> None:
 # ---- markers ----
 
 
-@pytest.mark.parametrize("names", [KNOWN_AS, NAME, "*"])
+@pytest.mark.parametrize("names", [KNOWN_AS, NAME])
 def test_a_revoked_key_is_refused(host: Host, known: Path, names: str) -> None:
     known.write_text(f"{KNOWN_AS} {line(OURS)}\n@revoked {names} {line(OURS)}\n")
     assert f"revoked ({known}:2)" in refusal(host, OURS)

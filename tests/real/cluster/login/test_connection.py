@@ -51,15 +51,6 @@ def chain(tmp_path: Path, **servers: Server) -> Path:
 # ---- the way ----
 
 
-def test_commands_share_one_sign_in(server: Server) -> None:
-    before = server.log.count("Accepted publickey")
-    with signed_in(host_of(server)) as connection:
-        for _ in range(3):
-            assert output(connection, "id -un") == f"{USER}\n"
-        assert not connection.lost
-    assert server.log.count("Accepted publickey") == before + 1
-
-
 def test_all_addresses_are_tried_and_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.write_config("Compression yes")
     host = host_of(server)
@@ -192,11 +183,6 @@ def test_what_is_no_ssh_server_is_said(server: Server, listener: socket.socket) 
     assert said.startswith("server: no SSH connection: ") and "\x1b" not in said
 
 
-def test_a_server_that_says_nothing_is_given_up(server: Server, listener: socket.socket) -> None:
-    host = replace(host_of(server), port=listener.getsockname()[1], connect_timeout_s=1)
-    assert "no SSH connection" in refusal(host)
-
-
 def test_a_server_that_falls_silent_in_the_key_exchange_is_given_up(
     server: Server, listener: socket.socket
 ) -> None:
@@ -263,17 +249,6 @@ def test_no_more_sessions_is_said(new_server: NewServer) -> None:
 # ---- the end ----
 
 
-def test_a_server_answers_the_question_whether_it_is_there(server: Server) -> None:
-    server.write_config("ServerAliveInterval 1", "ServerAliveCountMax 1000", "ConnectTimeout 77")
-    before = server.log.count("keepalive@openssh.com")
-    with signed_in(host_of(server)) as connection:
-        link = connection.transport
-        # As the configuration says, and not as it is without one.
-        assert link.banner_timeout == 77
-        wait_until(lambda: server.log.count("keepalive@openssh.com") > before + 1, "two questions")
-        assert not connection.lost
-
-
 def test_a_silent_server_is_given_up_though_output_waits_for_it(new_server: NewServer) -> None:
     server = new_server()
     with signed_in(host_of(server)) as connection:
@@ -320,17 +295,3 @@ def test_dead_hops_do_not_hold_up_the_end(
     connection.close()
     connection.close()
     assert not any(thread.is_alive() for thread in threads)
-
-
-def test_ctrl_c_while_connecting_ends_it(server: Server, listener: socket.socket) -> None:
-    host = replace(host_of(server), port=listener.getsockname()[1])
-
-    def interrupt() -> None:
-        peer, _ = listener.accept()
-        # Its first words; the server's never come.
-        assert peer.recv(4) == b"SSH-"
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        connect(host, prompts=answers())

@@ -123,9 +123,3 @@ def test_a_host_that_is_known_by_its_certificate_alone_is_refused_by_name(
         stream.write(f"[127.0.0.1]:{both.port} {public(both.host_key)}\n")
     with signed_in(host):
         pass
-
-
-def test_a_revoked_key_is_refused(both: Server, host: Host, known: Path) -> None:
-    line = f"[127.0.0.1]:{both.port} {public(both.host_key)}\n"
-    known.write_text(f"{line}@revoked * {public(both.host_key)}\n")
-    assert f"revoked ({known}:2)" in refusal(both, host)

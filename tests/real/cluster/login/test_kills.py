@@ -28,7 +28,6 @@ BUSY = f"printf '{TURN_ON}on %d\\n' $PPID; while printf '\\033[Hx'; do sleep 0.0
 
 def given_back(screen: Screen) -> None:
     """Wait until nobody but the test has the terminal, and check that it is as it was."""
-    # Killed, it is gone before the process that gives the terminal back in its place.
     wait_until(
         lambda: not screen.others(),
         "nothing to be left",

@@ -5,24 +5,29 @@ from __future__ import annotations
 import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from cluster import clean_shell
-from cluster.login import openssh
+from cluster.login import backends, openssh
 from cluster.login.channels import Channels
 from cluster.login.openssh import OpenSsh
 from cluster.login.transport import Transport
 from cluster.site import Ssh
 from runfolder.errors import UserError
 from tests import waiting
-from tests.real.cluster.login.server import NewServer, Server
+from tests.real.cluster.login.screen import Screen, environment
+from tests.real.cluster.login.server import PASSWORD, NewServer, Server
 from tests.shared import CHECKOUT
 
 BACKENDS = {"paramiko": Channels, "openssh": OpenSsh}
@@ -145,6 +150,51 @@ def make_ssh(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
         cwd=CHECKOUT,
         env=os.environ | {"SLUICE_SITE": str(site)},
     )
+
+
+# What a command from a laptop does, in a terminal.
+ASK = """
+from cluster import site
+from cluster.errors import run_to_exit
+from cluster.login.backends import connect
+def main(argv):
+    with connect(site.load()) as there:
+        for word in ("one", "two"):
+            print(there.ask(f"echo {word} $((6 * 7))").decode(), end="")
+    return 0
+run_to_exit(main)
+"""
+
+
+@pytest.mark.needs("root")
+def test_ssh_itself_asks_for_the_password_once_and_its_own_backend_is_not_needed(
+    new_server: NewServer,
+) -> None:
+    server = new_server(password=True)
+    server.write_config(key=False)
+    with Screen([sys.executable, "-c", ASK], environment(server)) as screen:
+        screen.expect("password: ")
+        waiting.wait_until(lambda: not screen.attributes()[3] & termios.ECHO, "silence")
+        screen.type(f"{PASSWORD}\n")
+        screen.expect(r"one 42\r\ntwo 42\r\n")
+        assert screen.wait() == 0
+        assert screen.attributes() == screen.at_start
+    assert server.log.count("Accepted password") == 1
+    assert PASSWORD.encode() not in screen.shown
+
+
+def test_without_ssh_the_same_goes_through_python(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "leave_on_signals", lambda: None)
+    site = SimpleNamespace(ssh=settings_of(server))
+    with backends.connect(cast(Any, site)) as there:
+        assert isinstance(there, OpenSsh)
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if "ssh" in name else real(name))
+    with backends.connect(cast(Any, site)) as there:
+        assert isinstance(there, Channels)
+        assert there.ask("cat", DATA) == DATA
 
 
 FOR_PEOPLE = ("RemoteCommand echo for people", "RequestTTY force", "StdinNull yes")

@@ -151,16 +151,6 @@ def test_a_signal_at_a_question_gives_the_terminal_back(question: Screen, number
     assert question.attributes() == question.at_start
 
 
-def test_a_signal_gives_a_terminal_back_that_stands_still(question: Screen) -> None:
-    question.type("\x13")
-    wait_until(question.is_full, "the terminal to stand still", every_s=0.01)
-    # The key would have it go on.
-    question.process.send_signal(signal.SIGINT)
-    question.process.wait()
-    assert question.process.returncode == 130
-    assert question.attributes() == question.at_start
-
-
 def test_the_terminal_is_asked_though_the_streams_are_elsewhere(tmp_path: Path) -> None:
     shell = f'"$@" </dev/null >{tmp_path}/seen 2>&1'
     with program(ASK, "bash", "-c", shell, "bash") as screen:

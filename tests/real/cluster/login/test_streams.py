@@ -187,14 +187,6 @@ def test_a_signal_ends_it(server: Server, number: signal.Signals) -> None:
 # ---- what a server refuses or says ----------------------------------------------------------
 
 
-def test_a_banner_goes_to_stderr(new_server: NewServer, tmp_path: Path) -> None:
-    (tmp_path / "banner").write_text("Authorized \033[31muse only\n")
-    server = new_server(f"Banner {tmp_path}/banner")
-    code, out, errors = run(server, "echo out")
-    assert (code, out) == (0, b"out\n")
-    assert b"use only" in errors and b"\033" not in errors
-
-
 def test_a_key_without_a_terminal(new_server: NewServer) -> None:
     server = new_server()
     key = server.authorized_keys.read_text()

@@ -191,15 +191,6 @@ def test_the_first_line_too_meets_a_raw_terminal(server: Server) -> None:
         assert screen.shown.startswith(b"a\r\nb\r\n"), screen.shown
 
 
-def test_another_escape_character(server: Server) -> None:
-    server.write_config("EscapeChar ^B")
-    with session(server) as screen:
-        screen.type("~.\r")
-        screen.expect(r"~\.: command not found")
-        screen.type("\x02.")
-        assert screen.wait() == 255
-
-
 @pytest.mark.parametrize("end", ["~.", signal.SIGTERM])
 def test_a_terminal_that_stands_still_is_given_back(server: Server, end: str | int) -> None:
     with session(server, "--command", "yes") as screen:

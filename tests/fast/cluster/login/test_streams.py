@@ -1,4 +1,4 @@
-"""cluster/login/streams.py and session.py: what is moved when others are quicker, or gone."""
+"""cluster/login/streams.py: what is moved when others are quicker, or gone."""
 
 from __future__ import annotations
 
