@@ -18,7 +18,7 @@ import paramiko
 
 from cluster.login.link import BROKEN
 
-BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 18
 # What may wait to be sent before no more is read: ~. is seen although the server takes nothing.
 PENDING_BYTES = 1 << 20
 
