@@ -10,8 +10,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-# Beside the numbers of signals in the pipe.
-BELL = b"\0"
 
 
 def leave_on_signals() -> None:
@@ -52,7 +50,7 @@ class Alarm:
     def ring(self) -> None:
         """Wake the loop."""
         with contextlib.suppress(OSError):  # full, or closed
-            self._theirs.send(BELL)
+            self._theirs.send(b"\0")  # no signal has this number
 
     def take(self) -> list[int]:
         """Return the signals that came."""

@@ -28,7 +28,6 @@ class Channels:
         host = config.resolve(
             settings.host, user=settings.user, port=settings.port, config=settings.config
         )
-        # From here on signed in.
         self._connection = connection.connect(host)
 
     def __enter__(self) -> Self:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import pwd
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cluster.login import plain_config
@@ -95,11 +95,7 @@ class Host:
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
         """Return what of `ours` SendEnv lets pass, and SetEnv's; the server may take none."""
-        sent = {
-            name: value
-            for name, value in ours.items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.send_env)
-        }
+        sent = {x: y for x, y in ours.items() if any(fnmatchcase(x, p) for p in self.send_env)}
         return sent | dict(self.set_env)
 
 

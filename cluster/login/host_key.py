@@ -45,7 +45,9 @@ class Check:
     def preferred(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return host key algorithms, those first whose keys can be compared."""
         kinds = {entry.kind for entry in self.keys or self.portless}
-        return tuple(sorted(names, key=lambda name: _kind_of(name) not in kinds))
+        # A key of RSA signs in two ways.
+        kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
+        return tuple(sorted(names, key=lambda name: name not in kinds))
 
     def check(self, key: paramiko.PKey, prompts: Prompts, say: Callable[[str], None]) -> None:
         """Return if the key that the server has shown is to be trusted, or raise a `UserError`."""
@@ -126,8 +128,3 @@ class Check:
         except OSError as error:
             done = f"is not kept: {error.strerror}"
         say(f"note: {self._file}: the key of {name} {done}")
-
-
-def _kind_of(algorithm: str) -> str:
-    """Return the type of key that a host key algorithm is for."""
-    return "ssh-rsa" if algorithm.startswith("rsa-sha2-") else algorithm

@@ -46,6 +46,7 @@ class Keys:
         named = {blob for path in paths if (blob := _public_blob(path)) is not None}
         held = sorted(self._in_agent(), key=lambda key: key.asbytes() not in named)
         for key in held:
+            self._let_it_refuse(key)
             # IdentitiesOnly: what the agent holds beside is not offered.
             if not self.host.identities_only or key.asbytes() in named:
                 yield from self._forms(f"ssh-agent: {key.comment}", key)
@@ -58,10 +59,8 @@ class Keys:
                 key = _load(path, None)
             except TypeError:
                 sealed.append(path)
-            except UNREADABLE as error:
+            except (*UNREADABLE, OSError) as error:
                 self.problems.append(f"{path}: {str(error).partition('. ')[0]}")
-            except OSError as error:
-                self.problems.append(f"{path}: {error.strerror}")
             else:
                 if key.asbytes() not in in_agent:
                     yield from self._forms(str(path), key)
@@ -81,6 +80,22 @@ class Keys:
             return []
         finally:
             os.environ["SSH_AUTH_SOCK"] = before
+
+    def _let_it_refuse(self, key: paramiko.AgentKey) -> None:
+        """Have an empty signature, which no server takes, where the agent gives none.
+
+        Paramiko would end the connection: a key may want to be touched, or confirmed by the user.
+        """
+        sign = key.sign_ssh_data
+
+        def signed(data: bytes, algorithm: str | None = None) -> bytes:
+            try:
+                return bytes(sign(data, algorithm))
+            except SSHException:
+                self.problems.append(f"ssh-agent: it refused to sign with {key.comment}")
+                return b""
+
+        key.sign_ssh_data = signed
 
     def _unsealed(self, path: Path) -> paramiko.PKey | None:
         for _ in range(PASSPHRASE_TRIES):

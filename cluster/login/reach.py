@@ -15,7 +15,7 @@ from runfolder.errors import UserError, printable
 
 FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 FORWARD_TIMEOUT_S = 60
-# What a ProxyCommand gets to end by itself once its stream is closed, and after SIGTERM.
+# For a ProxyCommand to end by itself once its stream is closed, and after SIGTERM.
 GRACE_S = 0.5
 
 

@@ -52,8 +52,6 @@ def run(
     """
     if tty is None:
         tty = reads_input and os.isatty(0) and (command is None or os.isatty(1))
-    if tty and not os.isatty(0):
-        raise UserError("standard input is no terminal; leave it as it is, or run without one")
     sys.stdout.flush()
     alarm = Alarm()
     try:

@@ -160,8 +160,6 @@ class _SignIn:
         ask = self._prompts.ask if is_shown else self._prompts.secret
         return ask(whole).encode(errors="surrogateescape")
 
-    # ---- how it ends ----
-
     def _refused(self) -> UserError:
         host = self._host
         takes = ", ".join(self._takes) or "nothing"

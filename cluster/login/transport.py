@@ -12,7 +12,6 @@ from typing import Protocol
 
 # As ssh has it; a command's own 255 cannot be told from it.
 LOST = 255
-# The way out, where Paramiko lacks something.
 OPENSSH = 'set backend = "openssh" in [ssh] of site.toml, which takes the ssh command'
 
 

@@ -39,10 +39,10 @@ class Agent:
         self.process.terminate()
         self.process.wait()
 
-    def add(self, key: Path) -> None:
+    def add(self, key: Path, *options: str) -> None:
         """Have it hold a key."""
         subprocess.run(
-            ["ssh-add", "-q", key],
+            ["ssh-add", "-q", *options, key],
             env=os.environ | {"SSH_AUTH_SOCK": str(self.socket)},
             check=True,
             capture_output=True,

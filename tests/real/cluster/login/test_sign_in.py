@@ -204,6 +204,20 @@ def test_identities_only_keeps_the_keys_of_the_agent_back(
     assert "Too many authentication failures" in said and "IdentitiesOnly" in said
 
 
+def test_a_key_that_the_agent_does_not_sign_with_is_left_aside(
+    server: Server, agent: Agent, tmp_path: Path
+) -> None:
+    refused = keygen(tmp_path / "refused")
+    allow(server, refused)
+    # Nobody is there to confirm it.
+    agent.add(refused, "-c")
+    server.write_config("IdentitiesOnly no", f"IdentityAgent {agent.socket}")
+    with signed_in(host_of(server)):
+        pass
+    server.write_config("IdentitiesOnly no", f"IdentityAgent {agent.socket}", key=False)
+    assert "ssh-agent: it refused to sign with refused" in refusal(server)
+
+
 # ---- certificates ----
 
 
