@@ -22,7 +22,8 @@ METHODS = ("publickey", "keyboard-interactive", "password")
 IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
 USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
-ALGORITHMS = ("kexalgorithms", "hostkeyalgorithms", "ciphers", "macs")
+PUBKEYS = "pubkeyacceptedalgorithms"
+ALGORITHMS = ("kexalgorithms", "hostkeyalgorithms", "ciphers", "macs", PUBKEYS)
 # As ssh takes it: user@host, or a URI; and as ProxyJump does, with a port.
 DESTINATION = re.compile(
     r"(?:ssh://)?(?:(?P<user>.+)@)?(?P<host>\[[^\[\]]+\]|[^\[\]:@/]+)(?::(?P<port>[0-9]{1,5}))?/?"

@@ -17,7 +17,7 @@ from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from paramiko import SSHException
 from paramiko.pkey import PublicBlob, UnknownKeyType
 
-from cluster.login.config import Host
+from cluster.login.config import PUBKEYS, Host
 from cluster.login.prompts import Prompts
 from runfolder.errors import UserError
 
@@ -126,12 +126,26 @@ class Keys:
                 part = key.asbytes()[4 + len(key.get_name()) :]
                 if certificate.key_type.endswith(CERTIFICATE) and part in certificate.key_blob:
                     key.load_certificate(text)
-                    yield str(file), key
+                    if self._is_allowed(key):
+                        yield str(file), key
         # One that the agent holds is a certificate already.
         is_certificate = key.get_name().endswith(CERTIFICATE)
         blob = PublicBlob(key.get_name(), key.blob) if is_certificate else None
         key.public_blob = blob
-        yield name, key
+        if self._is_allowed(key):
+            yield name, key
+
+    def _is_allowed(self, key: paramiko.PKey) -> bool:
+        """Return whether PubkeyAcceptedAlgorithms has a way to sign with a key, as it is now."""
+        allowed = self.host.algorithms.get(PUBKEYS)
+        kind = key.public_blob.key_type if key.public_blob else key.get_name()
+        ways = {kind}
+        if kind.removesuffix(CERTIFICATE) == "ssh-rsa":
+            ways = {kind.replace("ssh-rsa", way) for way in ("rsa-sha2-256", "rsa-sha2-512")}
+        if allowed is None or ways & set(allowed):
+            return True
+        self.problems.append(f"PubkeyAcceptedAlgorithms leaves out a key of type {kind}")
+        return False
 
 
 def _load(path: Path, passphrase: bytes | None) -> paramiko.PKey:

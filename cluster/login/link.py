@@ -7,7 +7,7 @@ from typing import Any
 
 import paramiko
 
-from cluster.login.config import Host
+from cluster.login.config import PUBKEYS, Host
 from runfolder.errors import UserError
 
 # What Paramiko raises, in any thread, when the connection or the other side gives up.
@@ -47,6 +47,10 @@ class Link(paramiko.Transport):  # type: ignore[misc]
                     f"another in ssh_config, such as {known[0]}"
                 )
             setattr(options, kind, found)
+        # How a key of RSA may sign; keys of other types that are not allowed, keys.py leaves out.
+        signs = host.algorithms.get(PUBKEYS, self.preferred_pubkeys)
+        unwanted = [name for name in self.preferred_pubkeys if name not in signs]
+        self.disabled_algorithms["pubkeys"] = unwanted
 
     def _parse_disconnect(self, m: Any) -> None:
         m.get_int()

@@ -161,7 +161,8 @@ CASES = {
     "unknown key of a job": job("scirpt: x", "'scirpt' is not a setting; did you mean 'script'"),
     "script that does not exist": job("script: train/x.py", "script: train/x.py does not exist"),
     "wrong resources": job(
-        "script: train/tinyllama.py\nresources: {nodes: many}", "resources.nodes: 'many' must be a whole number"
+        "script: train/tinyllama.py\nresources: {nodes: many}",
+        "resources.nodes: 'many' must be a whole number",
     ),
     "unknown setting in a file": job(
         "script: train/tinyllama.py\narguments: {optimizer: {learning_rate: 1}}",

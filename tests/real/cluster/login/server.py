@@ -155,7 +155,7 @@ def start(
         # Not the user's own: a session that is killed amid a .bashrc may leave a lock behind, on
         # which all later ones wait.
         f"SetEnv HOME={folder}",
-        "LogLevel DEBUG1",
+        "LogLevel DEBUG2",
     ]
     (folder / "sshd_config").write_text("\n".join(config) + "\n")
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")

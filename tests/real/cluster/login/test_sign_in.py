@@ -218,6 +218,20 @@ def test_a_key_that_the_agent_does_not_sign_with_is_left_aside(
     assert "ssh-agent: it refused to sign with refused" in refusal(server)
 
 
+def test_a_key_whose_algorithm_is_not_allowed_is_left_out(
+    server: Server, new_key: NewKey, tmp_path: Path
+) -> None:
+    allow(server, rsa := new_key(tmp_path / "key", "rsa"))
+    only = f"IdentityFile {rsa}"
+    server.write_config(only, "PubkeyAcceptedAlgorithms rsa-sha2-256", key=False)
+    with signed_in(host_of(server)):
+        assert "rsa-sha2-256" in server.log
+    server.write_config(only, "PubkeyAcceptedAlgorithms ssh-ed25519", key=False)
+    assert "PubkeyAcceptedAlgorithms leaves out a key of type ssh-rsa" in refusal(server)
+    server.write_config("PubkeyAcceptedAlgorithms rsa-sha2-512")
+    assert "leaves out a key of type ssh-ed25519" in refusal(server)
+
+
 # ---- certificates ----
 
 

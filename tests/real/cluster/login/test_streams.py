@@ -170,7 +170,7 @@ def test_a_server_that_is_killed(new_server: NewServer) -> None:
     server = new_server()
     process = start(server, WAITS)
     assert process.stdout is not None and process.stdout.readline() == b"started\n"
-    os.kill(server.children()[0], signal.SIGKILL)
+    server.send_children(signal.SIGKILL)
     said = b"server: the connection was lost: server closed the connection"
     code, _, errors = ended(process)
     assert (code, errors.count(b"\n")) == (255, 1) and errors.startswith(said)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,9 +212,8 @@ def test_a_window_may_change_when_the_program_has_closed_its_output(
     command = f"exec <&- >&- 2>&-; : >{silent}; until [ -e {done} ]; do sleep 0.05; done; exit 7"
     with session(server, "--command", command) as screen:
         wait_until(silent.exists, "a closed output", every_s=0.01)
+        wait_until(lambda: "send eof" in server.log, "its end on the way", every_s=0.01)
         for columns in (70, 90):
-            # The end of its output is here by the second at the latest.
-            time.sleep(0.3)
             screen.resize(columns, 30)
         done.touch()
         assert screen.wait() == 7
