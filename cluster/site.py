@@ -20,6 +20,8 @@ EXAMPLE = Path("configs/site.example.toml")
 # Set for a command that came from a laptop, so that it does not look for another machine.
 ARRIVED = "SLUICE_ARRIVED"
 Folder = Literal["runs", "datasets", "cache", "images"]
+# What bash lets nobody set.
+OF_BASH = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
 
@@ -291,6 +293,8 @@ def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
     for name, value in table.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"{path}: environment.{name}: is not the name of a variable")
+        if name.startswith("SLUICE_") or name in OF_BASH:
+            raise UserError(f"{path}: environment.{name}: has a meaning of its own; leave it out")
         if not isinstance(value, str):
             raise UserError(f"{path}: environment.{name}: {value!r} is not a string in quotes")
     return dict(table)

@@ -92,6 +92,8 @@ def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
         (LEAST + '[container]\nvariant = "gpu"', r"container.variant: 'gpu' is not \"cuda\" or"),
         (LEAST + '[environment]\n"A B" = "x"', "environment.A B: is not the name of a variable"),
         (LEAST + "[environment]\nA = 1", "environment.A: 1 is not a string"),
+        (LEAST + '[environment]\nSLUICE_WORLD_SIZE = "1"', "SLUICE_WORLD_SIZE: has a meaning of"),
+        (LEAST + '[environment]\nUID = "1"', "environment.UID: has a meaning of its own"),
         (LEAST.replace('"long"', '""'), "slurm.partition: '' must be filled in"),
         (LEAST + '[ssh]\nbackend = "rsh"', r"ssh.backend: 'rsh' is not \"paramiko\" or"),
         (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
