@@ -83,7 +83,7 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
         late = desk.cluster.run(
             *("srun", f"--jobid={run.job_id}", "--overlap", "--mem=0", "--nodes=2", "--ntasks=2"),
             *("bash", str(run.folder / "code/slurm/task.sh"), "save"),
-            environment={"SLUICE_ATTEMPT": "1", "SLUICE_SITE_SCRATCH": "/var/tmp"},
+            environment={"SLUICE_ATTEMPT": "1", "SLUICE_RUN_FOLDER": str(run.folder)},
         )
         assert late.stdout.count("attempt 1 does not train here") == 2, late.stdout + late.stderr
         # Nobody needs it while the job runs.
