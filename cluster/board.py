@@ -80,7 +80,7 @@ def _place(folder: Path) -> tuple[str, list[str]]:
         if job is not None and job.state == "RUNNING" and made and made[-1].nodes:
             node = made[-1].nodes[0]
             shown = notation.fields_of(queue.call("scontrol", "show", "node", node, "--oneliner"))
-            step = [*queue.words("srun", f"--jobid={job.job_id}"), "--overlap"]
+            step = [*queue.words("srun", f"--jobid={job.job_id}"), "--overlap", "--mem=0"]
             step += ["--nodes=1", "--ntasks=1", f"--nodelist={node}", "--cpus-per-task=1"]
             step += ["--gpus=0", "--unbuffered"]
             return shown.get("NodeAddr", node), [*queue.prefix, *step]

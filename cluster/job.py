@@ -37,7 +37,7 @@ class Job:
 
     @property
     def module(self) -> str:
-        """The script as a module: train/labs/rag.py is train.labs.rag."""
+        """The script as a module: train/labs/rag/script.py is train.labs.rag.script."""
         return ".".join(self.script.with_suffix("").parts)
 
 

@@ -6,6 +6,7 @@ the run's folder as launch.env, and nothing else reaches `slurm/`.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,14 +63,24 @@ class Launch:
         """Make the run's folder, or put the new settings into it; and launch.env.
 
         Raises:
-            UserError: it cannot be written.
-            OSError: the same, of a run that goes on.
+            UserError: it cannot be written; a run that goes on has its settings of before.
         """
+
+        def fill(folder: Path) -> None:
+            files.write_atomically(folder / "config.yaml", self.config)
+            launch.write(folder, self.values, self.exported)
+
         if self.source.is_new:
-            runs.create(self.folder, config=self.config, content=self.record())
-        else:
-            files.write_atomically(self.folder / "config.yaml", self.config)
-        launch.write(self.folder, self.values, self.exported)
+            runs.create(self.folder, content=self.record(), fill=fill)
+            return
+        settings = self.folder / "config.yaml"
+        before = settings.read_text(encoding="utf-8")
+        try:
+            fill(self.folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                files.write_atomically(settings, before)
+            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
     def record(self) -> dict[str, Any]:
         """Return what run.json says of a new run."""
@@ -241,6 +252,12 @@ def _site_bind(site: Site, text: str) -> str:
         raise UserError(
             f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro, paths from the root"
         )
+    for own in container.OF_THE_RUN:
+        if Path(parts[-1]).is_relative_to(own):
+            raise UserError(
+                f"{site.source}: container.binds: '{text}' would hide what a run has at {own}; "
+                "bind it elsewhere"
+            )
     return container.bind(Path(parts[0]), Path(parts[-1]), mode)
 
 

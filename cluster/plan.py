@@ -91,7 +91,8 @@ def plan_continued(
         "time": resources["time"],
     }
     if not last:
-        asked["processes_per_node"] = record["num_processes"]
+        # They are those of all nodes.
+        asked["processes_per_node"] = record["num_processes"] // asked["num_nodes"]
     asked |= {key: last[key] for key in (*asked, "processes_per_node") if key in last}
     wanted = request.resolve(site, sizes, asked=asked, origin=f"RUN={options.run}", on_cpu=on_cpu)
     accel = options.accel or last.get("accel") or source.accel

@@ -109,7 +109,8 @@ def resolve(
         raise UserError(f"GPUS={gpus}: a node has {_has_gpus(site)}")
     given = _number("NPROC", sizes.nproc, 1)
     before = asked.get("processes_per_node") if gpus == asked["gpus_per_node"] else None
-    processes = given or before or max(1, gpus)
+    # With GPUs there is one for each, whatever it was before.
+    processes = given or gpus or before or 1
     if gpus and processes != gpus:
         raise UserError(
             f"NPROC={processes}: a node's processes have one GPU each, and {gpus} are asked for; "

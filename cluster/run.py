@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster import clusters, container, history, machine, resolve, runs, slurm
 from cluster import job as jobs
 from cluster import site as sites
@@ -115,14 +117,18 @@ def run(
     Raises:
         UserError: anything that can be known to be wrong before the launch.
     """
+    if continued:
+        source = run_that_goes_on(continued, accel=accel)
+        _check_not_queued(source.folder, continued)
+        # One that began as a dry run stays on the CPU.
+        before = yaml.safe_load(source.settings.read_text(encoding="utf-8"))
+        dry_run = dry_run or bool(before.get("dry_run"))
+    else:
+        source = new_run(job_name, name=name, accel=accel)
     devices = [] if dry_run else machine.gpus()
     default = 2 if dry_run else max(1, len(devices))
     if continued:
-        source = run_that_goes_on(continued, accel=accel)
         default = source.record["num_processes"]
-        _check_not_queued(source.folder, continued)
-    else:
-        source = new_run(job_name, name=name, accel=accel)
     num_processes = num_processes or default
     if devices and num_processes > len(devices):
         raise UserError(

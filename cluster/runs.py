@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def new_folder(job: str, name: str) -> Path:
     return folder
 
 
-def create(folder: Path, *, config: str, content: dict[str, Any]) -> None:
-    """Make the run folder: run.json with `content`, config.yaml and the code as it is now.
+def create(folder: Path, *, content: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    """Make the run folder: run.json with `content`, the code as it is now, and what `fill` writes.
 
     It appears whole, by a rename.
 
@@ -85,7 +86,7 @@ def create(folder: Path, *, config: str, content: dict[str, Any]) -> None:
         git = checkout.copy(unfinished / "code")
         if diff := git.pop("diff"):
             (unfinished / "code.diff").write_bytes(diff)
-        (unfinished / "config.yaml").write_text(config, encoding="utf-8")
+        fill(unfinished)
         records.write(unfinished, content | git)
         unfinished.rename(folder)
     except BaseException as error:

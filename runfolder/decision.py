@@ -26,10 +26,9 @@ def decide(
     if outcome["outcome"] == "finished":
         return "stop", "nothing is left to do"
     if is_cancel_requested(run, job_id):
-        forget_cancel(run)
         return "cancel", "as `make cancel` asked"
     # Empty: Slurm could not be asked.
-    if state not in ("", "RUNNING", "CONFIGURING"):
+    if state not in ("", "RUNNING", "CONFIGURING", "RESIZING", "SIGNALING"):
         return "leave", f"Slurm has the job as {state}, and decides"
     if code == EXIT_BAD_INPUT and outcome["outcome"] == "failed":
         return "stop", "the same input would fail again; the error is in node-0.log"

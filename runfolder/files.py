@@ -46,8 +46,10 @@ def append_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    # Somebody's editor may have taken the end of the last line.
+    is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(content) + "\n")
+        stream.write("\n" * is_cut + json.dumps(content) + "\n")
 
 
 def json_object(content: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from runfolder.files import append_json, json_object, last_lines, number, text, write_json
+from runfolder.files import append_json, json_object, number, text, write_json
 
 NEEDED = ("job", "module", "accel", "num_processes")
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -70,7 +70,7 @@ def was_submitted(run: Path) -> bool:
 def submissions(run: Path) -> list[Submission]:
     """Return what jobs.jsonl tells, the newest last, without damaged lines."""
     found = []
-    for line in last_lines(run / "jobs.jsonl"):
+    for line in _lines(run):
         content = json_object(line)
         if job_id := number(content.get("job_id")):
             found.append(
@@ -87,8 +87,15 @@ def submissions(run: Path) -> list[Submission]:
 
 def has_damaged_end(run: Path) -> bool:
     """Return whether the newest submission cannot be read."""
-    content = (run / "jobs.jsonl").read_bytes().rstrip(b"\n")
-    return number(json_object(content.rpartition(b"\n")[2]).get("job_id")) is None
+    return number(json_object((_lines(run) or [b""])[-1]).get("job_id")) is None
+
+
+def _lines(run: Path) -> list[bytes]:
+    try:
+        lines = (run / "jobs.jsonl").read_bytes().splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()]
 
 
 def add_submission(run: Path, job_id: int, content: dict[str, Any]) -> None:

@@ -67,6 +67,7 @@ def begin(run: Path, options: argparse.Namespace) -> int:
         by_slurm=options.by_slurm,
         job_id=options.job,
         restarts=options.restarts,
+        num_nodes=len(options.nodes.split()),
     )
     where = {
         "job_id": options.job,
@@ -81,7 +82,12 @@ def begin(run: Path, options: argparse.Namespace) -> int:
 
 def end(run: Path, options: argparse.Namespace) -> int:
     """Record how the newest attempt ended, and print what the batch script does now."""
-    attempt = attempts.read_all(run)[-1]
+    attempt = attempts.read(run, attempts.current())
+    if attempts.numbers(run)[-1] != attempt.number:
+        # The node of this script was cut off, and Slurm has started the job elsewhere since.
+        print(f"error: attempt {attempt.number} is not the newest any more", file=sys.stderr)
+        print("leave")
+        return 0
     code, asked = options.code, options.asked
     if attempt.outcome is None:
         if options.preflight:
@@ -95,8 +101,11 @@ def end(run: Path, options: argparse.Namespace) -> int:
         attempts.write_outcome(
             run, number=attempt.number, outcome=kind, reason=reason, exit_code=code
         )
-    _keep_settings(run, refused=code == EXIT_BAD_INPUT)
     outcome = attempts.read(run, attempt.number).outcome or {}
+    if outcome.get("exit_code") == EXIT_BAD_INPUT:
+        # Of several nodes' codes srun tells the highest, be it that of one that it had to kill.
+        code = EXIT_BAD_INPUT
+    _keep_settings(run, refused=code == EXIT_BAD_INPUT)
     job_id = (attempt.slurm or {})["job_id"]
     choice, why = decision.decide(run, outcome, job_id, code, options.state, _max_restarts(run))
     if choice == "requeue" and options.requeues == "no":
@@ -105,6 +114,8 @@ def end(run: Path, options: argparse.Namespace) -> int:
         attempts.annotate(run, attempt.number, outcome="cancelled", next="stop", why=why)
     else:
         attempts.annotate(run, attempt.number, next=choice, why=why)
+    # Not before that is recorded: a second try has to find the request, too.
+    decision.forget_cancel(run)
     outcome = attempts.read(run, attempt.number).outcome or {}
     print(f"{outcome['outcome']} at step {outcome['step']}: {why}", file=sys.stderr)
     # Where the nodes were ended in the midst of it, the verdict means nothing.

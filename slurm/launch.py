@@ -38,6 +38,11 @@ def main() -> int:
         of_run = read(Path(os.environ["SLUICE_RUN_FOLDER"]))
         use_interface_towards(address, of_run.get("interface", ""))
     code = launch()
+    if code == EXIT_BAD_INPUT and "SLUICE_STEP" in os.environ:
+        # srun would tell of the node that it kills then.
+        run = Path(os.environ["SLUICE_RUN_FOLDER"])
+        reason = "it refuses what it was started with"
+        attempts.write_outcome(run, outcome="failed", exit_code=code, reason=reason)
     return 0 if code == EXIT_SAVED and "SLUICE_STEP" in os.environ else code
 
 

@@ -15,7 +15,13 @@ LOOK = "look at network.interface and network.address_suffix in site.toml"
 
 
 def meeting_point(
-    *, of_interface: str | None, by_name: str, by_slurm: str, job_id: int, restarts: int
+    *,
+    of_interface: str | None,
+    by_name: str,
+    by_slurm: str,
+    job_id: int,
+    restarts: int,
+    num_nodes: int,
 ) -> tuple[str, int]:
     """Return the address and the port at which the processes meet.
 
@@ -26,14 +32,14 @@ def meeting_point(
     Raises:
         UserError: the node has no address that others could reach, or no free port.
     """
-    address = _address(of_interface, by_name, by_slurm)
+    address = _address(of_interface, by_name, by_slurm, is_alone=num_nodes == 1)
     # Another for each job, as two may share a node, and for each start: what the one before has
     # left may still listen.
     first = job_id * 13 + restarts * 101
     return address, free_port((address, "127.0.0.1"), first=first)
 
 
-def _address(of_interface: str | None, by_name: str, by_slurm: str) -> str:
+def _address(of_interface: str | None, by_name: str, by_slurm: str, *, is_alone: bool) -> str:
     if of_interface is not None:
         found: list[str] = re.findall(r"\binet (\d+\.\d+\.\d+\.\d+)", of_interface)
     else:
@@ -42,4 +48,6 @@ def _address(of_interface: str | None, by_name: str, by_slurm: str) -> str:
         # A distribution may give a machine's own name a loopback address.
         if address and not address.startswith("127."):
             return address
+    if is_alone and of_interface is None:
+        return "127.0.0.1"
     raise UserError(f"it has no address that other nodes could reach; {LOOK}")

@@ -17,7 +17,7 @@ while [[ $scratch =~ \$\{?([A-Za-z_][A-Za-z0-9_]*)\}? ]]; do
   if [[ -z ${!BASH_REMATCH[1]:-} ]]; then
     echo "error: $SLURMD_NODENAME: site.toml: paths.scratch: \$${BASH_REMATCH[1]} is not set on" \
       'this node; take a variable that its jobs have' >&2
-    exit 2
+    exit 1
   fi
   scratch=${scratch/"${BASH_REMATCH[0]}"/"${!BASH_REMATCH[1]}"}
 done
@@ -49,7 +49,7 @@ make_scratch() {
 }
 if ! make_scratch; then
   echo "error: $SLURMD_NODENAME: site.toml: paths.scratch: $scratch cannot be used" >&2
-  exit 2
+  exit 1
 fi
 
 # ---- what the job reads, nearer ----

@@ -81,6 +81,12 @@ def test_what_a_site_says_is_resolved_here_and_nowhere_else(tmp_path: Path) -> N
     assert (alone["binds"], alone["copied_datasets"], alone["interface"]) == ("", "", "")
 
 
+def test_a_bind_of_the_site_that_would_hide_the_runs_own_is_refused() -> None:
+    with pytest.raises(UserError, match="would hide what a run has at /datasets"):
+        launch._site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
+    assert launch._site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
+
+
 def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

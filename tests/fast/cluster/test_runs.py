@@ -49,9 +49,13 @@ def git(checkout: Path) -> Git:
     return run
 
 
+def fill(folder: Path) -> None:
+    (folder / "config.yaml").write_text("a: 1\n")
+
+
 def create(name: str = "20260101-000000-abcdef") -> Path:
     folder = runs.runs_folder() / "rag" / name
-    runs.create(folder, config="a: 1\n", content=dict(RECORD))
+    runs.create(folder, content=dict(RECORD), fill=fill)
     return folder
 
 
@@ -168,7 +172,7 @@ def test_a_place_that_takes_no_folder_is_refused_and_leaves_nothing(
     for place, said in (("README.md/runs", "README.md is not a folder"), ("/proc/x", "/proc")):
         monkeypatch.setenv("SLUICE_RUNS", place)
         with pytest.raises(UserError, match=f"^SLUICE_RUNS: .*{said}.*choose another place"):
-            runs.create(runs.new_folder("rag", ""), config="", content=dict(RECORD))
+            runs.create(runs.new_folder("rag", ""), content=dict(RECORD), fill=fill)
     assert sorted(path.name for path in checkout.iterdir()) == ["README.md", "slurm", "train"]
 
 
@@ -235,7 +239,7 @@ def test_a_run_is_found_by_path_stamp_start_name_and_job(checkout: Path) -> None
     old = create("20260101-000000-abcdef-first-try")
     new = create("20260102-000000-123456")
     other = runs.runs_folder() / "imdb/20260103-000000-fedcba"
-    runs.create(other, config="", content=dict(RECORD))
+    runs.create(other, content=dict(RECORD), fill=fill)
     for name, folder in (
         (str(old), old),
         ("runs/rag/20260101-000000-abcdef-first-try", old),

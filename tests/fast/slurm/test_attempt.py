@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from runfolder import launch
+from runfolder import attempts, launch
 from slurm import attempt
 from tests import waiting
 from tests.shared import CHECKOUT
@@ -28,7 +28,8 @@ class Job:
 
     def environment(self) -> dict[str, str]:
         launch.write(self.run, {"max_restarts": str(self.max_restarts)}, {})
-        return os.environ | {"SLUICE_RUN_FOLDER": str(self.run)}
+        number = max(attempts.numbers(self.run), default=1)
+        return os.environ | {"SLUICE_RUN_FOLDER": str(self.run), "SLUICE_ATTEMPT": str(number)}
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         with mock.patch.dict(os.environ, self.environment()):
@@ -75,9 +76,10 @@ def test_the_batch_script_reads_the_attempt_and_the_decision(job: Job) -> None:
         return done.returncode, done.stdout
 
     words = ("--job", "12", "--restarts", "0", "--nodes", "node1", "--by-name", "127.0.1.1 STREAM")
-    assert command("begin", *words) == (2, "")
+    assert command("begin", *words, "--interface", "") == (2, "")
     assert not (job.run / "attempts/1").exists()
-    assert job.begin().stdout == "1 10.0.0.1 23456\n"
+    code, said = command("begin", *words)
+    assert (code, said.split()[:2]) == (0, ["1", "127.0.0.1"])
     assert command("end", "--code", "75", "--state", "RUNNING") == (0, "requeue \n")
 
 
@@ -292,3 +294,34 @@ def test_settings_that_the_run_itself_refuses_are_not_kept(job: Job, code: int, 
     job.end(code)
     assert (job.run / "config.yaml").read_text() == kept
     assert not (job.run / "config.before.yaml").exists()
+
+
+def test_a_script_that_was_cut_off_does_not_end_the_attempt_of_another(job: Job) -> None:
+    job.begin()
+    mine = job.environment()
+    job.begin()
+    with mock.patch.object(job, "environment", lambda: mine):
+        assert job.end(1) == ["leave"]
+    assert not (job.run / "attempts/2/outcome.json").exists()
+    assert job.outcome(1)["outcome"] == "lost"
+
+
+def test_input_that_one_of_several_nodes_refuses_is_not_tried_again(job: Job) -> None:
+    job.begin()
+    (job.run / "config.yaml").write_text("new")
+    (job.run / "config.before.yaml").write_text("as before")
+    # As slurm/launch.py leaves it; srun killed the other node, and says so.
+    attempts.write_outcome(job.run, number=1, outcome="failed", exit_code=2, reason="it refuses")
+    assert job.end(137) == ["stop"]
+    assert "the same input would fail again" in job.outcome(1)["why"]
+    assert (job.run / "config.yaml").read_text() == "as before"
+
+
+def test_a_cancel_is_forgotten_only_when_it_was_recorded(job: Job) -> None:
+    job.begin()
+    (job.run / "cancel.json").write_text('{"job_id": 12}')
+    full = mock.patch.object(attempts, "annotate", side_effect=OSError("full"))
+    with full, pytest.raises(OSError, match="full"):
+        job.call("end", "--code", "0", "--state", "RUNNING")
+    assert job.end(0) == ["cancel"]
+    assert not (job.run / "cancel.json").exists()

@@ -42,9 +42,9 @@ def test_the_address_is_one_that_others_reach(
 ) -> None:
     said = {"of_interface": of_interface, "by_name": by_name, "by_slurm": by_slurm}
     # Another port for each job and each start, and it is free on both of its addresses.
-    assert meeting_point(**said, job_id=12, restarts=0) == (address, 20156)
-    assert meeting_point(**said, job_id=12, restarts=1) == (address, 20257)
-    assert meeting_point(**said, job_id=13, restarts=0) == (address, 20169)
+    assert meeting_point(**said, job_id=12, restarts=0, num_nodes=2) == (address, 20156)
+    assert meeting_point(**said, job_id=12, restarts=1, num_nodes=2) == (address, 20257)
+    assert meeting_point(**said, job_id=13, restarts=0, num_nodes=1) == (address, 20169)
     assert probes[:2] == [(address, 20156), ("127.0.0.1", 20156)]
 
 
@@ -57,5 +57,15 @@ def test_without_one_it_is_said_where_to_look(
 ) -> None:
     with pytest.raises(UserError, match=r"no address that other nodes could reach; look at netw"):
         meeting_point(
-            of_interface=of_interface, by_name=by_name, by_slurm=by_slurm, job_id=1, restarts=0
+            of_interface=of_interface,
+            by_name=by_name,
+            by_slurm=by_slurm,
+            job_id=1,
+            restarts=0,
+            num_nodes=2,
         )
+
+
+def test_a_node_that_is_alone_needs_no_address() -> None:
+    said = {"of_interface": None, "by_name": LOOPBACK, "by_slurm": ""}
+    assert meeting_point(**said, job_id=12, restarts=0, num_nodes=1) == ("127.0.0.1", 20156)

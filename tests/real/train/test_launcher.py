@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from runfolder import attempts
 from runfolder.checkpoints import published
 from tests.conftest import losses
 from tests.ranks import STRATEGIES, Forked, Ranks
@@ -100,8 +101,13 @@ def test_the_exit_code_is_that_of_the_processes(
     expected: int,
 ) -> None:
     environment = clean_environment | ({"SLUICE_STEP": "1"} if in_a_step else {})
+    run = tmp_path / "run"
+    environment |= {"SLUICE_RUN_FOLDER": str(run), "SLUICE_ATTEMPT": "3"}
     code, left = end_with(tmp_path, *codes, environment=environment)
     assert code == expected
+    # Of a refusal the batch script would not hear for sure: srun tells of the node that it kills.
+    told = attempts.read(run, 3).outcome or {}
+    assert told.get("exit_code") == (2 if expected == 2 and in_a_step else None)
     assert not any(Path(f"/proc/{launched['pid']}").exists() for launched in left)
 
 
