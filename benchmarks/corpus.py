@@ -185,7 +185,7 @@ def peak_memory(command: list[str], environment: dict[str, str]) -> dict[str, An
 def _fetch(
     train: Path, validation: Path, tokenizer: Path | None, environment: dict[str, str]
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", "train.fetch", "train.tinyllama", "--"]
+    command = [sys.executable, "-m", "train.resolve", "train.tinyllama", "--"]
     command += ["--model.preset", "15m", "--data.train", str(train)]
     command += ["--data.validation", str(validation)]
     if tokenizer:

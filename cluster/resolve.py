@@ -25,7 +25,7 @@ def settings(
         resolved = Path(scratch) / "config.yaml"
         code = container.call(
             runtime,
-            "train.fetch",
+            "train.resolve",
             [module, f"--resolved={resolved}", "--", *script_arguments],
             code=code_folder,
             environment=environment,

@@ -86,7 +86,7 @@ def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: 
     environment = resolve.environment()
     code = container.call(
         runtime,
-        "train.fetch",
+        "train.resolve",
         [job.module, "--online", "--", "--config", str(job.path), *script_arguments],
         code=Path.cwd(),
         environment=environment,

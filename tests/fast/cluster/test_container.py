@@ -146,7 +146,7 @@ def call(apptainer: Path, *words: str, online: bool = False, **environment: str)
     given = {**os.environ, "SLUICE_DATASETS": str(Path.cwd() / "data"), **environment}
     code = container.call(
         container.choose("apptainer", "", ["cpu"]),
-        "train.fetch",
+        "train.resolve",
         words,
         code=Path.cwd(),
         environment=given,
@@ -173,7 +173,7 @@ def test_a_command_sees_the_host_at_its_own_paths(apptainer: Path, checkout: Pat
     assert words[words.index("--pwd") + 1] == str(checkout)
     inside = words[words.index(str(checkout / "images/sluice-cpu.sif")) + 1 :]
     assert inside[inside.index("python") :] == [
-        *("python", "-P", "-m", "train.fetch", "train.tinyllama", "--"),
+        *("python", "-P", "-m", "train.resolve", "train.tinyllama", "--"),
         *(f"--data.train={mine}", "--absent", "/absent"),
     ]
     assert f"PYTHONPATH={checkout.resolve()}" in inside
@@ -222,7 +222,7 @@ def test_a_command_that_is_interrupted_ends_in_its_own_time_with_its_own_code(wh
         os.kill(os.getpid(), signal.SIGINT)
         return ended
 
-    # As `train.fetch` ends when it has put away what is half done.
+    # As `train.resolve` ends when it has put away what is half done.
     with mock.patch.object(os, "waitpid", interrupted):
         assert container._call(["bash", "-c", "exit 130"], {"PATH": os.environ["PATH"]}) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -23,7 +23,7 @@ from tests import waiting
 from tests.conftest import read_metrics
 from tests.hub import Hub
 from tests.shared import CHECKOUT
-from train import fetch as fetcher
+from train import resolve
 from train.engine import tokenization
 from train.engine.data import SAMPLES, pieces
 from train.engine.presets import PRESETS
@@ -144,7 +144,7 @@ def refusal(
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         job = ["--config", str(CHECKOUT / "configs/jobs/tinyllama.yaml")]
         with pytest.raises(UserError) as error:
-            fetcher.main(["train.tinyllama", "--online", "--", *job, *words])
+            resolve.main(["train.tinyllama", "--online", "--", *job, *words])
         assert not list(tmp_path.glob("datasets/*/.*.unfinished"))
         assert "\n" not in str(error.value)
         return str(error.value)

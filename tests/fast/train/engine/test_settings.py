@@ -102,7 +102,7 @@ def test_the_global_batch_that_a_refusal_offers_divides(
 
 def test_settings_and_staging_load_neither_torch_nor_the_hub() -> None:
     heavy = "{'torch', 'transformers', 'datasets', 'huggingface_hub', 'pyarrow'}"
-    program = f"import sys, train.tinyllama, train.fetch; print({heavy} & set(sys.modules))"
+    program = f"import sys, train.tinyllama, train.resolve; print({heavy} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True
     )

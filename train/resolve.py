@@ -1,23 +1,24 @@
-"""Put in place what a job reads: download, tokenize, pack; once, where there is a network.
+"""What a script of ours reads: its settings resolved and checked, and its data put in place.
 
-    make fetch JOB=tinyllama
-    python -m train.fetch train.tinyllama --online -- --config configs/jobs/tinyllama.yaml
+    python -m train.resolve train.tinyllama --resolved=FILE -- --config configs/jobs/tinyllama.yaml
+    python -m train.resolve train.tinyllama --online -- --config configs/jobs/tinyllama.yaml
 
-Also resolves the job's settings for `make run`: what is wrong is said here, before torch is loaded
-and before anything is written.
+The first is asked by `make run` and `make submit`: what is wrong is said here, before torch is
+loaded and anything is written. The second is `make fetch`: what has to be downloaded is, once.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
 from train.engine import arguments
 from train.engine.errors import run_to_exit, said_of_the_disk
+from train.engine.script import Script
 
 
 def main(argv: list[str]) -> int:
@@ -30,10 +31,14 @@ def main(argv: list[str]) -> int:
     names = [word for word in words if not word.startswith("--")]
     if len(names) != 1:
         raise UserError(
-            "usage: python -m train.fetch MODULE [--online] [--resolved=FILE] -- SETTING..."
+            "usage: python -m train.resolve MODULE [--online] [--resolved=FILE] -- SETTING..."
         )
-    script: Any = importlib.import_module(names[0])
-    config = arguments.parse(script.Config, script_arguments, prog=names[0], dry_run=script.DRY_RUN)
+    script = getattr(importlib.import_module(names[0]), "SCRIPT", None)
+    if not isinstance(script, Script):
+        raise UserError(f"{names[0]}: exports no SCRIPT, which says what it reads (script.py)")
+    config = arguments.parse(
+        script.config_class, script_arguments, prog=names[0], dry_run=script.dry_run
+    )
     config = _with_absolute_paths(config)
     if any(word.startswith(("--data.", "--model.")) for word in script_arguments):
         config = replace(config, staged=None)
@@ -60,7 +65,7 @@ def _with_absolute_paths(config: Any) -> Any:
         local = path and os.path.lexists(Path(path).expanduser())
         return str(Path(path).expanduser().absolute()) if path and local else path
 
-    sections = {name: getattr(config, name) for name in ("model", "data")}
+    sections = {field.name: getattr(config, field.name) for field in fields(config)}
     return replace(
         config,
         **{
@@ -68,6 +73,7 @@ def _with_absolute_paths(config: Any) -> Any:
                 section, **{path: absolute(getattr(section, path)) for path in section.PATHS}
             )
             for name, section in sections.items()
+            if hasattr(section, "PATHS")
         },
     )
 
