@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cluster import flags
+from runfolder import moments
 from runfolder.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
@@ -293,7 +294,8 @@ def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
     for name, value in table.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"{path}: environment.{name}: is not the name of a variable")
-        if name.startswith("SLUICE_") or name in OF_BASH:
+        is_ours = name.startswith("SLUICE_") and name != moments.VARIABLE
+        if is_ours or name in OF_BASH:
             raise UserError(f"{path}: environment.{name}: has a meaning of its own; leave it out")
         if not isinstance(value, str):
             raise UserError(f"{path}: environment.{name}: {value!r} is not a string in quotes")
