@@ -6,7 +6,6 @@ the run's folder as launch.env, and nothing else reaches `slurm/`.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from cluster import container, resolve, runs
 from cluster import job as jobs
 from cluster.request import Request
 from cluster.site import Site
-from runfolder import files, launch, lock, records
+from runfolder import files, launch, lock, records, settings
 from runfolder.errors import UserError
 
 # Seconds to save in, where no limit is near.
@@ -73,13 +72,11 @@ class Launch:
         if self.source.is_new:
             runs.create(self.folder, content=self.record(), fill=fill)
             return
-        settings = self.folder / "config.yaml"
-        before = settings.read_text(encoding="utf-8")
         try:
-            fill(self.folder)
+            # Last what matters to others: each launch writes the other file anew.
+            launch.write(self.folder, self.values, self.exported)
+            settings.replace(self.folder, self.config)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                files.write_atomically(settings, before)
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
     def record(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cluster.launch import command_of, new_run, resolve_launch, run_that_goes_on
 from cluster.output import run_logged
 from cluster.plan import check_no_job
 from cluster.request import Request
-from runfolder import attempts, checkpoints, files, moments, ports, records
+from runfolder import attempts, checkpoints, moments, ports, records, settings
 from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT
 
@@ -149,8 +149,7 @@ def run(
     )
     if isinstance(launch, int):
         return launch
-    folder, settings = source.folder, source.folder / "config.yaml"
-    began_with = settings.read_text(encoding="utf-8") if continued else ""
+    folder = source.folder
     if continued:
         _say_what_differs(source.record, runtime.record())
     launch.write()
@@ -158,13 +157,12 @@ def run(
     print(f"run folder {resolve.short(folder)} ({runtime}), attempt {attempt}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         code = run_logged(
-            [folder / "code/slurm/node.sh", "--config", settings],
+            [folder / "code/slurm/node.sh", "--config", folder / "config.yaml"],
             _environment(folder, attempt, scratch),
             attempts.folder_of(folder, attempt) / "node-0.log",
         )
-    if continued and code == EXIT_BAD_INPUT:
-        # Refused: the run goes on with what it had, as the next command expects.
-        files.write_atomically(settings, began_with)
+    # Refused, it goes on with what it had, as the next command expects.
+    settings.settle(folder, refused=code == EXIT_BAD_INPUT)
     _say_what_next(folder, attempt, code)
     return code
 

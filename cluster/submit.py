@@ -17,7 +17,7 @@ from cluster.errors import Parser, run_to_exit, split_at_dashes
 from cluster.plan import Plan, plan_continued, plan_new
 from cluster.refusals import NoAnswer, SlurmError, sentences
 from cluster.request import Sizes
-from runfolder import decision, files, records
+from runfolder import decision, records, settings
 from runfolder.errors import UserError
 
 
@@ -84,11 +84,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     launch, folder = plan.launch, plan.launch.folder
     is_new, wanted = launch.source.is_new, launch.request
-    settings, before = folder / "config.yaml", folder / "config.before.yaml"
     try:
-        if not is_new:
-            # For the batch script, if the run refuses to go on with the new ones.
-            files.write_atomically(before, settings.read_text(encoding="utf-8"))
         launch.write()
         decision.forget_cancel(folder)
     except OSError as error:
@@ -105,7 +101,7 @@ def submit(queue: slurm.Slurm, plan: Plan) -> tuple[int, list[str]]:
         if is_new:
             shutil.rmtree(folder)
         else:
-            before.replace(settings)
+            settings.settle(folder, refused=True)
         raise _refused(str(error)) from None
     # From here to the record nothing interrupts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

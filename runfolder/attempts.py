@@ -107,19 +107,24 @@ def current() -> int:
     return int(os.environ.get("SLUICE_ATTEMPT", "1"))
 
 
-def write_outcome(run: Path, *, outcome: str, number: int | None = None, **more: Any) -> None:
-    """Write how an attempt ended, one of `OUTCOMES`; without `number`, the one at hand.
+def write_outcome(
+    run: Path, *, outcome: str, number: int | None = None, **more: Any
+) -> dict[str, Any]:
+    """Write how an attempt ended, one of `OUTCOMES`, and return it; without `number`, this one.
 
     Without `step`, it ended at the newest checkpoint.
     """
     assert outcome in OUTCOMES, outcome
     folder = folder_of(run, current() if number is None else number)
     folder.mkdir(parents=True, exist_ok=True)
-    step = {"step": checkpoints.newest_step(run) or 0}
-    write_json(folder / "outcome.json", {"outcome": outcome, **step, **more})
+    content = {"outcome": outcome, "step": checkpoints.newest_step(run) or 0, **more}
+    write_json(folder / "outcome.json", content)
+    return content
 
 
-def annotate(run: Path, number: int, **more: Any) -> None:
-    """Add to what an attempt's outcome.json says."""
+def annotate(run: Path, number: int, **more: Any) -> dict[str, Any]:
+    """Add to what an attempt's outcome.json says; return all of it."""
     found = read(run, number)
-    write_json(found.folder / "outcome.json", (found.outcome or {}) | more)
+    content = (found.outcome or {}) | more
+    write_json(found.folder / "outcome.json", content)
+    return content

@@ -14,8 +14,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from runfolder import attempts, decision, launch
+from runfolder import attempts, decision, launch, settings
 from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_SAVED
 from runfolder.files import read_json
@@ -89,7 +90,8 @@ def end(run: Path, options: argparse.Namespace) -> int:
         print("leave")
         return 0
     code, asked = options.code, options.asked
-    if attempt.outcome is None:
+    outcome = attempt.outcome
+    if outcome is None:
         if options.preflight:
             kind, reason = "unhealthy", "the preflight found the allocation unfit"
         elif asked or code in (0, EXIT_SAVED):
@@ -98,48 +100,33 @@ def end(run: Path, options: argparse.Namespace) -> int:
             kind, reason = "failed", f"Slurm did not start its processes: {options.refused}"
         else:
             kind, reason = "failed", f"exit code {code}"
-        attempts.write_outcome(
+        outcome = attempts.write_outcome(
             run, number=attempt.number, outcome=kind, reason=reason, exit_code=code
         )
-    outcome = attempts.read(run, attempt.number).outcome or {}
     if outcome.get("exit_code") == EXIT_BAD_INPUT:
         # Of several nodes' codes srun tells the highest, be it that of one that it had to kill.
         code = EXIT_BAD_INPUT
-    _keep_settings(run, refused=code == EXIT_BAD_INPUT)
+    settings.settle(run, refused=code == EXIT_BAD_INPUT)
     job_id = (attempt.slurm or {})["job_id"]
     choice, why = decision.decide(run, outcome, job_id, code, options.state, _max_restarts(run))
     if choice == "requeue" and options.requeues == "no":
         choice, why = "stop", NO_REQUEUE
-    if choice == "cancel":
-        attempts.annotate(run, attempt.number, outcome="cancelled", next="stop", why=why)
-    else:
-        attempts.annotate(run, attempt.number, next=choice, why=why)
+    is_cancelled = {"outcome": "cancelled", "next": "stop"} if choice == "cancel" else {}
+    outcome = attempts.annotate(run, attempt.number, **{"next": choice, "why": why, **is_cancelled})
     # Not before that is recorded: a second try has to find the request, too.
     decision.forget_cancel(run)
-    outcome = attempts.read(run, attempt.number).outcome or {}
     print(f"{outcome['outcome']} at step {outcome['step']}: {why}", file=sys.stderr)
     # Where the nodes were ended in the midst of it, the verdict means nothing.
-    is_verdict = outcome["outcome"] == "unhealthy"
-    verdict = (
-        read_json(attempts.preflight_folder(run, attempt.number) / "verdict.json")
-        if is_verdict
-        else None
-    )
-    found = verdict or {}
-    print(choice, ",".join(found.get("guilty") or found.get("suspects") or []))
+    verdict: dict[str, Any] = {}
+    if outcome["outcome"] == "unhealthy":
+        folder = attempts.preflight_folder(run, attempt.number)
+        verdict = read_json(folder / "verdict.json") or {}
+    print(choice, ",".join(verdict.get("guilty") or verdict.get("suspects") or []))
     return 0
 
 
 def _max_restarts(run: Path) -> int:
     return int(launch.read(run)["max_restarts"])
-
-
-def _keep_settings(run: Path, *, refused: bool) -> None:
-    """Put back the settings of before, if the run refused those that it was continued with."""
-    before = run / "config.before.yaml"
-    if before.exists() and refused:
-        before.replace(run / "config.yaml")
-    before.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

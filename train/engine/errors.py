@@ -1,4 +1,4 @@
-"""The user's mistakes, and the exit codes by which a run tells its caller how it ended."""
+"""How a script of the training side ends: a mistake is one line, and each end has its exit code."""
 
 from __future__ import annotations
 
