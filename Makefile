@@ -52,7 +52,7 @@ tool = $(call quote,$(VENV)/bin/$(1))
 sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
 options = $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) $(call flag,RUN,run)
 placed = $(call flag,RUNTIME,runtime) $(call flag,IMAGE,image)
-with_run = $(python) -m cluster.container $(1) $(call flag,RUN,run) $(placed) --
+with_run = $(python) -m cluster train-module $(1) $(call flag,RUN,run) $(placed) --
 one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $(call flag,KEY,key)
 
 # All bash of the repository, wherever it lies. `find`, because a checkout may come without git.
@@ -77,13 +77,13 @@ help: ## this list
 # ---- train ----------------------------------------------------------------------------------
 
 dry-run: | setup ## a short pass of JOB on CPU, two processes, no network: train, resume, export
-	$(python) -m cluster.run --dry_run $(options) $(placed) -- $(ARGS)
+	$(python) -m cluster run --dry_run $(options) $(placed) -- $(ARGS)
 
 run: | setup ## JOB on this machine, in full; RUN=... continues a run
-	$(python) -m cluster.run $(options) $(placed) -- $(ARGS)
+	$(python) -m cluster run $(options) $(placed) -- $(ARGS)
 
 fetch: | setup ## download, tokenize and pack what JOB reads, so that it needs no network
-	$(python) -m cluster.run --fetch $(call flag,JOB,job) $(placed) -- $(ARGS)
+	$(python) -m cluster run --fetch $(call flag,JOB,job) $(placed) -- $(ARGS)
 
 export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
 	$(call with_run,train.export) $(ARGS)
@@ -97,28 +97,28 @@ ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q one
 # ---- on a cluster ---------------------------------------------------------------------------
 
 submit: | setup ## check JOB, record it and queue it; PLAN=1 does all but queue, RUN=... goes on
-	$(python) -m cluster.submit $(options) $(placed) $(call flag,PLAN,plan) -- $(ARGS)
+	$(python) -m cluster submit $(options) $(placed) $(call flag,PLAN,plan) -- $(ARGS)
 
 status: | setup ## my runs on the cluster: state, why they wait, progress, time left; FORMAT=json
-	$(python) -m cluster.jobs status $(call flag,RUN,run) $(call flag,FORMAT,format)
+	$(python) -m cluster status $(call flag,RUN,run) $(call flag,FORMAT,format)
 
 logs: | setup ## follow RUN; Ctrl+C leaves the job alone
-	$(python) -m cluster.jobs logs $(call flag,RUN,run) $(call flag,NODE,node)
+	$(python) -m cluster logs $(call flag,RUN,run) $(call flag,NODE,node)
 
 cancel: | setup ## have RUN save, and end its job
-	$(python) -m cluster.jobs cancel $(call flag,RUN,run)
+	$(python) -m cluster cancel $(call flag,RUN,run)
 
 # A JOB that is only the default asks nothing. To make every code of a command's is failure, so that
 # "will wait" (1) is none; "can never run" and no verdict are.
 check: | setup ## what the cluster has and gives me; JOB=... will it fit, when, under which limit?
-	$(python) -m cluster.jobs check $(if $(filter-out file,$(origin JOB)),$(call flag,JOB,job)) \
+	$(python) -m cluster check $(if $(filter-out file,$(origin JOB)),$(call flag,JOB,job)) \
 	  $(call flag,ACCEL,accel) $(sized) $(call flag,FORMAT,format) -- $(ARGS) || [ $$? -eq 1 ]
 
 ssh: | setup ## a terminal on the login node; CMD="..." runs a command there
-	$(python) -m cluster.login $(call flag,CMD,command)
+	$(python) -m cluster ssh $(call flag,CMD,command)
 
 tunnel: | setup ## TensorBoard of RUN in the browser here, or PORT of a node: PORT=8888 NODE=node7
-	$(python) -m cluster.tunnel $(call flag,RUN,run) $(call flag,NODE,node) $(call flag,PORT,port)
+	$(python) -m cluster tunnel $(call flag,RUN,run) $(call flag,NODE,node) $(call flag,PORT,port)
 
 cluster-up: ## a private Slurm of two nodes on this machine
 	slurm/local/up.sh $(ARGS)
@@ -138,10 +138,10 @@ build-image: ## the Apptainer image: VARIANT=cuda (or cpu), BASE=docker (or debi
 	containers/build.sh
 
 verify-image: | setup ## is the image (VARIANT=, IMAGE=) whole, and signed by the public KEY=?
-	$(python) -m cluster.image verify $(one_image)
+	$(python) -m cluster image verify $(one_image)
 
 sign-image: | setup ## sign it with the private KEY=, or with one of Apptainer's PGP keyring
-	$(python) -m cluster.image sign $(one_image)
+	$(python) -m cluster image sign $(one_image)
 
 # ---- develop --------------------------------------------------------------------------------
 

@@ -88,8 +88,8 @@ def main(argv: list[str]) -> int:
             ),
             Client(
                 "sluice",
-                [sys.executable, "-m", "cluster.login", "--command"],
-                [sys.executable, "-m", "cluster.login", "--command"],
+                [sys.executable, "-m", "cluster", "ssh", "--command"],
+                [sys.executable, "-m", "cluster", "ssh", "--command"],
                 sluice,
             ),
         ]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # TensorBoard of a run, on this node, until its standard input ends:  slurm/board.sh ADDRESS
-# cluster/board.py starts it: beside the job on its first node, or on the login node.
+# cluster/commands/board.py starts it: beside the job on its first node, or on the login node.
 set -euo pipefail
 
 : "${1:?the address that it listens at}" "${SLUICE_RUN_FOLDER:?}"

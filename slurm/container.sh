@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command in the image:  slurm/container.sh OPTION... -- COMMAND...
-# The only place that knows Apptainer's options; slurm/node.sh and cluster/container.py call it.
+# The only place that knows Apptainer's options; slurm/node.sh and cluster/plan/container.py call it.
 set -euo pipefail
 
 # ---- options ----

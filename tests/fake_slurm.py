@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster import slurm
+from cluster.slurm import call
 
 # Of any command: a wait that is longer than the longest of its own limits hangs.
 HANGS_AFTER_S = 3600
@@ -64,8 +64,8 @@ class FakeSlurm:
             DEVNULL=subprocess.DEVNULL,
             TimeoutExpired=subprocess.TimeoutExpired,
         )
-        monkeypatch.setattr(slurm, "subprocess", commands)
-        monkeypatch.setattr(slurm, "shutil", SimpleNamespace(which=lambda name: name))
+        monkeypatch.setattr(call, "subprocess", commands)
+        monkeypatch.setattr(call, "shutil", SimpleNamespace(which=lambda name: name))
         monkeypatch.chdir(folder)
         monkeypatch.setenv("SLUICE_RUNS", str(self.runs))
         monkeypatch.setenv("SLUICE_CLUSTER_INSIDE", "1")

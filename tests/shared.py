@@ -16,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # The variable that names the folder; tests/conftest.py sets it before the workers start.
 SHARED = "SLUICE_TESTS_SHARED"
 # Below the range from which the kernel takes ports for outgoing connections, and that from which
-# `make run` takes one at random (cluster/machine.py), to be listened on seconds later.
+# `make run` takes one at random (cluster/plan/machine.py), to be listened on seconds later.
 FIRST_PORT, LAST_PORT = 10_000, 20_000
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from cluster.check.associations import Association, Bound, Holder, Qos
 from cluster.check.demand import Demand
 from cluster.check.finding import Finding, Verdict, never, over_time
-from cluster.reasons import duration
-from cluster.request import Request
+from cluster.plan.request import Request
+from cluster.slurm.associations import Association, Bound, Holder, Qos
+from cluster.slurm.reasons import duration
 
 WORDS = {"node": "nodes", "gres/gpu": "GPUs", "cpu": "CPUs", "mem": "MB of memory"}
 SETTINGS = {"node": "NODES", "gres/gpu": "GPUS", "cpu": "NODES", "mem": "NODES"}

@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from cluster import flags
-from cluster.site import Site
+from cluster.site import flags
+from cluster.site.settings import Site
 
 # Those options of sbatch that are reckoned with.
 KNOWN = {"account", "constraint", "exclude", "nodelist", "partition", "qos", "reservation"}
@@ -41,33 +41,33 @@ class Choice:
     ignored: list[str] = field(default_factory=list)
     """Variables that would tell sbatch something, and do not reach it."""
 
-
-def of(site: Site) -> Choice:
-    """Return what the site and the environment choose; of what is said twice the last counts."""
-    chosen = {"partition": site.slurm.partition}
-    # Of sbatch's own variables a job sees these (cluster/plan.py).
-    chosen["account"] = site.slurm.account or os.environ.get("SBATCH_ACCOUNT", "")
-    chosen["reservation"] = os.environ.get("SBATCH_RESERVATION", "")
-    chosen["qos"] = site.slurm.qos
-    others: list[str] = []
-    exclusive = False
-    for name, value in flags.options(site.slurm.sbatch_flags):
-        if name in KNOWN:
-            chosen[name] = value
-        elif name == "exclusive":
-            exclusive = True
-            others += [f"--exclusive={value}"] if value else []
-        elif name in OTHERS:
-            others.append(f"--{name}")
-    return Choice(
-        where=str(site.source or "the private cluster"),
-        gpu_type=site.slurm.gpu_type,
-        is_exclusive=exclusive,
-        has_memory=any(other.startswith("--mem") for other in others),
-        not_reckoned_with=others,
-        ignored=flags.ignored(os.environ),
-        **chosen,
-    )
+    @classmethod
+    def from_site(cls, site: Site) -> Choice:
+        """Return what the site and the environment choose; of two settings the last counts."""
+        chosen = {"partition": site.slurm.partition}
+        # Of sbatch's own variables a job sees these (cluster/commands/plan.py).
+        chosen["account"] = site.slurm.account or os.environ.get("SBATCH_ACCOUNT", "")
+        chosen["reservation"] = os.environ.get("SBATCH_RESERVATION", "")
+        chosen["qos"] = site.slurm.qos
+        others: list[str] = []
+        exclusive = False
+        for name, value in flags.options(site.slurm.sbatch_flags):
+            if name in KNOWN:
+                chosen[name] = value
+            elif name == "exclusive":
+                exclusive = True
+                others += [f"--exclusive={value}"] if value else []
+            elif name in OTHERS:
+                others.append(f"--{name}")
+        return cls(
+            where=str(site.source or "the private cluster"),
+            gpu_type=site.slurm.gpu_type,
+            is_exclusive=exclusive,
+            has_memory=any(other.startswith("--mem") for other in others),
+            not_reckoned_with=others,
+            ignored=flags.ignored(os.environ),
+            **chosen,
+        )
 
 
 def features(constraint: str) -> list[str] | None:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster import hosts, notation
-from cluster.check import choice as choices
-from cluster.check.choice import Choice
-from cluster.check.nodes import Node
-from cluster.check.partitions import Partition, memory_per_gpu
-from cluster.request import Request
+from cluster.check.choice import Choice, features
+from cluster.plan.request import Request
+from cluster.slurm import hosts, notation
+from cluster.slurm.nodes import Node
+from cluster.slurm.partitions import Partition, memory_per_gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class Demand:
         return None if free is None else self.gpus <= free
 
 
-def of(
+def demand_of(
     request: Request,
     partition: Partition,
     chosen: Choice,
@@ -180,8 +179,8 @@ def _candidates(
     partition: Partition, chosen: Choice, known: Mapping[str, Node]
 ) -> list[Node] | None:
     """Return the nodes of the partition that the site's flags leave; None: unknown."""
-    features = choices.features(chosen.constraint)
-    if features is None:
+    needed = features(chosen.constraint)
+    if needed is None:
         return None
     only = set(hosts.expand(chosen.nodelist)) if chosen.nodelist else None
     without = set(hosts.expand(chosen.exclude))
@@ -190,7 +189,7 @@ def _candidates(
         for node in known.values()
         if partition.name in node.partitions
         and node.state != "future"
-        and set(features) <= set(node.features)
+        and set(needed) <= set(node.features)
         and node.name not in without
         # With several nodes the list is of those that must be among them.
         and (only is None or node.name in only or len(only) > 1)

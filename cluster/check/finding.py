@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from cluster import notation
-from cluster.request import Request
+from cluster.plan.request import Request
+from cluster.slurm import notation
 
 
 class Verdict(IntEnum):
-    """What becomes of a job; the numbers are exit codes of `python -m cluster.jobs check`."""
+    """What becomes of a job; the numbers are exit codes of `python -m cluster check`."""
 
     FITS = 0
     WAITS = 1

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster import image, runs
+from cluster.plan.apptainer import find_apptainer, no_apptainer
+from cluster.runs import folders
 from runfolder.errors import UserError, printable
 
 # A file server that is away must not hold up the rest.
@@ -25,7 +26,11 @@ USER_NAMESPACES = (
 
 def facts(unknown: dict[str, str]) -> dict[str, Any]:
     """Return what the standard commands tell; into `unknown` what they do not, and why."""
-    places = {"home": Path.home(), "runs": runs.runs_folder(), "datasets": runs.datasets_folder()}
+    places = {
+        "home": Path.home(),
+        "runs": folders.runs_folder(),
+        "datasets": folders.datasets_folder(),
+    }
     return {
         "space": [space for name, path in places.items() if (space := _space(name, path, unknown))],
         "quotas": _quotas(unknown),
@@ -113,12 +118,12 @@ def _modules(unknown: dict[str, str]) -> list[str] | None:
 
 def _apptainer(unknown: dict[str, str]) -> dict[str, Any] | None:
     try:
-        path = image.find_apptainer()
+        path = find_apptainer()
     except UserError as error:
         unknown["apptainer"] = printable(str(error))
         return None
     if path is None:
-        unknown["apptainer"] = image.no_apptainer()
+        unknown["apptainer"] = no_apptainer()
         return None
     version = (_said(path, "version") or "").strip()
     if not version:

@@ -11,22 +11,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from cluster import hosts, slurm
-from cluster.check import limits, login_node, nodes, reservations
-from cluster.check.associations import Accounting, Bound, Holder
+from cluster.check import limits, login_node
 from cluster.check.limits import Rules
-from cluster.check.nodes import Node
-from cluster.check.partitions import Partition
-from cluster.check.reservations import Reservation, epoch
-from cluster.reasons import WAITING, waits
-from cluster.refusals import ControllerUnreachable, SlurmError
+from cluster.slurm import hosts, nodes, reservations
+from cluster.slurm.associations import Accounting, Bound, Holder
+from cluster.slurm.call import Slurm
+from cluster.slurm.nodes import Node
+from cluster.slurm.partitions import Partition
+from cluster.slurm.reasons import WAITING, waits
+from cluster.slurm.refusals import ControllerUnreachable, SlurmError
+from cluster.slurm.reservations import Reservation, epoch
 from runfolder.errors import printable
 
 VERSION = 1
 Answer = TypeVar("Answer")
 
 
-def facts(queue: slurm.Slurm) -> dict[str, Any]:
+def facts(queue: Slurm) -> dict[str, Any]:
     """Return all of it, for programs and for the table (docs/check.md has the schema).
 
     Raises:
@@ -39,7 +40,7 @@ def facts(queue: slurm.Slurm) -> dict[str, Any]:
         return _facts(queue, unknown) | {"login_node": here.result(), "unknown": unknown}
 
 
-def _facts(queue: slurm.Slurm, unknown: dict[str, str]) -> dict[str, Any]:
+def _facts(queue: Slurm, unknown: dict[str, str]) -> dict[str, Any]:
     rules = limits.read(queue)
     for words in (*rules.unknown, *rules.accounting.unknown):
         what, _, why = words.partition(": ")
@@ -225,9 +226,7 @@ def _limit(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _fair_share(
-    queue: slurm.Slurm, rules: Rules, unknown: dict[str, str]
-) -> list[dict[str, Any]] | None:
+def _fair_share(queue: Slurm, rules: Rules, unknown: dict[str, str]) -> list[dict[str, Any]] | None:
     if not rules.config.get("PriorityType", "").endswith("multifactor"):
         unknown["fair_share"] = "this Slurm knows none (no priority/multifactor)"
         return None
@@ -264,7 +263,7 @@ def _float(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d{1,30}(\.\d{1,30})?", text) else None
 
 
-def _jobs(queue: slurm.Slurm) -> list[dict[str, Any]]:
+def _jobs(queue: Slurm) -> list[dict[str, Any]]:
     # What may have another bar in it comes last.
     layout = "%i|%T|%P|%q|%D|%S|%L|%r|%j"
     return my_jobs(queue.call("squeue", "--noheader", "--me", "--format", layout), queue.cluster)

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from cluster import hosts, slurm
 from cluster.check.choice import Choice
 from cluster.check.demand import Demand
 from cluster.check.finding import Finding, Verdict
-from cluster.check.nodes import Node
-from cluster.check.reservations import Reservation, epoch
-from cluster.reasons import clock, duration
+from cluster.slurm import hosts
+from cluster.slurm.call import Slurm
+from cluster.slurm.nodes import Node
+from cluster.slurm.reasons import clock, duration
+from cluster.slurm.reservations import Reservation, epoch
 from runfolder.errors import printable
 
 # Slurm keeps these of its own clock for a job to start.
@@ -42,7 +43,7 @@ class Waiting:
     nodes: tuple[str, ...]
 
 
-def waiting(queue: slurm.Slurm, partition: str) -> list[Waiting]:
+def waiting(queue: Slurm, partition: str) -> list[Waiting]:
     """Ask who waits in a partition.
 
     Raises:

@@ -11,8 +11,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from cluster import hosts
-from cluster.reasons import clock
+from cluster.slurm import hosts
+from cluster.slurm.reasons import clock
 
 COLOURS = {"UP": "green", "idle": "green", "mixed": "green", "planned": "green"}
 COLOURS |= {"DOWN": "red", "down": "red", "drained": "red", "RUNNING": "green"}

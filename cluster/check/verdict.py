@@ -7,16 +7,17 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster import request as requests
-from cluster import slurm
-from cluster.check import choice, limits, reservations, room
+from cluster.check import limits, room
+from cluster.check.choice import Choice
 from cluster.check.finding import Finding, Verdict
-from cluster.check.reservations import epoch
-from cluster.reasons import clock
-from cluster.refusals import POLICY, ControllerUnreachable, SlurmError, Trial
-from cluster.request import Request
-from cluster.site import Site, here
-from cluster.slurm import PASSED
+from cluster.plan.request import Request, sbatch_command
+from cluster.site.places import here
+from cluster.site.settings import Site
+from cluster.slurm import reservations
+from cluster.slurm.call import PASSED, Slurm
+from cluster.slurm.reasons import clock
+from cluster.slurm.refusals import POLICY, ControllerUnreachable, SlurmError, Trial
+from cluster.slurm.reservations import epoch
 from runfolder.errors import printable
 
 # A start that is as near as this is now: the scheduler acts in turns.
@@ -74,13 +75,13 @@ class Answer:
         }
 
 
-def on(queue: slurm.Slurm, site: Site, request: Request, name: str) -> Answer:
+def on(queue: Slurm, site: Site, request: Request, name: str) -> Answer:
     """Return the verdict on a job of this size.
 
     Raises:
         SlurmError: Slurm does not answer, so that there is none.
     """
-    chosen = choice.of(site)
+    chosen = Choice.from_site(site)
     rules = limits.read(queue)
     judged = limits.judge(rules, chosen, request)
     findings, remarks = list(judged.findings), list(judged.remarks)
@@ -115,9 +116,9 @@ _OF_ROOM = {"Resources", "Nodes", "Reservation", "Priority", "Start"}
 
 
 def _room(
-    queue: slurm.Slurm,
+    queue: Slurm,
     rules: limits.Rules,
-    chosen: choice.Choice,
+    chosen: Choice,
     judged: limits.Judged,
     ahead: list[room.Waiting],
     remarks: list[str],
@@ -146,7 +147,7 @@ def _room(
 
 
 def _ahead(
-    queue: slurm.Slurm, rules: limits.Rules, chosen: choice.Choice, remarks: list[str]
+    queue: Slurm, rules: limits.Rules, chosen: Choice, remarks: list[str]
 ) -> list[room.Waiting]:
     """Return who waits in the partition, as far as the site shows it."""
     if "jobs" in rules.config.get("PrivateData", ""):
@@ -160,10 +161,8 @@ def _ahead(
         return []
 
 
-def _trial(
-    queue: slurm.Slurm, site: Site, request: Request, name: str, besides: list[str]
-) -> Trial:
-    words = requests.sbatch(site, request, name=f"sluice-{name}", folder=here())
+def _trial(queue: Slurm, site: Site, request: Request, name: str, besides: list[str]) -> Trial:
+    words = sbatch_command(site, request, name=f"sluice-{name}", folder=here())
     # With the environment of `make submit`, as some of its variables choose for sbatch too.
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
     return queue.trial([*words, *besides, str(here() / "slurm/train.sbatch")], passed)

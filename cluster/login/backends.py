@@ -6,7 +6,7 @@ import shutil
 
 from cluster.login.alarm import leave_on_signals
 from cluster.login.transport import Transport
-from cluster.site import Site
+from cluster.site.settings import Site
 
 
 def connect(site: Site) -> Transport:

@@ -13,7 +13,7 @@ from cluster import clean_shell
 from cluster.login import config, connection, session
 from cluster.login.link import BROKEN
 from cluster.login.transport import Running, Stream
-from cluster.site import Ssh
+from cluster.site.settings import Ssh
 from runfolder.errors import UserError
 
 # What a script there gets to end once its input has.

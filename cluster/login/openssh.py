@@ -20,7 +20,7 @@ from typing import Literal
 from cluster import clean_shell
 from cluster.login.settings import by_ssh
 from cluster.login.transport import LOST, Running, Stream, to_stderr
-from cluster.site import Ssh
+from cluster.site.settings import Ssh
 from runfolder.errors import UserError
 
 # What a script there gets to end once its input has.

@@ -19,8 +19,8 @@ from unittest import mock
 
 import pytest
 
-from cluster import container
 from cluster.errors import run_to_exit
+from cluster.plan import container
 from train.engine import errors as train_errors
 
 Main = Callable[[list[str]], int]

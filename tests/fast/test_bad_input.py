@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from cluster import run
+from cluster.commands import run
 from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.fast import command
@@ -391,7 +391,7 @@ def run_process(
     place: Place, case: Case, environment: dict[str, str], *before: str
 ) -> subprocess.CompletedProcess[str]:
     return waiting.run(
-        [*before, sys.executable, "-m", "cluster.run", *words_of(place, case)],
+        [*before, sys.executable, "-m", "cluster", "run", *words_of(place, case)],
         cwd=place.checkout,
         env=environment_of(place, case, environment),
     )

@@ -83,7 +83,7 @@ def test_a_training_target_makes_the_environment_and_hands_the_job_on(
     checkout: Checkout, target: str
 ) -> None:
     words = checkout.words(target)
-    assert words[:2] == ["-m", "cluster.run"]
+    assert words[:3] == ["-m", "cluster", "run"]
     assert "--job=tinyllama" in words
     assert not [word for word in words if word.startswith(("--accel", "--name", "--run="))]
     # What trains is added by the command itself, if it is to run on the host.
@@ -108,7 +108,7 @@ def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) ->
     words = checkout.words("run", NAME="LAPTOP-7", TIME="%E", ACCEL="zero1")
     assert not [word for word in words if word.startswith(("--name", "--time"))]
     assert "--accel=zero1" in words
-    assert checkout.words("status", FORMAT="%E") == ["-m", "cluster.jobs", "status"]
+    assert checkout.words("status", FORMAT="%E") == ["-m", "cluster", "status"]
     assert checkout.words("logs", NODE="LAPTOP-7", RUN="x")[-1] == "--run=x"
 
 

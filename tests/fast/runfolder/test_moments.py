@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import slurm
+from cluster.slurm.call import PASSED
 from runfolder import launch, moments
 from runfolder.errors import UserError
 from tests.moments import Pause, is_stopped
@@ -112,7 +112,7 @@ def test_every_moment_is_a_place_in_the_product_and_no_other_is() -> None:
 
 
 def test_the_variable_reaches_a_job_of_slurms() -> None:
-    assert slurm.PASSED.fullmatch(moments.VARIABLE)
+    assert PASSED.fullmatch(moments.VARIABLE)
 
 
 def test_the_variable_reaches_a_container_with_its_folder(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import container
+from cluster.plan import container
+from cluster.plan.runtime import Runtime
 from runfolder import launch
 from tests import waiting
 from tests.shared import CHECKOUT
@@ -132,7 +133,7 @@ def test_a_command_of_the_training_side_is_isolated_on_the_host(
     )
     monkeypatch.chdir(CHECKOUT)
     code = container.call(
-        container.Runtime(),
+        Runtime(),
         "shows",
         [str(tmp_path / "said")],
         code=tmp_path,

@@ -98,7 +98,9 @@ def environment(tmp_path: Path, clean_environment: dict[str, str]) -> dict[str, 
 
 
 def sluice(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return waiting.run([sys.executable, "-m", "cluster.run", *words], cwd=CHECKOUT, env=environment)
+    return waiting.run(
+        [sys.executable, "-m", "cluster", "run", *words], cwd=CHECKOUT, env=environment
+    )
 
 
 def fetch(environment: dict[str, str], hub: Hub, *words: str) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import tunnel as tunnel_command
-from cluster.sync import Parcel
+from cluster.commands import tunnel as tunnel_command
+from cluster.remote.sync import Parcel
 from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.fast import command
@@ -482,11 +482,11 @@ def test_a_job_is_submitted_followed_looked_at_and_cancelled_with_one_sign_in_ea
         assert following.stdout is not None
         while "step " not in following.stdout.readline():
             assert following.poll() is None
-        assert running_there("cluster.jobs", "logs", found[1])
+        assert running_there("cluster", "logs", found[1])
         os.killpg(following.pid, signal.SIGINT)
         waiting.finish(following)
         over = "the end of make logs there"
-        wait_until(lambda: not running_there("cluster.jobs", "logs", found[1]), over)
+        wait_until(lambda: not running_there("cluster", "logs", found[1]), over)
         assert laptop.cluster.state_of(run.job_id) == "RUNNING"
         port = free_port()
         with tunnel(laptop, name, f"PORT={port}") as words:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import image as images
+from cluster.plan.image import lock_sha256
 from tests.real.accounts import IS_ROOT, Account, make_account
 from tests.real.whole_image import SECRETS
 from tests.shared import free_port
@@ -164,7 +164,7 @@ def test_its_labels_say_what_it_was_made_of(image: Path, apptainer: str) -> None
     ).stdout
     labels = json.loads(shown)["data"]["attributes"]["labels"]
     # What the commands compare it with, in this very checkout.
-    assert labels["sluice.lock.sha256"] == images.lock_sha256("cpu")
+    assert labels["sluice.lock.sha256"] == lock_sha256("cpu")
     assert labels["sluice.variant"] == "cpu"
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
     assert labels["sluice.version.torch"].startswith("2.")

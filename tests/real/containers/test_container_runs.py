@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import image as images
+from cluster.plan.apptainer import find_apptainer
 from tests.conftest import losses
 from tests.real.accounts import IS_ROOT, Account, make_account
 from tests.waiting import HANGS_AFTER_S, descendants, wait_until
@@ -136,7 +136,7 @@ def user_of(account: Account, image: Path, environment_of: Path) -> User:
         f"SLUICE_{name.upper()}": str(account.home / name) for name in ("runs", "datasets", "cache")
     }
     environment = {**places, "SLUICE_IMAGES": str(image.parent), "GIT_CONFIG_GLOBAL": os.devnull}
-    if found := images.find_apptainer():
+    if found := find_apptainer():
         environment["APPTAINER"] = found
     return User(account, checkout, environment)
 
@@ -298,7 +298,7 @@ def assert_that_it_sees_only_its_own(user: User, image: Path) -> None:
 @pytest.mark.parametrize("code", [75, 128 + signal.SIGKILL])
 def test_the_exit_code_comes_through(watched: User, code: int) -> None:
     # Not by make, which says 2 for all.
-    command = [".venv/bin/python", "-m", "cluster.run", "--dry_run", "--", "--seed", str(code)]
+    command = [".venv/bin/python", "-m", "cluster", "run", "--dry_run", "--", "--seed", str(code)]
     assert watched.run(*command).returncode == code
 
 
@@ -318,7 +318,7 @@ class Terminal:
     def __init__(self, user: User, image: Path) -> None:
         # setsid makes the terminal that of the run, so that Ctrl+C reaches it.
         command = ["setsid", "--ctty", str(user.checkout / ".venv/bin/python")]
-        command += ["-m", "cluster.run", "--nproc", "2"]
+        command += ["-m", "cluster", "run", "--nproc", "2"]
         environment = os.environ | user.environment | {"SLUICE_DEVICE": "cpu"}
         self.master, slave = pty.openpty()
 

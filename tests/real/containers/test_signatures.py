@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import image as images
+from cluster.plan.image import lock_sha256
 from tests.real.accounts import Account
 
 pytestmark = pytest.mark.needs("unshare", "apptainer")
@@ -29,7 +29,7 @@ def tiny(builder: Account, apptainer: str, tmp_path: Path) -> Path:
     assert made.returncode == 0, made.stderr
     manifest = {"variant": "cpu", "size_bytes": file.stat().st_size}
     manifest["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest["lock_sha256"] = images.lock_sha256("cpu")
+    manifest["lock_sha256"] = lock_sha256("cpu")
     file.with_suffix(".json").write_text(json.dumps(manifest))
     builder.own(folder)
     return file

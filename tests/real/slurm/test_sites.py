@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import jobs, slurm, submit
+from cluster import __main__
+from cluster.commands import submit
+from cluster.slurm.call import Slurm
 from tests.checkout import lay_out
 from tests.fast import command
 from tests.real.desk import SITE
@@ -101,7 +103,7 @@ class Desk:
 
     def row(self, folder: Path) -> dict[str, object]:
         """Return what make status says of a run."""
-        done = self.call(jobs, "status", f"--run={folder}", "--format=json")
+        done = self.call(__main__, "status", f"--run={folder}", "--format=json")
         assert done.returncode == 0, done.stderr
         (row,) = json.loads(done.stdout)["runs"]
         assert isinstance(row, dict)
@@ -137,7 +139,7 @@ def desk(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Desk:
-    monkeypatch.setattr(slurm, "of", lambda _: slurm.Slurm(prefix=(str(LOCAL / "exec.sh"), "--")))
+    monkeypatch.setattr(Slurm, "from_site", lambda _: Slurm(prefix=(str(LOCAL / "exec.sh"), "--")))
     return Desk(cluster, checkout, capfd)
 
 
@@ -150,7 +152,7 @@ def test_what_a_plugin_says_reaches_the_user_by_every_command_alike(desk: Desk) 
         assert done.stderr.startswith(expected)
         assert done.stderr == plan.stderr
     words = ("check", "--job=tinyllama", "--nodes=1", "--gpus=0", "--format=json")
-    answer = desk.call(jobs, *words, flags=flags)
+    answer = desk.call(__main__, *words, flags=flags)
     assert answer.returncode == 2, answer.stderr
     (finding,) = json.loads(answer.stdout)["findings"]
     assert "You must name your project." in finding["message"]
@@ -170,9 +172,9 @@ def test_a_run_stays_with_the_cluster_that_took_it(desk: Desk) -> None:
     # Whatever module is loaded by now.
     row = desk.row(folder)
     assert (row["state"], row["slurm_state"], row["cluster"]) == ("waiting", "PENDING", "other")
-    overview = desk.call(jobs, "check", "--format=json", SLURM_CLUSTERS="other")
+    overview = desk.call(__main__, "check", "--format=json", SLURM_CLUSTERS="other")
     assert json.loads(overview.stdout)["cluster"] == "other"
-    ended = desk.call(jobs, "cancel", f"--run={folder}")
+    ended = desk.call(__main__, "cancel", f"--run={folder}")
     assert ended.returncode == 0, ended.stderr
     assert desk.row(folder)["state"] == "cancelled"
     assert desk.state(job, "--clusters=other") in ("CANCELLED", "")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster import slurm
+from cluster.slurm.call import Slurm
 
 RELEASES = ("22.05", "24.11", "26.05")
 USER = "ada"
@@ -25,7 +25,7 @@ def of(release: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(slurm.Slurm):
+class Recorded(Slurm):
     """A Slurm that answers as one did before, or as `change` makes of it."""
 
     answers: Mapping[str, str]

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from cluster.check import bounds, choice, limits, nodes, partitions, reservations, room, verdict
-from cluster.check.associations import Accounting, Association, Bound, Holder
+from cluster.check import bounds, limits, room, verdict
 from cluster.check.bounds import Holders
-from cluster.check.demand import Demand
-from cluster.check.demand import of as demand_of
+from cluster.check.choice import Choice
+from cluster.check.demand import Demand, demand_of
 from cluster.check.finding import Finding, Verdict
 from cluster.check.limits import Rules
-from cluster.refusals import Trial
-from cluster.request import Request
-from cluster.site import PRIVATE
+from cluster.plan.request import Request
+from cluster.site.settings import PRIVATE
+from cluster.slurm import nodes, partitions, reservations
+from cluster.slurm.associations import Accounting, Association, Bound, Holder
+from cluster.slurm.refusals import Trial
 
 REQUEST = Request(
     num_nodes=2,
@@ -48,7 +49,7 @@ def demand(
     site = replace(PRIVATE, slurm=replace(PRIVATE.slurm, sbatch_flags=list(flags)))
     (of_it,) = partitions.parse(partition).values()
     config = CONFIG | {"DefMemPerCPU": "500"}
-    return demand_of(request, of_it, choice.of(site), config, known(**had))
+    return demand_of(request, of_it, Choice.from_site(site), config, known(**had))
 
 
 def over(
@@ -92,7 +93,7 @@ def test_use_that_nobody_tells_is_unknown() -> None:
         ),
         unknown=("nodes: none shown",),
     )
-    remarks = limits.judge(rules, choice.of(PRIVATE), REQUEST).remarks
+    remarks = limits.judge(rules, Choice.from_site(PRIVATE), REQUEST).remarks
     assert "unknown: nodes: none shown" in remarks
     assert "unknown: how much is used of GrpTRES cpu of account a" in remarks
     assert "unknown: limits of the accounts above a" in remarks
@@ -111,7 +112,7 @@ def test_use_that_nobody_tells_is_unknown() -> None:
     ],
 )
 def test_what_the_flags_of_a_site_choose(flags: list[str], expected: dict[str, Any]) -> None:
-    chosen = choice.of(replace(PRIVATE, slurm=replace(PRIVATE.slurm, sbatch_flags=flags)))
+    chosen = Choice.from_site(replace(PRIVATE, slurm=replace(PRIVATE.slurm, sbatch_flags=flags)))
     assert {key: getattr(chosen, key) for key in expected} == expected
 
 
@@ -184,7 +185,7 @@ NOW = time.mktime((2026, 11, 23, 12, 0, 0, 0, 0, -1))
 def look(of_it: Demand, kept: str = "", waiting: tuple[room.Waiting, ...] = ()) -> list[Finding]:
     return list(
         room.look(
-            *(of_it, known(), choice.of(PRIVATE), reservations.parse(kept)),
+            *(of_it, known(), Choice.from_site(PRIVATE), reservations.parse(kept)),
             *(waiting, "ada", "research"),
             now=NOW,
         )
@@ -215,7 +216,7 @@ def test_whoever_is_next_in_line_and_has_no_plan_yet_is_before_it() -> None:
 @pytest.mark.parametrize(
     ("partition", "config", "gpus", "memory_mb"),
     [
-        # As Slurm 22.05 gave it to 1 node with 4 CPUs: tests/real/cluster/test_check.py.
+        # As Slurm 22.05 gave it to 1 node with 4 CPUs: tests/real/cluster/commands/test_check.py.
         ("", {"DefMemPerCPU": "500"}, 2, 2000),
         ("DefMemPerCPU=700", {"DefMemPerCPU": "500"}, 2, 2800),
         ("DefMemPerNode=3000", {"DefMemPerCPU": "500"}, 2, 3000),
@@ -234,7 +235,7 @@ def test_the_memory_of_a_job_that_asks_for_none(
 ) -> None:
     (of_it,) = partitions.parse(f"{PARTITION} {partition}").values()
     wanted = replace(REQUEST, gpus_per_node=gpus)
-    found = demand_of(wanted, of_it, choice.of(PRIVATE), CONFIG | config, known())
+    found = demand_of(wanted, of_it, Choice.from_site(PRIVATE), CONFIG | config, known())
     assert found.memory_mb == memory_mb
     # Slurm's own estimate leaves it out unless it is told.
     by_gpu = gpus and "DefMemPerGPU" in partition + str(config)
@@ -264,7 +265,7 @@ def test_memory_that_a_site_says_itself_is_not_said_again() -> None:
 def test_variables_that_do_not_reach_sbatch_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SBATCH_ARRAY_INX", "SBATCH_EXPORT", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS"):
         monkeypatch.setenv(name, "x")
-    assert choice.of(PRIVATE).ignored == ["SBATCH_ARRAY_INX", "SBATCH_EXPORT"]
+    assert Choice.from_site(PRIVATE).ignored == ["SBATCH_ARRAY_INX", "SBATCH_EXPORT"]
 
 
 NO_NODES = "Requested node configuration is not available"

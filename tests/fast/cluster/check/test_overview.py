@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.check import choice, limits, login_node, overview, room, table, verdict
+from cluster.check import limits, login_node, overview, room, table, verdict
+from cluster.check.choice import Choice
 from cluster.check.finding import Verdict
-from cluster.refusals import SlurmError
-from cluster.request import Request
-from cluster.site import PRIVATE
+from cluster.plan.request import Request
+from cluster.site.settings import PRIVATE
+from cluster.slurm.refusals import SlurmError
 from tests.fast.cluster import answers
 from tests.fast.cluster.answers import RELEASES, Recorded
 
@@ -124,7 +125,7 @@ def test_hidden_accounting_is_unknown_and_never_without_limits(
     said = capsys.readouterr().out
     assert re.search(r"accounts of ada\n +unknown\n", said)
     assert re.search(r"limits and their use\n +unknown\n", said)
-    remarks = limits.judge(limits.read(queue), choice.of(PRIVATE), REQUEST).remarks
+    remarks = limits.judge(limits.read(queue), Choice.from_site(PRIVATE), REQUEST).remarks
     assert any(remark.startswith("unknown: accounts of ada") for remark in remarks)
 
 

@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 # How often to look what a process does while it shows nothing.
 LOOK_S = 0.2
 END_LOOK_S = 0.02
-CLIENT = (sys.executable, "-m", "cluster.login")
+CLIENT = (sys.executable, "-m", "cluster", "ssh")
 
 
 def environment(server: Server, config: Path | None = None, **variables: str) -> dict[str, str]:

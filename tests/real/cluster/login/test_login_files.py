@@ -23,7 +23,7 @@ from cluster.login import backends, openssh
 from cluster.login.channels import Channels
 from cluster.login.openssh import OpenSsh
 from cluster.login.transport import Transport
-from cluster.site import Ssh
+from cluster.site.settings import Ssh
 from runfolder.errors import UserError
 from tests import waiting
 from tests.real.cluster.login.screen import Screen, environment
@@ -146,7 +146,7 @@ def make_ssh(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
         f'config = "{server.config}"\n'
     )
     return waiting.run(
-        [sys.executable, "-m", "cluster.login", *words],
+        [sys.executable, "-m", "cluster", "ssh", *words],
         cwd=CHECKOUT,
         env=os.environ | {"SLUICE_SITE": str(site)},
     )
@@ -217,7 +217,7 @@ def test_a_command_goes_before_the_remote_command_of_ssh_config(server: Server) 
     site = server.folder / "site.toml"
     site.write_text(site.read_text().replace("openssh", "paramiko"))
     done = waiting.run(
-        [sys.executable, "-m", "cluster.login"],
+        [sys.executable, "-m", "cluster", "ssh"],
         cwd=CHECKOUT,
         env=os.environ | {"SLUICE_SITE": str(site)},
     )

@@ -77,7 +77,7 @@ def test_without_a_command_the_input_is_the_shells(server: Server) -> None:
 
 
 def test_closed_streams_are_no_trouble(server: Server) -> None:
-    script = 'exec "$@" -m cluster.login --command "cat; echo done; exit 6" <&- 2>&-'
+    script = 'exec "$@" -m cluster ssh --command "cat; echo done; exit 6" <&- 2>&-'
     done = subprocess.run(
         ["sh", "-c", script, "sh", sys.executable],
         cwd=CHECKOUT,

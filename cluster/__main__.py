@@ -1,0 +1,57 @@
+"""The commands behind make's targets.
+
+python -m cluster run --job JOB [--dry_run | --fetch] [-- ARGS]
+python -m cluster submit --job JOB [--accel ACCEL] [--nodes N] [--plan 1] [-- ARGS]
+python -m cluster status [--run RUN] [--format json]
+python -m cluster logs --run RUN [--node 1]
+python -m cluster cancel --run RUN
+python -m cluster check [--job JOB [--nodes N] [--gpus N] [--time T]] [--format json]
+python -m cluster ssh [--command COMMAND]
+python -m cluster tunnel --run RUN [--port PORT]
+python -m cluster board --run RUN
+python -m cluster image verify|sign IMAGE [--key KEY]
+python -m cluster train-module MODULE --run RUN [-- WORD ...]
+
+`python -m cluster COMMAND --help` lists the options of one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+
+from cluster.errors import run_to_exit
+from runfolder.errors import UserError, did_you_mean
+
+# On a laptop these run on the cluster, by SSH.
+ON_THE_CLUSTER = ("status", "logs", "cancel", "check")
+COMMANDS = (*ON_THE_CLUSTER, "run", "submit", "ssh", "tunnel", "board", "image", "train-module")
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the commands; return its exit code."""
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(__doc__.strip())
+        return 0
+    name, *words = argv
+    if name not in COMMANDS:
+        raise UserError(f"'{name}' is not a command{did_you_mean(name, COMMANDS)}")
+    if name in ON_THE_CLUSTER:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that lacks a letter of a name shows another; the list is not lost for it.
+            sys.stdout.reconfigure(errors="replace")
+        if not {"--help", "-h"} & set(words):
+            from cluster.remote import calls
+            from cluster.site.file import load_site
+
+            if (site := load_site()).is_elsewhere:
+                return calls.carry_out(site, argv)
+    # Each needs its own libraries, and none shall wait for the others'.
+    module = importlib.import_module(f"cluster.commands.{name.replace('-', '_')}")
+    code: int = module.main(words)
+    return code
+
+
+if __name__ == "__main__":
+    run_to_exit(main)

@@ -1,0 +1,299 @@
+"""`make logs`: follow a run, through all its attempts, until it is over."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from cluster.commands.tail import Screen, Tail
+from cluster.errors import Parser
+from cluster.plan import resolve
+from cluster.runs import clusters, folders, history
+from cluster.site.file import load_site
+from cluster.slurm.call import QueuedJob, Slurm
+from cluster.slurm.reasons import ACTIVE, WAITING, waits
+from cluster.slurm.refusals import SlurmError
+from runfolder import attempts, checkpoints, exit_codes, files, records
+from runfolder.errors import UserError
+
+POLL_S = 1.0
+QUEUE_POLL_S = 5.0
+SILENT_POLL_S = 30.0
+# The last words of a job reach a shared file system some seconds after Slurm says that it is over;
+# and an attempt's folder some seconds before its record.
+GRACE_S = 10.0
+# NFS shows a new file half a minute late where the folder was looked at before.
+LAST_WORD_GRACE_S = 45.0
+# How the lines of batch.log begin that are written before the processes start.
+BEFORE_TRAINING = (b"attempt ", b"preflight")
+
+
+def main(argv: list[str]) -> int:
+    """Follow a run; return 0 if it finished, 75 if it stopped, and 1 if it failed."""
+    parser = Parser(
+        prog="python -m cluster logs",
+        description="Follow a run until it is over; Ctrl+C leaves it alone.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", default="", help="which run")
+    parser.add_argument("--node", default="", help="show this node's output (0)")
+    options = parser.parse_args(argv)
+    if not options.run:
+        raise UserError("make logs: RUN= is missing; make status lists the runs")
+    folder = folders.find(options.run)
+    node = files.number(int(options.node)) if options.node.isdecimal() else None
+    if options.node and node is None:
+        raise UserError(f"NODE={options.node}: is not a node's number; the first is 0")
+    screen = Screen()
+    try:
+        if not (folder / "jobs.jsonl").exists():
+            return _show_local(folder, node or 0, screen)
+        return Follower(folder, node or 0, screen).follow()
+    except KeyboardInterrupt:
+        name = history.name_of(folder)
+        screen.say(f"detached; the job goes on. Come back: make logs RUN={name}")
+        return 0
+
+
+class Queue:
+    """What Slurm says of the run's newest job, asked every few seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._asked = -QUEUE_POLL_S
+        self._said_silent = False
+        self._over_since: float | None = None
+        self._there: tuple[str, Slurm] | None = None
+        self.last = _newest(folder)
+        self.job: QueuedJob | None = None
+        self.absent: UserError | None = None
+        """There is no Slurm here to ask."""
+
+    def ask(self) -> bool:
+        """Ask if it is time to; return whether there is an answer."""
+        now = time.monotonic()
+        if now - self._asked < QUEUE_POLL_S:
+            return False
+        first, self._asked = self._asked < 0, now
+        # Continued by another `make submit`, it is that job's log from there on.
+        if (found := records.submissions(self._folder)) and found[-1] != self.last:
+            self.last, self._over_since = found[-1], None
+        if first and history.is_final(self.last, attempts.read_all(self._folder)):
+            # A run of last month is shown although no Slurm answers.
+            self._over_since = now
+            return True
+        try:
+            self.job = self._look()
+        except SlurmError as error:
+            if not self._said_silent:
+                print(f"note: {error}; the log goes on meanwhile", file=sys.stderr, flush=True)
+            self._said_silent = True
+            # Each question to a controller that is away holds the log up until Slurm gives up.
+            self._asked = time.monotonic() + SILENT_POLL_S - QUEUE_POLL_S
+            return False
+        except UserError as error:
+            self.absent = error
+            return False
+        self._said_silent = False
+        if self.job is not None and self.job.state in ACTIVE:
+            self._over_since = None
+        elif self._over_since is None:
+            # What Slurm forgot ended minutes ago.
+            self._over_since = -LAST_WORD_GRACE_S if first and self.job is None else now
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job is over and all that it wrote can be read."""
+        made = attempts.read_all(self._folder)
+        if self.absent is not None:
+            if not history.is_settled(self.last, made):
+                raise self.absent
+            return True
+        if self._over_since is None:
+            return self._said_silent and history.is_final(self.last, made)
+        waited_s = time.monotonic() - self._over_since
+        own = [attempt for attempt in made if attempt.is_of(self.last.job_id)]
+        is_owing = bool(own) and own[-1].outcome is None
+        grace_s = LAST_WORD_GRACE_S if is_owing else GRACE_S
+        return waited_s >= grace_s or history.is_settled(self.last, made)
+
+    def _look(self) -> QueuedJob | None:
+        if self._there is None or self._there[0] != self.last.cluster:
+            queue = clusters.at(Slurm.from_site(load_site()), self.last.cluster)
+            self._there = self.last.cluster, queue
+        return clusters.look(self._there[1], {self._folder: self.last}).get(self._folder)
+
+
+class Follower:
+    """Shows the attempts of a run one after the other, as they come."""
+
+    def __init__(self, folder: Path, node: int, screen: Screen) -> None:
+        self._folder = folder
+        self._node = node
+        self._screen = screen
+        self._queue = Queue(folder)
+        self._tails: list[Tail] = []
+        self._slurm_tail: tuple[int, Tail] | None = None
+        self._attempt = 0
+        self._waited = ""
+        self._waiting_since: dict[int, float] = {}
+        nodes = self._queue.last.num_nodes
+        if nodes is not None and node >= nodes:
+            raise UserError(
+                f"NODE={node}: the run has {nodes} nodes, 0 to {nodes - 1}"
+                if nodes > 1
+                else f"NODE={node}: the run has one node, 0"
+            )
+
+    def follow(self) -> int:
+        """Show all until the run is over; return the exit code."""
+        for number in attempts.numbers(self._folder)[:-1]:
+            self._screen.say(_summary(attempts.read(self._folder, number)))
+            self._attempt = number
+        while True:
+            # First the queue, then the files: what is over then has nothing more to say.
+            answered, shown = self._queue.ask(), self._attempt
+            came = self._show_news()
+            # To an attempt that began meanwhile the answer does not apply.
+            if answered and self._attempt == shown:
+                self._say_waiting()
+            if not came and self._queue.is_over and not self._show_news():
+                return self._end()
+            if not self._screen.has_reader():
+                raise BrokenPipeError
+            time.sleep(POLL_S)
+
+    def _show_news(self) -> bool:
+        """Show what was added since the last time; return whether anything was."""
+        came = self._show_slurm_log()
+        came |= self._show_tails()
+        for number in attempts.numbers(self._folder):
+            if number > self._attempt:
+                attempt = attempts.read(self._folder, number)
+                if not self._is_ready(attempt):
+                    break
+                # What the last one wrote before it made way.
+                self._show_tails()
+                self._screen.say(_ruler(attempt))
+                self._attempt, self._waited = number, ""
+                batch = Tail(attempt.folder / "batch.log")
+                self._tails = [Tail(attempt.folder / f"node-{self._node}.log"), batch]
+                # The batch script speaks before the processes and after them.
+                batch.show_first(self._screen, BEFORE_TRAINING)
+                self._show_tails()
+                came = True
+        return came
+
+    def _is_ready(self, attempt: attempts.Attempt) -> bool:
+        """Whether an attempt has its record, or will have none."""
+        since = self._waiting_since.setdefault(attempt.number, time.monotonic())
+        logs = any(attempt.folder.glob("*.log"))
+        return attempt.slurm is not None or logs or time.monotonic() - since >= GRACE_S
+
+    def _show_tails(self) -> bool:
+        came = [tail.show(self._screen) for tail in self._tails]
+        return any(came)
+
+    def _show_slurm_log(self) -> bool:
+        job_id = self._queue.last.job_id
+        if self._slurm_tail is None or self._slurm_tail[0] != job_id:
+            self._slurm_tail = (job_id, Tail(history.slurm_log(self._folder, job_id)))
+        return self._slurm_tail[1].show(self._screen)
+
+    def _say_waiting(self) -> None:
+        job = self._queue.job
+        line = ""
+        if job is not None and job.state in WAITING:
+            why = waits(job.reason, job.start, job.job_id, job.cluster)
+            line = f"job {job.job_id} waits: {why}"
+        elif job is not None and ACTIVE.get(job.state) == "starting":
+            line = f"job {job.job_id} waits: its nodes are being started"
+        if line and line != self._waited:
+            self._screen.say(line)
+        self._waited = line
+
+    def _end(self) -> int:
+        made = attempts.read_all(self._folder)
+        end = history.ending(self._folder, self._queue.last, made, self._queue.job)
+        own = [attempt for attempt in made if attempt.is_of(self._queue.last.job_id)]
+        log = history.slurm_log(self._folder, self._queue.last.job_id)
+        if own:
+            # What the preflight found, or a word of the batch script's, is in its own log.
+            names = [f"node-{self._node}.log", "batch.log"]
+            logs = [own[-1].folder / name for name in names]
+            log = next((path for path in logs if path.exists()), log)
+        self._screen.say(f"---- {_last_words(self._folder, end, log)}")
+        return exit_codes.of_outcome(end.word)
+
+
+def _newest(folder: Path) -> records.Submission:
+    found = records.submissions(folder)
+    if not found:
+        raise UserError(
+            f"{folder / 'jobs.jsonl'}: holds no job that can be read; squeue --me lists your jobs"
+        )
+    return found[-1]
+
+
+def _show_local(folder: Path, node: int, screen: Screen) -> int:
+    """Show the logs of a run that `make run` made."""
+    screen.say(f"{history.name_of(folder)} ran without Slurm (make run); its logs:")
+    for number in attempts.numbers(folder):
+        attempt = attempts.read(folder, number)
+        screen.say(f"---- attempt {number} ----")
+        Tail(attempt.folder / f"node-{node}.log").show(screen)
+        screen.say(f"---- {_summary(attempt)}")
+    return 0
+
+
+def _summary(attempt: attempts.Attempt) -> str:
+    """Return a line on an attempt that is over."""
+    words = [f"attempt {attempt.number}:"]
+    if attempt.slurm is not None:
+        words.append(f"job {attempt.slurm.get('job_id', '?')}{_on(attempt)},")
+    outcome = attempt.outcome
+    if outcome is None:
+        return " ".join([*words, "did not say how it ended"])
+    words.append(files.text(outcome.get("outcome")) or "?")
+    if (step := files.number(outcome.get("step"))) is not None:
+        words.append(f"at step {step}")
+    if reason := history.reason_of(outcome):
+        words.append(f"({reason})")
+    return " ".join(words)
+
+
+def _ruler(attempt: attempts.Attempt) -> str:
+    if attempt.slurm is None:
+        return f"---- attempt {attempt.number} ----"
+    job_id, step = (files.number(attempt.slurm.get(key)) for key in ("job_id", "step"))
+    start = "?" if step is None else step
+    job = "?" if job_id is None else job_id
+    return f"---- attempt {attempt.number}: job {job}{_on(attempt)}, from step {start} ----"
+
+
+def _on(attempt: attempts.Attempt) -> str:
+    nodes = attempt.nodes
+    if len(nodes) > 8:
+        return f" on {nodes[0]} ... {nodes[-1]} ({len(nodes)} nodes)"
+    return f" on {' '.join(nodes)}" if nodes else ""
+
+
+def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
+    """Return how a run ended and the next command."""
+    name = history.name_of(folder)
+    saved = checkpoints.newest_step(folder)
+    at = f" at step {end.step}" if end.step is not None else ""
+    reason = f" ({end.why})" if end.why else ""
+    start = "from the start" if saved is None else f"from step {saved}"
+    again = f"make submit RUN={name} goes on {start}"
+    if end.word == "finished":
+        return f"finished{at}; next: {history.command_of(end.outcome, name)}"
+    if end.word == "stopped":
+        return f"stopped{at}{reason}; {again}"
+    if end.word == "cancelled":
+        return f"cancelled{at}{reason}; {again}"
+    said = "ended, nobody knows how" if end.word == "?" else end.word
+    where = f"; log: {resolve.short(log)}" if log.exists() else ""
+    return f"{said}{at}{reason}{where}; {again}"

@@ -1,0 +1,175 @@
+"""The plan of a job: everything resolved and checked that can be, before anything is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.check import limits
+from cluster.plan.launch import (
+    Launch,
+    Source,
+    command_of,
+    new_run,
+    resolve_launch,
+    run_that_goes_on,
+)
+from cluster.plan.request import Request, Sizes, is_dry_run, resolve_request, sbatch_command
+from cluster.plan.runtime import choose_runtime, variants
+from cluster.runs import clusters, history
+from cluster.site import places
+from cluster.site.settings import Site
+from cluster.slurm.call import PASSED, Slurm
+from cluster.slurm.reasons import ACTIVE
+from cluster.slurm.refusals import Trial
+from runfolder import records
+from runfolder.errors import UserError
+
+BATCH_SCRIPT = Path("code/slurm/train.sbatch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A job that passed every check."""
+
+    launch: Launch
+    command: list[str]
+    environment: dict[str, str]
+    """Of the command, and so of the job."""
+    remarks: list[str]
+    trial: Trial
+    """What Slurm says of it without queueing it."""
+    cluster: str
+    """Where it is queued; empty where Slurm does not tell."""
+
+
+def plan_new(
+    queue: Slurm, site: Site, sizes: Sizes, options: Any, script_arguments: list[str]
+) -> Plan | int:
+    """Return the plan of a new run, or the exit code of its script's refusal.
+
+    Raises:
+        UserError: anything that can be known to be wrong before it is queued.
+    """
+    source = new_run(options.job, name=options.name, accel=options.accel)
+    resources = source.record["resources"]
+    wanted = resolve_request(
+        site,
+        sizes,
+        asked={"num_nodes": resources["nodes"], **resources},
+        origin=f"{source.settings}: resources.gpus_per_node",
+        on_cpu=is_dry_run(script_arguments),
+    )
+    said = {
+        "NODES": wanted.num_nodes,
+        "GPUS": wanted.gpus_per_node,
+        "NPROC": wanted.processes_per_node,
+        "TIME": wanted.time,
+    }
+    for variable in ("name", "runtime", "image"):
+        if given := getattr(options, variable):
+            said[variable.upper()] = given
+    record = source.record | {
+        "site": asdict(site.slurm) | {"scratch": site.paths.scratch},
+        "command": command_of("submit", source, said, script_arguments),
+    }
+    source = replace(source, record=record)
+    return _plan(queue, site, options, wanted, source, script_arguments)
+
+
+def plan_continued(
+    queue: Slurm, site: Site, sizes: Sizes, options: Any, script_arguments: list[str]
+) -> Plan | int:
+    """Return the plan of a run that goes on, with its own code and settings.
+
+    Raises:
+        UserError: as for a new one; and a job of the run is still there.
+    """
+    source = run_that_goes_on(options.run, accel=options.accel)
+    record = source.record
+    last = check_no_job(queue, source.folder, options.run)
+    on_cpu = bool(yaml.safe_load(source.settings.read_text(encoding="utf-8")).get("dry_run"))
+    resources = record["resources"]
+    asked = {
+        "num_nodes": record.get("num_nodes", 1),
+        "gpus_per_node": resources["gpus_per_node"],
+        "time": resources["time"],
+    }
+    if not last:
+        # They are those of all nodes.
+        asked["processes_per_node"] = record["num_processes"] // asked["num_nodes"]
+    asked |= {key: last[key] for key in (*asked, "processes_per_node") if key in last}
+    wanted = resolve_request(site, sizes, asked=asked, origin=f"RUN={options.run}", on_cpu=on_cpu)
+    accel = options.accel or last.get("accel") or source.accel
+    return _plan(queue, site, options, wanted, replace(source, accel=accel), script_arguments)
+
+
+def check_no_job(queue: Slurm, folder: Path, name: str) -> dict[str, Any]:
+    """Return the newest line of a run's jobs.jsonl, {} where it was never queued.
+
+    Raises:
+        UserError: that job is still there, or the line is damaged.
+    """
+    if not records.was_submitted(folder):
+        return {}
+    if records.has_damaged_end(folder):
+        raise UserError(
+            f"{folder / 'jobs.jsonl'}: its last line is damaged, so that the newest job is not "
+            "known; delete that line when squeue --me lists no job of this run"
+        )
+    newest = records.submissions(folder)[-1]
+    known = clusters.at(queue, newest.cluster).jobs([newest.job_id])
+    there = history.job_of(folder, newest.job_id, known)
+    if there is not None and there.state in ACTIVE:
+        raise UserError(
+            f"RUN={name}: its job {there.job_id} is {there.state.lower()}; follow it with make "
+            "logs, or end it with make cancel"
+        )
+    return newest.content
+
+
+def _plan(
+    queue: Slurm,
+    site: Site,
+    options: Any,
+    wanted: Request,
+    source: Source,
+    script_arguments: list[str],
+) -> Plan | int:
+    folder = source.folder
+    if "\\" in str(folder) or not str(folder).isprintable():
+        raise UserError(
+            f"{places.folder_setting('runs')}: {folder}: Slurm cannot write a log there; choose a "
+            "place without a backslash or control characters in its name"
+        )
+    rules = limits.read(queue)
+    judged = limits.check(rules, site, wanted)
+    runtime = choose_runtime(
+        options.runtime or "apptainer",
+        options.image,
+        variants(gpus=wanted.device == "cuda", strict=True),
+    )
+    launch = resolve_launch(source, wanted, runtime, script_arguments, site=site)
+    if isinstance(launch, int):
+        return launch
+    name = f"sluice-{source.record['job']}"
+    code = places.here() if source.is_new else folder / "code"
+    options_of_sbatch = sbatch_command(site, wanted, name=name, folder=folder)
+    passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
+    # The run's folder is not there yet: `sbatch --test-only` is asked about a job in this one.
+    trial = sbatch_command(site, wanted, name=name, folder=places.here())
+    trial += judged.for_trial
+    # For another question of that kind, by the job itself.
+    values = launch.values | {"sbatch_options": "\n".join(trial[1:])}
+    return Plan(
+        launch=replace(launch, values=values),
+        command=[*options_of_sbatch, str(folder / BATCH_SCRIPT)],
+        environment=passed | {"SLUICE_RUN_FOLDER": str(folder)},
+        remarks=judged.notes,
+        trial=queue.trial([*trial, str(code / "slurm/train.sbatch")], passed),
+        cluster=rules.config.get("ClusterName", ""),
+    )

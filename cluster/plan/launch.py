@@ -1,0 +1,268 @@
+"""A run, resolved: what `make run`, `make dry-run`, `make submit` and PLAN=1 have in common.
+
+Each of them turns job or run, site, strategy and command line into one `Launch`. It is written to
+the run's folder as launch.env, and nothing else reaches `slurm/`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.plan import resolve
+from cluster.plan.binds import OF_THE_RUN, bind, extra_binds
+from cluster.plan.job import load_job, strategy_file
+from cluster.plan.request import Request
+from cluster.plan.runtime import Runtime, runtime_values
+from cluster.runs import folders
+from cluster.site.settings import Site
+from runfolder import files, launch, lock, records, settings
+from runfolder.errors import UserError
+
+# Seconds to save in, where no limit is near.
+SAVE_S = 120
+MB = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is to run: a job as a new run, or a run that goes on with its own code and settings."""
+
+    folder: Path
+    record: dict[str, Any]
+    """The run.json of a new run, or of the one that goes on."""
+    accel: str
+    settings: Path
+    """The file of settings that it begins with."""
+    code: Path
+    is_new: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A run that passed every check, ready to be written and started."""
+
+    source: Source
+    request: Request
+    runtime: Runtime
+    config: str
+    """The settings as its script resolved them: config.yaml."""
+    values: dict[str, str]
+    """What launch.env has for `slurm/`; docs/architecture.md says what each means."""
+    exported: dict[str, str]
+    """What launch.env has for every process of the run."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.source.folder
+
+    def write(self) -> None:
+        """Make the run's folder, or put the new settings into it; and launch.env.
+
+        Raises:
+            UserError: it cannot be written; a run that goes on has its settings of before.
+        """
+
+        def fill(folder: Path) -> None:
+            files.write_atomically(folder / "config.yaml", self.config)
+            launch.write(folder, self.values, self.exported)
+
+        if self.source.is_new:
+            folders.create(self.folder, content=self.record(), fill=fill)
+            return
+        try:
+            # Last what matters to others: each launch writes the other file anew.
+            launch.write(self.folder, self.values, self.exported)
+            settings.replace(self.folder, self.config)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+    def record(self) -> dict[str, Any]:
+        """Return what run.json says of a new run."""
+        return {
+            **self.source.record,
+            "accel": self.source.accel,
+            "num_nodes": self.request.num_nodes,
+            "num_processes": self.request.world_size,
+            **self.runtime.record(),
+        }
+
+
+def new_run(job_name: str, *, name: str, accel: str) -> Source:
+    """Return a job as a run that begins; nothing is written.
+
+    Raises:
+        UserError: there is no such job, or no place for its run.
+    """
+    job = load_job(job_name)
+    record = {"job": job.name, "module": job.module, "resources": asdict(job.resources)}
+    return Source(
+        folder=folders.new_folder(job.name, name),
+        record=record,
+        accel=accel or "ddp",
+        settings=job.path,
+        code=Path.cwd(),
+        is_new=True,
+    )
+
+
+def run_that_goes_on(name: str, *, accel: str) -> Source:
+    """Return a run that goes on.
+
+    Raises:
+        UserError: there is none, or its code is older than launch.env.
+    """
+    folder = folders.find(name)
+    record = records.read(folder)
+    if not (folder / "code/runfolder/launch.py").is_file():
+        made_of = record.get("git_commit")
+        where = f"a checkout of {made_of[:12]}" if made_of else "the Sluice that began it"
+        raise UserError(
+            f"RUN={name}: was begun by an earlier Sluice, and this one cannot start its code; go "
+            f"on with it in {where}"
+        )
+    return Source(
+        folder=folder,
+        record=record,
+        accel=accel or record["accel"],
+        settings=folder / "config.yaml",
+        code=folder / "code",
+        is_new=False,
+    )
+
+
+def resolve_launch(
+    source: Source,
+    request: Request,
+    runtime: Runtime,
+    script_arguments: list[str],
+    *,
+    site: Site | None = None,
+    is_terminal: bool = False,
+) -> Launch | int:
+    """Return the launch of a run, or the exit code of its script's refusal.
+
+    `site`: where its nodes are; None is this machine.
+
+    Raises:
+        UserError: anything that can be known to be wrong before it starts.
+    """
+    strategy_file(source.accel)
+    if not source.is_new:
+        lock.check_free(source.folder)
+    environment = resolve.environment()
+    exported = {
+        "SLUICE_ACCEL": source.accel,
+        "SLUICE_DEVICE": request.device,
+        "SLUICE_TERMINAL": "1" if is_terminal else "0",
+        "SLUICE_WORLD_SIZE": str(request.world_size),
+        "HF_HOME": environment.get("HF_HOME", ""),
+        "OMP_NUM_THREADS": str(max(1, request.cpus_per_node // request.processes_per_node)),
+        "PET_SHUTDOWN_TIMEOUT": str(site.slurm.save_s if site else SAVE_S),
+        "PYTHONUNBUFFERED": "1",
+    }
+    told = {"HF_HUB_OFFLINE": "1", **exported}
+    if request.device == "cpu":
+        # Or torch would use the GPUs that there are.
+        told["CUDA_VISIBLE_DEVICES"] = ""
+    config = resolve.settings(
+        runtime,
+        source.record["module"],
+        ["--config", str(source.settings), *script_arguments],
+        environment | told,
+        source.code,
+    )
+    if isinstance(config, int):
+        return config
+    staged = yaml.safe_load(config)
+    return Launch(
+        source=source,
+        request=request,
+        runtime=runtime,
+        config=config,
+        values=_values(source, request, runtime, staged, site),
+        exported=exported | (site.environment if site else {}),
+    )
+
+
+def _values(
+    source: Source,
+    request: Request,
+    runtime: Runtime,
+    config: Any,
+    site: Site | None,
+) -> dict[str, str]:
+    datasets, cache = folders.datasets_folder(), resolve.cache_folder()
+    values = {
+        "module": source.record["module"],
+        "num_nodes": str(request.num_nodes),
+        "gpus_per_node": str(request.gpus_per_node),
+        "datasets": str(datasets),
+        "cache": str(cache),
+        **runtime_values(runtime),
+        "binds": "",
+        "container_flags": "",
+        "copied_datasets": "",
+        "site_variables": "",
+        "interface": "",
+    }
+    if runtime.image:
+        binds = extra_binds(config, datasets)
+        binds += [_site_bind(site, text) for text in site.container.binds] if site else []
+        values["binds"] = "\n".join(binds)
+        for path in (source.folder, source.code, datasets, cache):
+            # A path that cannot be bound is said now, not on the nodes.
+            bind(path, path, "ro")
+    return values | (_of_site(site, source, runtime, config) if site else {})
+
+
+def _of_site(site: Site, source: Source, runtime: Runtime, config: Any) -> dict[str, str]:
+    copied: list[str] = []
+    if site.paths.copy_datasets:
+        names = sorted(str(name) for name in (config.get("staged") or {}).values() if name)
+        copied = [name for name in names if not Path(name).is_absolute()]
+    health = site.preflight
+    return {
+        "container_flags": "\n".join(site.container.flags) if runtime.image else "",
+        "copied_datasets": "\n".join(copied),
+        "site_variables": "|".join(site.environment),
+        "scratch": site.paths.scratch,
+        "modules": "\n".join(site.container.modules),
+        "max_restarts": str(source.record["resources"]["max_restarts"]),
+        "interface": site.network.interface,
+        "address_suffix": site.network.address_suffix,
+        "preflight_timeout_s": str(health.timeout_s),
+        "floor_bytes_per_second": str(health.all_reduce_floor_mb_per_second * MB),
+        "max_clock_skew_s": str(health.max_clock_skew_s),
+        "min_free_memory_bytes": str(health.min_free_memory_mb * MB),
+        "min_free_gpu_fraction": str(health.min_free_gpu_fraction),
+        "min_free_scratch_bytes": str(health.min_free_scratch_mb * MB),
+    }
+
+
+def _site_bind(site: Site, text: str) -> str:
+    parts = text.split(":")
+    mode = parts.pop() if parts[-1] in ("ro", "rw") else "ro"
+    if len(parts) not in (1, 2) or not all(part.startswith("/") for part in parts):
+        raise UserError(
+            f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro, paths from the root"
+        )
+    for own in OF_THE_RUN:
+        if Path(parts[-1]).is_relative_to(own):
+            raise UserError(
+                f"{site.source}: container.binds: '{text}' would hide what a run has at {own}; "
+                "bind it elsewhere"
+            )
+    return bind(Path(parts[0]), Path(parts[-1]), mode)
+
+
+def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:
+    """Return the make command that begins such a run once more, for its record."""
+    words = ["make", target, f"JOB={source.record['job']}", f"ACCEL={source.accel}"]
+    words += [f"{name}={value}" for name, value in sizes.items()]
+    return shlex.join([*words, f"ARGS={shlex.join(arguments)}"])

@@ -1,0 +1,102 @@
+"""A job's settings as its script resolves them, before anything is queued or written."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster.plan import container
+from cluster.plan.runtime import Runtime
+from cluster.runs import folders
+from cluster.site import places
+from runfolder.errors import UserError
+
+
+def settings(
+    runtime: Runtime,
+    module: str,
+    script_arguments: list[str],
+    environment: dict[str, str],
+    code_folder: Path,
+) -> str | int:
+    """Return the job's settings as the script resolves them, or the exit code of its refusal."""
+    datasets_missing = not folders.datasets_folder().exists()
+    with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
+        resolved = Path(scratch) / "config.yaml"
+        code = container.call(
+            runtime,
+            "train.resolve",
+            [module, f"--resolved={resolved}", "--", *script_arguments],
+            code=code_folder,
+            environment=environment,
+            writable=[Path(scratch), *_writable_folders(environment)] if runtime.image else [],
+        )
+        if datasets_missing and not resolved.exists() and _is_empty(folders.datasets_folder()):
+            # It was made for the container alone.
+            folders.datasets_folder().rmdir()
+        # --help was asked for: everything is said.
+        return resolved.read_text(encoding="utf-8") if resolved.exists() else code
+
+
+def _writable_folders(environment: dict[str, str]) -> list[Path]:
+    """Return the datasets folder, made where it is missing, and the cache if there is one."""
+    writable = [_made(folders.datasets_folder(), "SLUICE_DATASETS")]
+    home = Path(environment["HF_HOME"]).absolute()
+    return [*writable, home] if home.is_dir() else writable
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def caches(environment: dict[str, str]) -> list[Path]:
+    """Return the folders that a download writes to, made where they are missing."""
+    names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
+    places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
+    return [
+        _made(folders.datasets_folder(), "SLUICE_DATASETS"),
+        *(_made(*place) for place in places),
+    ]
+
+
+def _made(folder: Path, variable: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{variable}: {folder} cannot be made: {error.strerror}; choose another place"
+        ) from None
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for the training side, with the places of what it reads."""
+    cache = cache_folder()
+    # Where `hf auth login` puts the token, which is not part of the cache.
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+    no_bars = "0" if sys.stderr.isatty() else "1"
+    defaults = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": no_bars,
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": no_bars,
+        # Requests for statistics alone; without a network each would wait on its own.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    }
+    if "HF_HOME" not in os.environ:
+        defaults |= {"HF_HOME": str(cache / "huggingface"), "HF_TOKEN_PATH": str(home / "token")}
+    ours = {"SLUICE_DATASETS": str(folders.datasets_folder()), "PYTHONNOUSERSITE": "1"}
+    return defaults | dict(os.environ) | ours
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads: $SLUICE_CACHE, or site.toml's, or `cache` in the checkout."""
+    return places.here() / places.folder("cache")
+
+
+def short(path: Path) -> str:
+    """Return a path as it is said: below the checkout without the checkout's own."""
+    here = places.here()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

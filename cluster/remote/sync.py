@@ -1,0 +1,219 @@
+"""The checkout, brought from a laptop to the cluster: whole, verified, and once.
+
+On the cluster it lies at FOLDER/checkouts/KEY, where KEY is a hash of all that is in it. It is
+filled under another name and gets this one when every file has the right hash, so that nothing ever
+runs from a half of it; what an interrupted transfer left there already is not sent again.
+FOLDER/current leads to the newest, for what is done there by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import secrets
+import shlex
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+
+from cluster.login.transport import Transport
+from cluster.runs import checkout
+from cluster.site.settings import FOLDERS, Site
+from runfolder.errors import UserError
+
+# How many checkouts stay there: somebody may still follow a log with the code of an older one.
+KEPT = 10
+# What the environment of a command there is made from (containers/venv.sh).
+LOCKS = ("pip", "base", "torch-cpu", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """What is brought: the bytes of each file by its path, and which of them may be executed."""
+
+    contents: dict[str, bytes]
+    executable: frozenset[str]
+
+    @property
+    def manifest(self) -> str:
+        """The lines that sha256sum checks."""
+        lines = [
+            f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+            for name, content in sorted(self.contents.items())
+        ]
+        return "".join(lines)
+
+    @property
+    def key(self) -> str:
+        """A name for just these files."""
+        text = self.manifest + "\0".join(sorted(self.executable))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def environment(self) -> str:
+        """A name for the Python environment that these files want: another lock, another one."""
+        locks = [self.contents.get(f"containers/locks/{name}.txt", b"") for name in LOCKS]
+        return hashlib.sha256(b"".join(locks)).hexdigest()[:16]
+
+    def packed(self, names: set[str]) -> bytes:
+        """Return these of its files as a tar file, compressed."""
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as archive:
+            for name in sorted(names):
+                entry = tarfile.TarInfo(name)
+                # Not of 1970, which a file system that is cleaned by age would take away.
+                entry.mtime = int(time.time())
+                entry.size = len(self.contents[name])
+                entry.mode = 0o755 if name in self.executable else 0o644
+                archive.addfile(entry, io.BytesIO(self.contents[name]))
+        return stream.getvalue()
+
+
+def pack(site: Site) -> Parcel:
+    """Return the checkout in the current folder, with the site's file, as it is brought.
+
+    Raises:
+        UserError: a file cannot be read, or has a name that sha256sum would write otherwise.
+    """
+    assert site.source is not None
+    state = checkout.state()
+    contents: dict[str, bytes] = {}
+    executable = set()
+    try:
+        for file in state.files:
+            name = file.as_posix()
+            if file.parts[0] in FOLDERS:
+                # There, this is a link to a folder that stays.
+                continue
+            if "\n" in name or "\\" in name or not _is_utf_8(name):
+                raise UserError(f"{name!r}: a file of this name cannot be brought along; rename it")
+            contents[name] = file.read_bytes()
+            if file.stat().st_mode & 0o100:
+                executable.add(name)
+        contents["site.toml"] = site.source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    contents[str(checkout.ORIGIN)] = json.dumps({"git_commit": state.commit}).encode()
+    contents[str(checkout.ORIGIN_DIFF)] = state.diff
+    return Parcel(contents=contents, executable=frozenset(executable))
+
+
+def _is_utf_8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bring(transport: Transport, site: Site) -> str:
+    """Have the checkout on the cluster as it is here; return its folder there, from the root.
+
+    Raises:
+        UserError: it cannot be written there, or the connection was lost.
+    """
+    parcel = pack(site)
+    # Two commands at once have folders of their own until one of them is whole.
+    token = secrets.token_hex(4)
+    said = transport.ask(_script(BEGIN, site, parcel, token), parcel.manifest.encode()).decode()
+    folder, _, has = said.partition("\n")
+    lines = has.splitlines()
+    if lines[-1:] == ["complete"]:
+        return folder
+    for line in lines:
+        if line.startswith("changed "):
+            kept = f"{folder.rpartition('/')[0]}/{line.removeprefix('changed ')}"
+            print(f"note: {folder} was changed there, and is kept as {kept}", file=sys.stderr)
+    there = {line.removesuffix(": OK") for line in lines if line.endswith(": OK")}
+    missing = set(parcel.contents) - there
+    packed = parcel.packed(missing)
+    of = f" of {len(parcel.contents)}" if there else ""
+    size = f"{len(packed) / 1e6:.1f} MB"
+    print(f"{site.ssh.host}: {len(missing)}{of} files to {folder}, {size}", file=sys.stderr)
+    transport.ask(_script(FINISH, site, parcel, token), packed)
+    return folder
+
+
+def home(site: Site) -> str:
+    """Return the folder of Sluice on the cluster as a word of a bash script."""
+    folder = site.ssh.folder
+    if folder == "~" or folder.startswith("~/"):
+        folder = folder[2:]
+    # From the home folder, in which the script may not be: a profile can go elsewhere.
+    return shlex.quote(folder) if folder.startswith("/") else f'"$HOME"/{shlex.quote(folder)}'
+
+
+def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
+    # What the site keeps in another place has no folder here.
+    own = [kind for kind in FOLDERS if not getattr(site.paths, kind)]
+    values = {
+        "key": parcel.key,
+        "token": token,
+        "shared": " ".join([*own, ".apptainer"]),
+        "environment": parcel.environment,
+    }
+    words = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+    return f"top={home(site)} {' '.join(words)}\n{text}"
+
+
+# Prints the folder, then "complete", or what is there of it already.
+BEGIN = """
+set -eu
+mkdir -p -- "$top/checkouts"
+cd -- "$top/checkouts"
+# A site's file may have what others should not read.
+chmod 700 .
+printf '%s/%s\\n' "$(pwd -P)" "$key"
+manifest=".$key.$token.manifest" partial=".$key.$token.partial"
+cat >"$manifest"
+check() { (cd -- "$1" && LC_ALL=C sha256sum --check "../$manifest" 2>/dev/null); }
+if [ -d "$key" ]; then
+  if check "$key" >/dev/null; then
+    touch -- "$key"
+    ln -sfn -- "checkouts/$key" ../current
+    rm -- "$manifest"
+    echo complete
+    exit
+  fi
+  mv -T -- "$key" "$key.changed-$token"
+  echo "changed $key.changed-$token"
+fi
+mkdir -- "$partial"
+# What another transfer has left, or still brings: as far as it is right, it is not sent again.
+for other in ".$key."*.partial; do
+  if [ "$other" != "$partial" ] && ! cp -rp -- "$other/." "$partial/" 2>/dev/null; then
+    echo "$other goes on, or has just ended"
+  fi
+done
+check "$partial" || echo incomplete
+"""
+
+FINISH = f"""
+set -eu
+cd -- "$top/checkouts"
+manifest=".$key.$token.manifest" partial=".$key.$token.partial"
+tar -xzf - -C "$partial"
+(cd -- "$partial" && LC_ALL=C sha256sum --check --quiet --strict "../$manifest" >&2)
+for name in $shared; do
+  mkdir -p -- "../$name"
+  ln -sfn -- "../../$name" "$partial/$name"
+done
+mkdir -p -- "../environments/$environment"
+ln -sfn -- "../../environments/$environment" "$partial/.venv"
+# The same, brought at the same time by another command, is as good.
+if [ -d "$key" ] || ! mv -T -- "$partial" "$key"; then
+  [ -d "$key" ]
+  rm -rf -- "$partial"
+fi
+rm -- "$manifest"
+ln -sfn -- "checkouts/$key" ../current
+# Of ours alone, and never half of one under its own name.
+ls -1t | grep -xE '[0-9a-f]{{16}}' | tail -n +{KEPT + 1} | while IFS= read -r old; do
+  mv -T -- "$old" ".$old.gone.partial"
+  rm -rf -- ".$old.gone.partial"
+done
+find . -maxdepth 1 -name '.*.partial' -mmin +1440 -exec rm -rf -- {{}} +
+find . -maxdepth 1 -name '.*.manifest' -mmin +1440 -exec rm -f -- {{}} +
+"""

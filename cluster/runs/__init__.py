@@ -1,0 +1,1 @@
+"""Run folders: where they are, the code that goes into them, and how their jobs ended."""

@@ -1,0 +1,138 @@
+"""The site: site.toml as it is read and checked; without one, the private cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from cluster.site import flags
+from cluster.site.settings import ARRIVED, PRIVATE, Container, Paths, Site, Ssh
+from runfolder import moments
+from runfolder.errors import UserError, did_you_mean
+
+EXAMPLE = Path("configs/site.example.toml")
+# What bash lets nobody set.
+OF_BASH = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
+
+
+def load_site() -> Site:
+    """Return the site of site.toml, or of the file that $SLUICE_SITE names; else the private one.
+
+    Raises:
+        UserError: the file is not as the example says.
+    """
+    given = os.environ.get("SLUICE_SITE")
+    path = Path(given or "site.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if given:
+            raise UserError(f"SLUICE_SITE={given}: there is no such file") from None
+        config = Path(os.environ.get("SLUICE_CLUSTER", ".cluster"), "ssh/client_config")
+        return replace(PRIVATE, ssh=Ssh(host="login", config=str(config)))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML: {error}; {EXAMPLE} shows how it looks") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    parts: dict[str, Any] = {}
+    kinds = {name: kind for name, kind in get_type_hints(Site).items() if name != "source"}
+    _check_known(path, "", content, kinds)
+    for name, kind in kinds.items():
+        table = content.get(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: '{name}' is not a table; write [{name}]")
+        if name == "environment":
+            parts[name] = _environment(path, table)
+        else:
+            parts[name] = _section(path, name, kind, table)
+    return Site(**parts, source=path)
+
+
+def site_of_this_machine() -> Site:
+    """Return the site without what holds on the cluster alone, where this machine is a laptop."""
+    site = load_site()
+    if not site.is_elsewhere:
+        return site
+    return replace(site, paths=Paths(scratch="/tmp"), container=Container(), environment={})
+
+
+def _section(path: Path, section: str, kind: Any, table: dict[str, Any]) -> Any:
+    known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind)}
+    _check_known(path, f"{section}.", table, known)
+    hints = get_type_hints(kind)
+    values = {}
+    for name, entry in known.items():
+        if name in table:
+            _check_value(path, f"{section}.{name}", table[name], hints[name])
+            values[name] = table[name]
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise UserError(
+                f"{path}: {section}.{name} is missing; {EXAMPLE} says what belongs there"
+            )
+    # On the cluster nobody asks for it, and a variable may be the laptop's own.
+    if kind is Ssh and not os.environ.get(ARRIVED):
+        values["config"] = expanded(path, f"{section}.config", values.get("config", ""))
+    return kind(**values)
+
+
+def _check_known(path: Path, prefix: str, table: dict[str, Any], known: Any) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{path}: '{prefix}{key}' is not a setting{did_you_mean(key, known)}")
+
+
+def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
+            raise UserError(f"{path}: {key}: {value!r} is not {choices}")
+        return
+    if get_origin(kind) is list:
+        good = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        wanted = 'a list of strings, such as ["--constraint=a100"]'
+    elif kind is str:
+        good, wanted = isinstance(value, str), "a string in quotes"
+    elif kind is bool:
+        good, wanted = isinstance(value, bool), "true or false"
+    else:
+        numbers = (int, float) if kind is float else int
+        good = isinstance(value, numbers) and not isinstance(value, bool) and value >= 0
+        wanted = f"a {'' if kind is float else 'whole '}number, at least 0"
+    if key == "ssh.host" and good and not re.fullmatch(r"([^\s-]\S*)?", value):
+        good, wanted = False, "the name of a machine"
+    if key == "ssh.folder" and good and value.strip("./~ ") == "":
+        good, wanted = False, 'a folder of its own, such as "sluice"'
+    if good and key.endswith(("partition", "cpus_per_node", "scratch")) and not value:
+        good, wanted = False, "filled in"
+    if not good:
+        raise UserError(f"{path}: {key}: {value!r} must be {wanted}")
+    if key == "slurm.sbatch_flags" and (problem := flags.problem(value)):
+        raise UserError(f"{path}: {key}: {problem}")
+
+
+def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
+    for name, value in table.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{path}: environment.{name}: is not the name of a variable")
+        is_ours = name.startswith("SLUICE_") and name != moments.VARIABLE
+        if is_ours or name in OF_BASH:
+            raise UserError(f"{path}: environment.{name}: has a meaning of its own; leave it out")
+        if not isinstance(value, str):
+            raise UserError(f"{path}: environment.{name}: {value!r} is not a string in quotes")
+    return dict(table)
+
+
+def expanded(path: Path | None, key: str, value: str) -> str:
+    """Return a path of site.toml with `~` and the user's own variables in it replaced.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 a "" stays one
+    if unknown := re.search(r"\$\{?(\w+)", expanded):
+        raise UserError(f"{path}: {key}: ${unknown[1]} is not set in your environment")
+    return expanded

@@ -1,0 +1,142 @@
+"""The options of sbatch that a site adds, read as sbatch reads them, and those that cannot work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+# The names of short options, and the long options that take no value or may do without one: all
+# others take the next word as theirs (man sbatch).
+SHORT = {"A": "account", "a": "array", "B": "extra-node-info", "b": "begin", "C": "constraint"}
+SHORT |= {"c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "F": "nodefile"}
+SHORT |= {"G": "gpus", "H": "hold", "h": "help", "I": "immediate", "i": "input", "J": "job-name"}
+SHORT |= {"k": "no-kill", "L": "licenses", "M": "clusters", "m": "distribution", "N": "nodes"}
+SHORT |= {"n": "ntasks", "O": "overcommit", "o": "output", "p": "partition", "Q": "quiet"}
+SHORT |= {"q": "qos", "S": "core-spec", "s": "oversubscribe", "t": "time", "u": "usage"}
+SHORT |= {"V": "version", "v": "verbose", "W": "wait", "w": "nodelist", "x": "exclude"}
+ALONE = {"contiguous", "exclusive", "get-user-env", "help", "hold", "ignore-pbs", "immediate"}
+ALONE |= {"nice", "no-kill", "no-requeue", "overcommit", "oversubscribe", "parsable", "propagate"}
+ALONE |= {"quiet", "reboot", "requeue", "share", "spread-job", "stepmgr", "test-only", "usage"}
+ALONE |= {"use-min-nodes", "verbose", "version", "wait", "x11"}
+# The others, so that a shortened name can be told from a whole one.
+LONG = {*SHORT.values(), *ALONE}
+LONG |= {"bb", "bbf", "cluster-constraint", "comment", "cores-per-socket", "cpu-freq", "deadline"}
+LONG |= {"delay-boot", "extra", "gid", "gpu-bind", "gpu-freq", "gres", "gres-flags", "hint"}
+LONG |= {"kill-on-invalid-dep", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind"}
+LONG |= {"mem-per-cpu", "mem-per-gpu", "mincpus", "network", "power", "prefer", "priority"}
+LONG |= {"profile", "reservation", "segment", "sockets-per-node", "switches"}
+LONG |= {"thread-spec", "threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task"}
+LONG |= {"uid", "wait-all-nodes", "wckey"}
+
+_SIZES = "sizes come from NODES=, GPUS=, NPROC= and the settings of a node in [slurm]"
+_LOG = "make logs reads what a job says from the run's folder"
+_OWN_SCRIPT = "the batch script is Sluice's own"
+_ANSWER = "make submit reads sbatch's answer, and then comes back"
+_REQUEUE = "a job queues itself again when it has saved"
+# What of sbatch Sluice decides itself: given once more, it would break what relies on it.
+REFUSED: Mapping[str, str] = {
+    "array": "a run is one job; submit it several times",
+    "wrap": _OWN_SCRIPT,
+    "container": _OWN_SCRIPT + "; it starts the container itself",
+    "container-id": _OWN_SCRIPT + "; it starts the container itself",
+    "input": _OWN_SCRIPT,
+    "parsable": _ANSWER,
+    "test-only": _ANSWER + "; PLAN=1 queues nothing",
+    "quiet": _ANSWER,
+    "wait": _ANSWER + "; make logs follows the run",
+    "help": _ANSWER,
+    "usage": _ANSWER,
+    "version": _ANSWER,
+    "output": _LOG,
+    "error": _LOG,
+    "open-mode": _LOG,
+    "job-name": "NAME= names a run",
+    "chdir": "a job runs in the folder of its run",
+    "export": "variables of the training processes belong in [environment]",
+    "export-file": "variables of the training processes belong in [environment]",
+    "get-user-env": "variables of the training processes belong in [environment]",
+    "requeue": _REQUEUE,
+    "no-requeue": _REQUEUE,
+    "no-kill": "a job that has lost a node goes on in its next attempt, from its checkpoint",
+    "signal": "slurm.save_s says when a job saves",
+    "time": "TIME=, or the job's file, says how long it may take",
+    "clusters": "set slurm.cluster",
+    "nodes": _SIZES,
+    "ntasks": _SIZES,
+    "ntasks-per-node": _SIZES,
+    "tasks-per-node": _SIZES,
+    "ntasks-per-core": _SIZES,
+    "ntasks-per-socket": _SIZES,
+    "ntasks-per-gpu": _SIZES,
+    "cpus-per-task": _SIZES,
+    "cpus-per-gpu": _SIZES,
+    "gpus": _SIZES,
+    "gpus-per-node": _SIZES,
+    "gpus-per-task": _SIZES,
+    "gpus-per-socket": _SIZES,
+    "ntasks-per-tres": _SIZES,
+}
+# Variables with which sbatch is told the same; a job sees but two (cluster/commands/plan.py).
+PASSED_VARIABLES = ("SBATCH_ACCOUNT", "SBATCH_RESERVATION")
+CLUSTER_VARIABLES = ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")
+
+
+def options(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Return name and value of each option, as sbatch would read these words.
+
+    A shortened name is written out where it means one that is refused here. A word that belongs to
+    no option has the name "": sbatch would take it for the batch script, and ":" for another job.
+    """
+    words = iter(flags)
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            name = _whole(name)
+            yield name, value if equals or name in ALONE else next(words, "")
+        elif word.startswith("-") and len(word) > 1 and word != "--":
+            yield from _short(word[1:], words)
+        else:
+            yield "", word
+
+
+def _short(letters: str, words: Iterator[str]) -> Iterator[tuple[str, str]]:
+    """Return the options of a word such as -Hp; the last may have its value behind it, or next."""
+    for place, letter in enumerate(letters):
+        name = SHORT.get(letter, letter)
+        if name not in ALONE:
+            rest = letters[place + 1 :]
+            # To sbatch -p=gpu means a partition "=gpu", which nobody wants.
+            yield name, rest.removeprefix("=") or next(words, "")
+            return
+        yield name, ""
+
+
+def _whole(name: str) -> str:
+    if not name or name in LONG or name in REFUSED:
+        return name
+    meant = sorted(full for full in {*LONG, *REFUSED} if full.startswith(name))
+    # What may be several, sbatch refuses, too: then that is said of it which is to be said.
+    return next((full for full in meant if full in REFUSED), meant[0] if len(meant) == 1 else name)
+
+
+def problem(flags: Sequence[str]) -> str:
+    """Return why these flags cannot be a site's; empty if they can."""
+    for name, value in options(flags):
+        if not name:
+            return f"'{value}' is not an option of sbatch; write each with its value: --NAME=VALUE"
+        if name in REFUSED:
+            return f"--{name} cannot be a flag of a site: {REFUSED[name]}"
+        # Slurm's other names for CPUs and GPUs: gpu:2, gres:gpu:a100:2, gres/gpu=2, cpu=4.
+        counts = name == "gres" or name.startswith("tres-per-")
+        if counts and re.search(r"(?i)(^|,)\s*(gres[:/])?(cpu|gpu)\b", value):
+            return (
+                f"--{name}={value} cannot be a flag of a site: {_SIZES}, slurm.gpu_type among them"
+            )
+    return ""
+
+
+def ignored(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables of this environment that would tell sbatch something, and do not."""
+    passed = {*PASSED_VARIABLES, *CLUSTER_VARIABLES}
+    told = (name for name in environment if re.fullmatch(r"SBATCH_\w+", name))
+    return sorted(name for name in told if name not in passed)

@@ -1,0 +1,105 @@
+"""cluster/plan/launch.py: one resolve, and every name that it gives is documented once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.plan import launch
+from cluster.plan.request import Request
+from cluster.plan.runtime import Runtime
+from cluster.site.settings import PRIVATE, Container, Paths
+from runfolder.errors import UserError
+from tests.shared import CHECKOUT
+
+RUN = Request.of_this_machine(2, num_gpus=0)
+
+
+def source(folder: Path) -> launch.Source:
+    return launch.Source(
+        folder=folder / "run",
+        record={"job": "x", "module": "train.x", "resources": {"max_restarts": 3}},
+        accel="ddp",
+        settings=folder / "x.yaml",
+        code=folder,
+        is_new=True,
+    )
+
+
+def table(heading: str) -> set[str]:
+    """Return the names in the first column of a table of docs/architecture.md."""
+    page = (CHECKOUT / "docs/architecture.md").read_text()
+    section = page.partition(f"\n### {heading}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    first = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    found = [name for cell in first for name in re.findall("`(.*?)`", cell)]
+    assert len(found) == len(set(found)), "a name has one meaning"
+    return set(found)
+
+
+def test_each_name_of_launch_env_is_documented(tmp_path: Path) -> None:
+    values = launch._values(source(tmp_path), RUN, Runtime(), {}, PRIVATE)
+    # Known when sbatch's words are.
+    assert table("launch.env") == {*values, "sbatch_options"}
+
+
+def test_each_variable_is_documented_and_there_are_few() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--", ":!docs", ":!tests", ":!*.md"],
+        cwd=CHECKOUT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    found = set()
+    for name in listed:
+        text = (CHECKOUT / name).read_bytes().decode(errors="replace")
+        found |= set(re.findall(r"SLUICE_[A-Z0-9_]+[A-Z0-9]", text))
+    assert table("Variables") == found
+    assert len(found) <= 20
+
+
+def test_what_a_site_says_is_resolved_here_and_nowhere_else(tmp_path: Path) -> None:
+    site = replace(
+        PRIVATE,
+        container=Container(variant="cpu", modules=("apptainer", "cuda/13"), flags=("--nv",)),
+        paths=Paths(scratch="$TMPDIR/x", copy_datasets=True),
+        environment={"NCCL_DEBUG": "WARN", "FI_PROVIDER": "tcp"},
+    )
+    config = {"staged": {"train": "packed/a", "model": "/models/llama", "test": None}}
+    values = launch._values(source(tmp_path), RUN, Runtime(), config, site)
+    assert values["scratch"] == "$TMPDIR/x", "the node knows its variables"
+    assert values["modules"] == "apptainer\ncuda/13"
+    assert values["copied_datasets"] == "packed/a", "a model elsewhere is bound where it is"
+    assert values["site_variables"] == "NCCL_DEBUG|FI_PROVIDER"
+    assert values["container_flags"] == "", "there is no container"
+    assert values["max_restarts"] == "3"
+    # What this machine alone knows, `make run` leaves out.
+    alone = launch._values(source(tmp_path), RUN, Runtime(), config, None)
+    assert (alone["binds"], alone["copied_datasets"], alone["interface"]) == ("", "", "")
+
+
+def test_a_bind_of_the_site_that_would_hide_the_runs_own_is_refused() -> None:
+    with pytest.raises(UserError, match="would hide what a run has at /datasets"):
+        launch._site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
+    assert launch._site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
+
+
+def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/x/20260101-000000-abcdef"
+    (run / "code/slurm").mkdir(parents=True)
+    (run / "run.json").write_text(
+        '{"job": "x", "module": "train.x", "accel": "ddp", "num_processes": 2, '
+        '"git_commit": "0123456789abcdef"}'
+    )
+    with pytest.raises(UserError, match=r"begun by an earlier Sluice.*checkout of 0123456789ab"):
+        launch.run_that_goes_on(str(run), accel="")
+    (run / "code/runfolder").mkdir()
+    (run / "code/runfolder/launch.py").touch()
+    assert launch.run_that_goes_on(str(run), accel="zero1").accel == "zero1"
