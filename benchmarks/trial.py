@@ -23,17 +23,13 @@ import torch
 from benchmarks import record
 from train.engine import guard, metrics, models, strategy
 from train.engine.batches import Blocks, block_at, micro_batch_positions
+from train.engine.config import TrainingConfig
 from train.engine.distributed import agree, init_distributed, rank, world_size
 from train.engine.errors import run_to_exit
 from train.engine.loss import TokenLoss, global_target_tokens
 from train.engine.presets import PRESETS
 from train.engine.schedule import lr_at
-from train.engine.settings import (
-    ModelSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-    TrainingConfig,
-)
+from train.engine.settings import ModelSettings, OptimizerSettings, ScheduleSettings
 
 # Words of the many errors that mean the same: of torch, cuBLAS, Inductor, the C library.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")

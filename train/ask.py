@@ -12,10 +12,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from runfolder.errors import UserError
 from train.engine import arguments
@@ -23,9 +22,11 @@ from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
 from train.labs.rag import corpus, indexes, passages, prompt, script
 from train.labs.rag.chunks import readable
+from train.labs.rag.generator import Generator
 from train.labs.rag.indexes import Hit
 from train.labs.rag.passages import Passage
 from train.labs.rag.prompt import printable
+from train.labs.rag.settings import Config, GeneratorSettings
 
 # Below it the best passage seldom holds the answer: docs/lab4-script.md has the measurement. It is
 # that of all-MiniLM-L6-v2; every encoder has a scale of its own.
@@ -48,7 +49,7 @@ class Options:
     """Tokens of the answer."""
     show_prompt: bool = False
     """Show the prompt as well."""
-    generator: script.GeneratorSettings = field(default_factory=script.GeneratorSettings)
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
 
     def __post_init__(self) -> None:
         if self.question is not None:
@@ -131,7 +132,7 @@ def answer(library: Library, question: str, options: Options) -> None:
         )
         return
     built = None
-    if options.show_prompt or library.generate is not None:
+    if options.show_prompt or library.generator is not None:
         sources = [library.source(hit) for hit in kept]
         built = prompt.build(question, sources, count=library.count, budget=library.prompt_tokens)
     print(f"found {len(kept)} of {len(library.texts):,} passages; {took}")
@@ -143,9 +144,9 @@ def answer(library: Library, question: str, options: Options) -> None:
     if built is not None and options.show_prompt:
         print(f"\nthe prompt, {built.tokens} tokens, {built.num_sources} passages:\n")
         print(printable(built.text))
-    if built is not None and library.generate is not None:
+    if built is not None and library.generator is not None:
         began = time.perf_counter()
-        text = library.generate(built.text)
+        text = library.generator.answer(built.text)
         print(f"\nanswer ({time.perf_counter() - began:.1f} s, passages 1 to {built.num_sources}):")
         print(printable(text) or "(the model said nothing)")
 
@@ -156,8 +157,7 @@ class Library:
     texts: list[Passage]
     count: Callable[[str], int]
     """Returns the tokens that a prompt takes."""
-    generate: Callable[[str], str] | None = None
-    """Returns the answer to a prompt."""
+    generator: Generator | None = None
 
     def __init__(self, run_folder: Path, options: Options) -> None:
         """Load them.
@@ -201,7 +201,11 @@ class Library:
         if generator is None:
             self.count = self._embedder.count
         else:
-            self._load_generator(generator, options, device)
+            self.generator = Generator(
+                generator, max_new_tokens=options.max_new_tokens, device=device
+            )
+            self.count = self.generator.count
+            self.prompt_tokens = min(self.prompt_tokens, self.generator.prompt_tokens)
 
     def find(self, question: str, k: int) -> tuple[list[Hit], float, float]:
         """Return the best `k` passages, and the seconds in the encoder and in the index."""
@@ -218,59 +222,8 @@ class Library:
             title=readable(passage.title), text=passage.text[chunk.start : chunk.end]
         )
 
-    def _load_generator(self, folder: Path, options: Options, device: Any) -> None:
-        import torch
-        from transformers import AutoTokenizer
 
-        from train.engine import models
-
-        try:
-            model: Any = models.from_folder(folder)
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except UserError as error:
-            raise UserError(str(error).replace("model.name", "generator.name", 1)) from None
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"generator.name: {folder} cannot be loaded: {reason}") from None
-        model.to(device)
-        context = int(getattr(model.config, "max_position_embeddings", None) or 2048)
-        self.prompt_tokens = min(options.max_prompt_tokens, context - options.max_new_tokens)
-        if self.prompt_tokens < 1:
-            raise UserError(
-                f"--max_new_tokens: {options.max_new_tokens} leaves no room for a prompt in the "
-                f"{context} tokens that the generator knows"
-            )
-
-        def encode(text: str) -> Sequence[int]:
-            if tokenizer.chat_template:
-                # What a chat model was trained to see around a message; it has the special tokens.
-                messages = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            ids: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)[
-                "input_ids"
-            ]
-            return ids
-
-        def generate(text: str) -> str:
-            ids = torch.tensor([encode(text)], device=device)
-            tokens = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-            written: str = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-            # A model that was not taught to end goes on with the next question.
-            return written.split("\nQuestion:")[0].strip()
-
-        self.count = lambda text: len(encode(text))
-        self.generate = generate
-
-
-def read_config(run_folder: Path) -> script.Config:
+def read_config(run_folder: Path) -> Config:
     """Return the settings of a run of the lab.
 
     Raises:
@@ -285,9 +238,7 @@ def read_config(run_folder: Path) -> script.Config:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if "\nchunks:" not in f"\n{text}":
         raise UserError(f"{run_folder}: is no run of the lab rag; give one, as RUN=rag does")
-    config = arguments.parse(
-        script.Config, ["--config", str(path)], prog="ask", dry_run=script.DRY_RUN
-    )
+    config = arguments.parse(Config, ["--config", str(path)], prog="ask", dry_run=script.DRY_RUN)
     if config.staged is None:
         raise UserError(f"{path}: does not say what the run read; give a run that `make run` made")
     for name in vars(config.staged).values():

@@ -42,7 +42,7 @@ def export(
     from transformers.utils.logging import disable_progress_bar
 
     from train.engine import lora
-    from train.engine.checkpoint import GENERATION, read_state
+    from train.engine.checkpoint_reader import GENERATION, read_state
 
     disable_progress_bar()
     dtype = dtype or torch.float32
@@ -70,7 +70,7 @@ def export(
 
 
 def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from train.engine.checkpoint import read_buffers, reader
+    from train.engine.checkpoint_reader import read_buffers, reader
     from train.engine.models import empty
 
     read, names = reader(checkpoint)
@@ -97,7 +97,7 @@ def newest_checkpoint(run_folder: Path) -> Path:
     Raises:
         UserError: it has none.
     """
-    from train.engine.checkpoint import find_damage
+    from train.engine.checkpoint_reader import find_damage
 
     for folder in published(run_folder / "checkpoints"):
         problem = find_damage(folder)

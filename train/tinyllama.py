@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from runfolder.attempts import write_outcome
 from train.engine import signals, staging
 from train.engine.batches import Blocks
+from train.engine.config import TrainingConfig
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
 from train.engine.script import Script
-from train.engine.settings import TrainingConfig
 from train.engine.story import say
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.conftest import losses, read_metrics
 from tests.moments import Pause
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 
 pytestmark = pytest.mark.needs("unshare", "git")
 

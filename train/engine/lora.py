@@ -182,7 +182,7 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
         UserError: the model that was adapted is not where it was.
     """
     from train.engine import models
-    from train.engine.checkpoint import load_weights, read_state
+    from train.engine.checkpoint_reader import load_weights, read_state
     from train.engine.once import staged_path
 
     state = read_state(checkpoint)

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from runfolder.errors import UserError
 from train.engine import tokenization
+from train.engine.config import TrainingConfig
 from train.engine.once import staged_path
 from train.engine.presets import PRESETS
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
-from train.engine.settings import TrainingConfig
 
 # What makes two models of one run the same; the rest of config.json may differ by version.
 SHAPE = (

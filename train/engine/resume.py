@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.engine import checkpoint, models
+from train.engine import checkpoint, checkpoint_reader, models
 from train.engine.strategy.base import ReadState
 
 
@@ -44,13 +44,13 @@ def restore(
     if newest is None:
         return Start()
     models.check_same_shape(model, newest)
-    state = checkpoint.read_state(newest, must_match)
-    checkpoint.load_weights(model, newest)
+    state = checkpoint_reader.read_state(newest, must_match)
+    checkpoint_reader.load_weights(model, newest)
     return Start(
         folder=newest,
         step=state["step"],
         position=state["position"],
         line=state["line"],
         state=state,
-        optimizer=(state["step"], checkpoint.reader(newest)[0]),
+        optimizer=(state["step"], checkpoint_reader.reader(newest)[0]),
     )

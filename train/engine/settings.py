@@ -6,14 +6,15 @@ Nothing here imports torch: a wrong setting is answered before anything heavy is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from runfolder.errors import UserError, did_you_mean
 from train.engine.presets import PRESETS
 
 
-def _check(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise `UserError` with `message` unless a setting holds."""
     if not holds:
         raise UserError(message)
 
@@ -43,7 +44,7 @@ class ModelSettings:
                 f"model.preset: '{self.preset}' is not a preset"
                 + did_you_mean(self.preset, PRESETS)
             )
-        _check(bool(self.name), "model.name: is empty; give a hub id or a folder")
+        require(bool(self.name), "model.name: is empty; give a hub id or a folder")
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,7 @@ class EncoderSettings:
     """Start from small random weights instead of `name`, with a tokenizer trained on the text."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "model.name: is empty; give a hub id or a folder")
+        require(bool(self.name), "model.name: is empty; give a hub id or a folder")
 
 
 @dataclass(kw_only=True)
@@ -91,17 +92,17 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None:
-            _check(
+            require(
                 2 <= self.sequence_length <= 1_048_576,
                 f"data.sequence_length: {self.sequence_length} is not between 2 and 1048576",
             )
-        _check(
+        require(
             (self.train is None) == (self.validation is None),
             f"data.{'train' if self.validation is None else 'validation'}: is given without "
             f"data.{'validation' if self.validation is None else 'train'}; give both, so that "
             "local text is not mixed with a dataset of the hub",
         )
-        _check(
+        require(
             self.train is not None or bool(self.name),
             "data.name: is empty; give a dataset's hub id, or data.train and data.validation",
         )
@@ -119,7 +120,7 @@ class BatchSettings:
     def __post_init__(self) -> None:
         for setting in ("global_batch_size", "micro_batch_size"):
             value = getattr(self, setting)
-            _check(value is None or value >= 1, f"batch.{setting}: {value} is not positive")
+            require(value is None or value >= 1, f"batch.{setting}: {value} is not positive")
 
     def per_process(self, world_size: int) -> tuple[int, int]:
         """Return (micro_batch_size, gradient_accumulation_steps) for `world_size` processes.
@@ -161,14 +162,14 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _check(math.isfinite(value), f"optimizer.{name}: {value} is not a finite number")
-        _check(self.lr > 0, f"optimizer.lr: {self.lr} is not positive")
+            require(math.isfinite(value), f"optimizer.{name}: {value} is not a finite number")
+        require(self.lr > 0, f"optimizer.lr: {self.lr} is not positive")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"optimizer.{name}: {value} is not in [0, 1)")
-        _check(self.eps > 0, f"optimizer.eps: {self.eps} is not positive")
-        _check(self.weight_decay >= 0, f"optimizer.weight_decay: {self.weight_decay} is negative")
-        _check(
+            require(0 <= value < 1, f"optimizer.{name}: {value} is not in [0, 1)")
+        require(self.eps > 0, f"optimizer.eps: {self.eps} is not positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay: {self.weight_decay} is negative")
+        require(
             self.max_grad_norm > 0,
             f"optimizer.max_grad_norm: {self.max_grad_norm} is not positive; "
             "use a large number, such as 1e9, to switch clipping off",
@@ -186,8 +187,8 @@ class ScheduleSettings:
     """The last step's learning rate, as a part of the peak."""
 
     def __post_init__(self) -> None:
-        _check(self.warmup_steps >= 0, f"schedule.warmup_steps: {self.warmup_steps} is negative")
-        _check(
+        require(self.warmup_steps >= 0, f"schedule.warmup_steps: {self.warmup_steps} is negative")
+        require(
             0 <= self.min_lr_ratio <= 1,
             f"schedule.min_lr_ratio: {self.min_lr_ratio} is not between 0 and 1",
         )
@@ -201,7 +202,9 @@ class EvaluationSettings:
     """Also before the first step and after the last."""
 
     def __post_init__(self) -> None:
-        _check(self.every_steps >= 1, f"evaluation.every_steps: {self.every_steps} is not positive")
+        require(
+            self.every_steps >= 1, f"evaluation.every_steps: {self.every_steps} is not positive"
+        )
 
 
 @dataclass(kw_only=True)
@@ -213,7 +216,7 @@ class TextEvaluationSettings(EvaluationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
+        require(
             self.max_tokens is None or self.max_tokens >= 1,
             f"evaluation.max_tokens: {self.max_tokens} is not positive",
         )
@@ -229,8 +232,10 @@ class CheckpointSettings:
     """Checkpoints to keep; the newest that is complete is never deleted."""
 
     def __post_init__(self) -> None:
-        _check(self.every_steps >= 1, f"checkpoint.every_steps: {self.every_steps} is not positive")
-        _check(
+        require(
+            self.every_steps >= 1, f"checkpoint.every_steps: {self.every_steps} is not positive"
+        )
+        require(
             self.keep >= 2,
             f"checkpoint.keep: {self.keep} is less than 2; with only one, a damaged checkpoint "
             "would be the end of the run",
@@ -248,59 +253,3 @@ class ShardCheckpointSettings(CheckpointSettings):
 
     asynchronous: bool = True
     """Write in the background while training goes on; needs host memory for a process's share."""
-
-
-@dataclass(kw_only=True)
-class StagedPaths:
-    """Where `make fetch` or `make run` put what the run reads, below $SLUICE_DATASETS."""
-
-    model: str | None = None
-    tokenizer: str = ""
-    train: str = ""
-    validation: str = ""
-
-
-@dataclass(kw_only=True)
-class LoopSettings:
-    """What every training script takes beside its model and data."""
-
-    max_steps: int = 1000
-    """Optimizer steps in the whole run, over all its attempts."""
-    seed: int = 42
-    """Initial weights, the order of the data and dropout follow from it."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: what the strategy file says on a GPU, fp32 on a CPU. bf16 is autocast: the weights
-    and the optimizer stay in fp32."""
-    compile: bool = False
-    """torch.compile: slow first step, then faster; needs a compiler."""
-    log_every_steps: int = 10
-    """A line of metrics every so many steps."""
-    export: bool = True
-    """Write the Hugging Face folder at the end."""
-    timeout_s: int = 600
-    """A collective that takes longer is a lost peer: the run ends instead of waiting for ever."""
-
-    def __post_init__(self) -> None:
-        _check(self.max_steps >= 1, f"max_steps: {self.max_steps} is not positive")
-        _check(
-            self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} is not positive"
-        )
-        _check(0 <= self.seed < 2**32, f"seed: {self.seed} is not between 0 and 4294967295")
-        _check(self.timeout_s >= 1, f"timeout_s: {self.timeout_s} is not positive")
-
-
-@dataclass(kw_only=True)
-class TrainingConfig(LoopSettings):
-    """All settings of a language-model training script."""
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    batch: BatchSettings = field(default_factory=BatchSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    evaluation: TextEvaluationSettings = field(default_factory=TextEvaluationSettings)
-    checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
-    staged: StagedPaths | None = None
-    """Written by the set-up; not for the command line."""
-    dry_run: bool = False
-    """A few steps of the preset `tiny` on the embedded sample: train, stop, resume, export."""

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from train.engine import batches, hub, modelfolder, pooling, texts, tokenization
+from train.engine import (
+    batches,
+    hub,
+    modelfolder,
+    pooling,
+    texts,
+    tokenization,
+    transformers_tokenizer,
+)
+from train.engine.config import StagedPaths, TrainingConfig
 from train.engine.errors import said_of_the_disk
 from train.engine.once import (
     datasets_folder,
@@ -23,7 +32,6 @@ from train.engine.once import (
 )
 from train.engine.presets import PRESETS
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
-from train.engine.settings import StagedPaths, TrainingConfig
 from train.engine.shape import read_shape
 
 # In the folder of an encoder of the hub that has no file about its pooling, and was asked for one.
@@ -212,7 +220,9 @@ def stage_model(
 
 def _checked(folder: Path, kind: str, tokenizer_source: str | None) -> Path:
     modelfolder.check_whole(folder)
-    tokenization.check(Path(tokenizer_source).expanduser() if tokenizer_source else folder)
+    transformers_tokenizer.check(
+        Path(tokenizer_source).expanduser() if tokenizer_source else folder
+    )
     for note in read_shape(folder, kind)["notes"]:
         print(f"note: {note}", flush=True)
     return folder
@@ -251,6 +261,6 @@ def place_tokenizer(source: Path, name: str) -> Path:
         named_by_content(
             datasets_folder() / "tokenizers", tokenization.FORMAT, source.name, hashes
         ),
-        lambda out: tokenization.place(source, out),
+        lambda out: transformers_tokenizer.place(source, out),
         f"the tokenizer of {name}",
     )

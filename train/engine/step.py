@@ -14,10 +14,10 @@ import torch
 from runfolder.moments import reached
 from train.engine import guard, signals
 from train.engine.batches import Blocks, block_at, micro_batch_positions
+from train.engine.config import TrainingConfig
 from train.engine.distributed import agree, rank, world_size
 from train.engine.loss import global_target_tokens
 from train.engine.schedule import lr_at
-from train.engine.settings import TrainingConfig
 from train.engine.strategy.base import Strategy
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import datafiles, hub, overlap, rows
+from train.engine.config import TrainingConfig
 from train.engine.data import SAMPLES, Piece, from_rows, pieces
 from train.engine.datafiles import DataFiles
 from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
 from train.engine.rows import as_text
-from train.engine.settings import TrainingConfig
 
 SPLITS = ("train", "validation")
 

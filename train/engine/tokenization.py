@@ -130,7 +130,7 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
 
 def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
     """Return the frame of a folder of before there was `FRAME`: a run goes on with its own."""
-    tokens = _special_tokens(folder)
+    tokens = special_tokens(folder)
     vocabulary = form["model"].get("vocab")
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {token["content"]: token["id"] for token in form.get("added_tokens") or ()}
@@ -138,7 +138,7 @@ def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
     return {"bos_id": ids.get(bos), "eos_id": ids.get(eos), "literal": []}
 
 
-def _special_tokens(folder: Path) -> dict[str, Any]:
+def special_tokens(folder: Path) -> dict[str, Any]:
     """Return what the files of a tokenizer say of its special tokens, the newer file last."""
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -148,141 +148,6 @@ def _special_tokens(folder: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def place(source: Path, folder: Path) -> None:
-    """Put the tokenizer that transformers makes of `source` into `folder`, and its frame.
-
-    Raises:
-        UserError: as `check`, or transformers makes no fast tokenizer of it.
-    """
-    home = check(source)
-    loaded = _as_transformers(home, source)
-    copy(home, folder)
-    form = json.loads(loaded.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    (folder / "tokenizer.json").write_text(json.dumps(form, ensure_ascii=False), encoding="utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        _write_config(folder, bos=loaded.bos_token, eos=loaded.eos_token)
-    _write_frame(folder, _frame(home, loaded))
-    load(folder)
-
-
-def check(source: Path) -> Path:
-    """Return the folder of a tokenizer's `source`: itself, or that of the file it is.
-
-    Before torch is imported, as far as that goes.
-
-    Raises:
-        UserError: it is neither a folder that holds a tokenizer nor its tokenizer.json or
-            tokenizer.model, or the file is damaged.
-    """
-    if not source.exists():
-        raise UserError(f"model.tokenizer: {source} does not exist")
-    if source.is_file() and source.name not in ("tokenizer.json", "tokenizer.model"):
-        raise UserError(
-            f"model.tokenizer: {source} is not named tokenizer.json or tokenizer.model; "
-            "give one of these, or the folder that holds it"
-        )
-    home = source if source.is_dir() else source.parent
-    if not any((home / name).exists() for name in FILES if not name.endswith("_config.json")):
-        raise UserError(
-            f"model.tokenizer: {home} holds neither tokenizer.json nor tokenizer.model; "
-            "give a folder that does with --model.tokenizer"
-        )
-    _check_readable(home)
-    return home
-
-
-def _check_readable(home: Path) -> None:
-    """Raise `UserError` for a file that its own library does not read: it says less than we can."""
-    path, model = home / "tokenizer.json", home / "tokenizer.model"
-    if path.exists():
-        try:
-            Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise UserError(f"model.tokenizer: {path} cannot be read: {error}") from None
-    if path.exists() or not model.exists():
-        return
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        SentencePieceProcessor(model_file=str(model))
-    except (RuntimeError, OSError):
-        raise UserError(
-            f"model.tokenizer: {model} is not a sentencepiece model; give its tokenizer.json"
-        ) from None
-
-
-def _as_transformers(home: Path, source: Path) -> Any:
-    """Return what `AutoTokenizer` makes of a folder: its rules, not the file's, hold later on."""
-    # Slow to import (it brings torch), and needed only here: once for each tokenizer.
-    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
-    from transformers.utils.logging import set_verbosity_error
-
-    set_verbosity_error()
-    described = any((home / name).exists() for name in ("tokenizer_config.json", "config.json"))
-    try:
-        if described:
-            loaded = AutoTokenizer.from_pretrained(
-                home, local_files_only=True, trust_remote_code=False
-            )
-        elif (home / "tokenizer.json").exists():
-            loaded = PreTrainedTokenizerFast.from_pretrained(home)
-        else:
-            loaded = LlamaTokenizer.from_pretrained(home)
-    except Exception as error:  # whatever the libraries below it raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"model.tokenizer: transformers makes no tokenizer of {source}: {lines[0]}"
-        ) from None
-    if getattr(loaded, "backend_tokenizer", None) is None:
-        raise UserError(
-            f"model.tokenizer: {source} makes a {type(loaded).__name__}, which has no "
-            "tokenizer.json; save it as a fast tokenizer first"
-        )
-    return loaded
-
-
-def _frame(home: Path, loaded: Any) -> dict[str, Any]:
-    """Return how documents of a tokenizer begin and end, and which special tokens we alone place.
-
-    bos and eos are what tokenizer_config.json or special_tokens_map.json says, also if it says
-    null; where they do not mention it, config.json's id; else what the tokenizer's class has.
-    `add_bos_token: false` says that the model never saw a bos. A special token that the chat
-    template writes is one wherever a text spells it, and so is the eos that it names.
-    """
-    said = _special_tokens(home)
-    shape = read_json(home / "config.json", "model.tokenizer") or {}
-    known = loaded.get_vocab().values()
-
-    def one(name: str) -> int | None:
-        if f"{name}_token" not in said:
-            ids: Any = shape.get(f"{name}_token_id")
-            first = ids[0] if isinstance(ids, list) and ids else ids
-            if isinstance(first, int) and first in known:
-                return first
-        found: int | None = getattr(loaded, f"{name}_token_id")
-        return found
-
-    bos, eos = one("bos"), one("eos")
-    others = (getattr(loaded, f"{name}_token_id") for name in ("pad", "cls", "sep", "mask"))
-    placed = {i for i in (bos, eos, *others) if i is not None}
-    template = loaded.chat_template or ""
-    template = template if isinstance(template, str) else "".join(template.values())
-    # By its name, as many templates end a message; a beginning is placed, and no text spells it.
-    written = {loaded.eos_token} if eos is not None and "eos_token" in template else set()
-    return {
-        "bos_id": None if said.get("add_bos_token") is False and bos != eos else bos,
-        "eos_id": eos,
-        # GPT-2 has one token for all: what ends a document is not unknown.
-        "unknown_id": None if loaded.unk_token_id in (bos, eos) else loaded.unk_token_id,
-        "literal": sorted(
-            token
-            for token in loaded.convert_ids_to_tokens(sorted(placed))
-            if token not in written and token not in template
-        ),
-        "read": sorted(written),
-    }
 
 
 def copy(source: Path, folder: Path) -> None:
@@ -323,14 +188,16 @@ def train(text: Iterable[Piece], vocab_size: int, folder: Path, source: str) -> 
     if is_blank:
         raise UserError(f"{source} holds no text, or only white space")
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_config(folder, bos="<s>", eos="</s>")
-    _write_frame(folder, {"bos_id": 0, "eos_id": 1, "literal": ["</s>", "<s>"]})
+    write_config(folder, bos="<s>", eos="</s>")
+    write_frame(folder, {"bos_id": 0, "eos_id": 1, "literal": ["</s>", "<s>"]})
 
 
-def _write_config(folder: Path, *, bos: str | None, eos: str | None) -> None:
+def write_config(folder: Path, *, bos: str | None, eos: str | None) -> None:
+    """Write the tokenizer_config.json that transformers needs beside a tokenizer.json."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_frame(folder: Path, frame: dict[str, Any]) -> None:
+def write_frame(folder: Path, frame: dict[str, Any]) -> None:
+    """Write how documents begin and end, and what in them is text."""
     (folder / FRAME).write_text(json.dumps(frame, indent=2) + "\n")

@@ -15,7 +15,7 @@ from runfolder.checkpoints import published
 from tests.conftest import losses
 from tests.ranks import Forked
 from tests.real.train.test_faults import settings_for
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tests.models import write_tied_model
 from train import ask
 from train.engine import arguments
 from train.labs.rag import script
+from train.labs.rag.settings import Config
 
 Ask = Callable[..., str]
 # A title and a text that would clear the screen and turn the direction of writing.
@@ -32,7 +33,7 @@ def run(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("data") / "passages.csv"
     data.write_text(STEERING, encoding="utf-8")
     words = ["--dry_run", "--data.passages", str(data)]
-    config = arguments.parse(script.Config, words, prog="test", dry_run=script.DRY_RUN)
+    config = arguments.parse(Config, words, prog="test", dry_run=script.DRY_RUN)
     config = script.stage(config, online=False)
     (folder / "config.yaml").write_text(arguments.to_yaml(config), encoding="utf-8")
     assert script.train(config, folder, device, rehearse_stop=False) == "finished"
@@ -112,7 +113,7 @@ def test_a_run_remembers_its_generator(
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     words = ["--config", str(run / "config.yaml"), "--generator.name", str(generator)]
-    config = arguments.parse(script.Config, words, prog="test", dry_run=script.DRY_RUN)
+    config = arguments.parse(Config, words, prog="test", dry_run=script.DRY_RUN)
     config = script.stage(config, online=False)
     (copy / "config.yaml").write_text(arguments.to_yaml(config), encoding="utf-8")
     assert ask.main([str(copy), "--question", "What?", "--max_new_tokens", "4"]) == 0

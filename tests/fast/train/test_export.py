@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from runfolder.checkpoints import published
 from runfolder.errors import UserError
 from train import export, tinyllama
-from train.engine import arguments, checkpoint, models, tokenization
+from train.engine import arguments, checkpoint_reader, models, tokenization
 from train.engine.durable import describe
 from train.engine.errors import RunFailed
 from train.engine.once import staged_path
@@ -62,7 +62,7 @@ def from_checkpoint(run: Path, step: int, device: torch.device) -> PreTrainedMod
     fresh = AutoModelForCausalLM.from_config(built.config)
     for (_, buffer), (_, source) in zip(built.named_buffers(), fresh.named_buffers(), strict=True):
         buffer.copy_(source)
-    checkpoint.load_weights(built, folder)
+    checkpoint_reader.load_weights(built, folder)
     return built.eval()
 
 

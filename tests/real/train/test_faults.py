@@ -19,7 +19,7 @@ from tests.conftest import losses, read_metrics
 from tests.moments import Pause
 from tests.ranks import Forked, Ranks
 from tests.shared import CHECKOUT
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 
 SETTINGS = [
     *("--model.preset", "tiny", "--data.sequence_length", "64"),

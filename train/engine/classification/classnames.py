@@ -17,7 +17,7 @@ _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d{1,2})?")
 _MISSING = ("#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "None", "n/a", "null")
 
 
-def of(label: object, where: str, column: str) -> str:
+def class_name(label: object, where: str, column: str) -> str:
     """Return the name of a class: the same of 1, +1, 1.0, "1" and "1.0"; of true and "TRUE".
 
     Raises:

@@ -188,7 +188,7 @@ def _write_rows(folder: Path, rows: Iterator[Row], columns: dict[str, str], name
             if not parts[-1]:
                 raise UserError(f"{where}: the text is empty; leave the row out")
             row = {"where": where, "text": " ".join(part for part in parts if part)}
-            row["label"] = classnames.of(label, where, label_column)
+            row["label"] = classnames.class_name(label, where, label_column)
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     if count == 0:

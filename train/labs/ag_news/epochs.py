@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from runfolder.errors import UserError
-from train.engine.settings import LoopSettings
+from train.engine.config import LoopSettings
 
 # Where neither steps nor epochs are given.
 NUM_EPOCHS = 3.0

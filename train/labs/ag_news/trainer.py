@@ -20,7 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from runfolder.files import write_json
 from train.engine import encoders
-from train.engine.checkpoint import FORMAT, Checkpoints, read_state
+from train.engine.checkpoint import Checkpoints
+from train.engine.checkpoint_reader import FORMAT, read_state
 from train.engine.distributed import is_main_process, rank, world_size
 from train.engine.durable import describe
 from train.engine.strategy.base import assert_synchronised

@@ -9,33 +9,28 @@ training and after it. Reads top to bottom; one optimizer step is train/engine/s
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from runfolder.attempts import write_outcome
-from runfolder.errors import UserError
-from runfolder.files import write_atomically
 from train.engine import lora, signals, staging, tokenization
 from train.engine.batches import Blocks
 from train.engine.data import SAMPLES
 from train.engine.errors import run_to_exit
-from train.engine.lora import LoraSettings
 from train.engine.once import staged_path
 from train.engine.script import Script
-from train.engine.settings import TrainingConfig
 from train.engine.story import say
-from train.labs.causal_lm import sampling
-from train.labs.causal_lm.sampling import SampleSettings
+from train.labs.causal_lm import sampling, tuning
+from train.labs.causal_lm.comparison import COMPARED, View, compare
+from train.labs.causal_lm.settings import Config
 
 if TYPE_CHECKING:
     import torch
 
-    from train.engine.strategy.base import Strategy
 
 # What the dry run is tuned to: text in another manner than the sample that tinyllama trains on.
 RECIPES = SAMPLES / "causal_lm"
@@ -52,30 +47,6 @@ DRY_RUN: dict[str, Any] = {
     "max_steps": 20,
     "log_every_steps": 5,
 }
-
-
-@dataclass(kw_only=True)
-class Config(TrainingConfig):
-    """Fine-tune a pretrained language model on text."""
-
-    run_folder: str = ""
-    """Where checkpoints, metrics, samples and the model go; $SLUICE_RUN_FOLDER when empty."""
-    method: Literal["full", "lora"] = "full"
-    """full: every weight trains. lora: the model is frozen, small adapters beside it train."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    sample: SampleSettings = field(default_factory=SampleSettings)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method == "full" and self.lora != LoraSettings():
-            raise UserError(
-                "lora: is read with method lora only; add --method lora, or leave it out"
-            )
-        if self.method == "lora" and self.model.preset and not self.dry_run:
-            raise UserError(
-                f"model.preset: {self.model.preset} has random weights, which adapters cannot mend;"
-                " leave it out and give a trained model with --model.name"
-            )
 
 
 def stage(config: Config, *, online: bool) -> Config:
@@ -125,15 +96,15 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     validation = Blocks(staged_path(config.staged.validation), sequence_length)
 
     # ---- model, resume, optimizer ----
-    model = _pretrained(config, tokenizer_folder)
-    sizes = _sizes(model)
+    model = tuning.pretrained(config, tokenizer_folder)
+    sizes = tuning.sizes(model)
     flops = flops_per_token(model, sequence_length)
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
-    must_match = _must_match(config, sequence_length, model)
+    must_match = tuning.must_match(config, sequence_length, model)
     start = restore(checkpoints, model, must_match)
     step, position, metrics_line = start.step, start.position, start.line
     before: View | None = start.state.get("before")
-    wrapped = _wrap(model, config, device, start.optimizer)
+    wrapped = tuning.wrap(model, config, device, start.optimizer)
     record = None
     if is_main_process():
         record = metrics.Metrics(run_folder, max_steps=config.max_steps, resume_step=step)
@@ -222,7 +193,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             outcome: dict[str, Any] = {"outcome": "stopped", "reason": name}
         else:
             assert before is not None and view is not None
-            _compare(config, run_folder, before, view)
+            compare(config, run_folder, before, view)
             if config.export:
                 export(newest, tokenizer_folder, run_folder / "export")
             metrics_line |= {f"{key}_before": before[key] for key in COMPARED}
@@ -233,95 +204,6 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     if stopping:
         return "rehearsed" if rehearsing else "stopped"
     return "finished"
-
-
-# ---- the parts that are this lab's own ----
-
-# What is known of a model before or after: its step, its scores, and a text for each prompt.
-View = dict[str, Any]
-COMPARED = ("validation_perplexity", "bits_per_byte")
-
-
-def _pretrained(config: Config, tokenizer_folder: Path) -> Any:
-    """Return the model that is tuned, under LoRA frozen and with adapters."""
-    from train.engine import models
-
-    model = models.build(config, tokenizer_folder, config.seed)
-    if config.method == "full":
-        return model
-    source = config.model
-    return lora.add_adapters(
-        model, config.lora, seed=config.seed, name=source.name, revision=source.revision
-    )
-
-
-def _sizes(model: Any) -> str:
-    """Return how many of a model's parameters train, in words; before a strategy splits them."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
-    return sizes + lora.describe_adapted(model)
-
-
-def _wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strategy:
-    """Return the model under the strategy of the launcher's file, its optimizer beside it."""
-    from train.engine import strategy
-    from train.engine.distributed import world_size
-    from train.engine.loss import TokenLoss
-
-    loss = TokenLoss(model, device, strategy.uses_bf16(config.precision, device))
-    if config.compile:
-        loss.compile_parts()
-    micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())
-    return strategy.prepare(
-        loss,
-        config.optimizer,
-        name=strategy.name_from_environment(),
-        device=device,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        resume=resume,
-    )
-
-
-def _must_match(config: Config, sequence_length: int, model: Any) -> dict[str, Any]:
-    """Return what a continued run must have as it was: its data, and what its weights belong to."""
-    assert config.staged is not None
-    found = {
-        "method": config.method,
-        "data": config.staged.train,
-        # The text and the prompts of "before" are those of "after".
-        "validation": config.staged.validation,
-        "prompts": list(config.sample.prompts),
-        "sequence_length": sequence_length,
-        "seed": config.seed,
-    }
-    if config.method == "lora":
-        is_folder = Path(config.model.name).is_dir()
-        base = {"name": config.model.name, "preset": config.model.preset}
-        base["revision"] = None if is_folder else config.model.revision
-        base["staged"] = config.staged.model
-        found |= lora.describe(config.lora)
-        found |= {"base": base, "weights under the adapters": lora.base_sha256(model)}
-    return found
-
-
-def _compare(config: Config, run_folder: Path, before: View, after: View) -> None:
-    """Print what the training changed, and keep the texts in samples.jsonl."""
-    lines = []
-    for number, prompt in enumerate(config.sample.prompts):
-        say(f"prompt  {prompt}")
-        for when, view in (("before", before), ("after", after)):
-            text = view["texts"][number]
-            say(f"{when:<7} {' '.join(text.split())}")
-            lines.append({"when": when, "step": view["step"], "prompt": prompt, "text": text})
-    write_atomically(
-        run_folder / "samples.jsonl",
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-    )
-    say(f"{'':<22}{'before':>10}{'after':>10}")
-    for key in COMPARED:
-        say(f"{key:<22}{before[key]:>10.4g}{after[key]:>10.4g}")
 
 
 def _next_command(config: Config) -> str:

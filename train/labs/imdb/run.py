@@ -16,7 +16,7 @@ import torch
 from runfolder.attempts import write_outcome
 from runfolder.checkpoints import folder_name
 from runfolder.errors import UserError
-from train.engine import checkpoint, encoders, strategy
+from train.engine import checkpoint_reader, encoders, strategy
 from train.engine.checkpoint import Checkpoints
 from train.engine.classification import labelled
 from train.engine.classification.labelled import Labelled
@@ -205,7 +205,7 @@ def restore(run: Run) -> None:
     newest = run.checkpoints.newest()
     if newest is None:
         return
-    state = checkpoint.read_state(newest, must_match(run))
+    state = checkpoint_reader.read_state(newest, must_match(run))
     load_trained(run.model, newest)
     run.resumed_from = newest
     run.step = run.saved_step = state["step"]
@@ -233,7 +233,9 @@ def start_phase(run: Run, phase: Phase) -> PhaseTraining:
     if run.step > phase.first_step:
         # Under way already, which it only is after a resume.
         assert run.resumed_from is not None
-        training.load_optimizer(run.step - phase.first_step, checkpoint.reader(run.resumed_from)[0])
+        training.load_optimizer(
+            run.step - phase.first_step, checkpoint_reader.reader(run.resumed_from)[0]
+        )
     if run.record:
         trainable, total = training.counts()
         say(

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from runfolder.errors import UserError
 from train.engine.classification.datasettings import LabelledDataSettings
 from train.engine.classification.labelled import StagedLabelled
+from train.engine.config import LoopSettings
 from train.engine.settings import (
     BatchSettings,
     EncoderSettings,
     EvaluationSettings,
-    LoopSettings,
     OptimizerSettings,
     ScheduleSettings,
     ShardCheckpointSettings,

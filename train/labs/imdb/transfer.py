@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from train.engine import encoders, models, tokenization
-from train.engine.checkpoint import reader
+from train.engine.checkpoint_reader import reader
 from train.engine.durable import folder_at_once
 
 # What does not train but is measured, and belongs into a checkpoint with what does.

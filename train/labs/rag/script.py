@@ -10,7 +10,7 @@ Reads top to bottom. What is not the idea of this script lives in train/engine.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,11 @@ from train.engine.durable import sha256
 from train.engine.errors import RunFailed, run_to_exit
 from train.engine.once import relative_to_datasets, staged_path
 from train.engine.script import Script, only_under_ddp
-from train.engine.settings import CheckpointSettings, EncoderSettings, LoopSettings
 from train.engine.story import say
 from train.labs.rag import corpus, indexes, passages
-from train.labs.rag.chunks import ChunkSettings
-from train.labs.rag.corpus import StagedPassages
 from train.labs.rag.indexes import IndexSettings
-from train.labs.rag.passages import PassageDataSettings
+from train.labs.rag.scores import DEPTH, measure, say_scores
+from train.labs.rag.settings import Config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,51 +44,6 @@ DRY_RUN: dict[str, Any] = {
     "checkpoint": {"every_steps": 5},
     "log_every_steps": 5,
 }
-# The passages of a question that are kept and scored, and the places at which recall is counted.
-DEPTH = 10
-RECALL_AT = (1, 3, 5, 10)
-
-
-@dataclass(kw_only=True)
-class GeneratorSettings:
-    """What writes the answers of `make ask`; without one it shows the passages."""
-
-    name: str | None = None
-    """A hub id (owner/name), or the folder of a causal language model, such as a run's export."""
-    revision: str | None = None
-    """The commit of the hub id; not used for a folder."""
-
-
-@dataclass(kw_only=True)
-class Config(LoopSettings):
-    """Embed passages, index them, and measure how well questions find theirs."""
-
-    run_folder: str = ""
-    """Where checkpoints, metrics and the index go; $SLUICE_RUN_FOLDER when empty."""
-    max_steps: int = 1
-    """Batches of chunks to embed. It follows from the data; give `batch_size` instead."""
-    batch_size: int = 32
-    """Chunks in one forward pass of one process. A step is one such batch."""
-    model: EncoderSettings = field(default_factory=EncoderSettings)
-    data: PassageDataSettings = field(default_factory=PassageDataSettings)
-    chunks: ChunkSettings = field(default_factory=ChunkSettings)
-    index: IndexSettings = field(default_factory=IndexSettings)
-    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    staged: StagedPassages | None = None
-    """Written by the set-up; not for the command line."""
-    dry_run: bool = False
-    """The preset `tiny` on the embedded sample: embed, stop, resume, index, measure."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.batch_size <= 65_536:
-            raise UserError(f"batch_size: {self.batch_size} is not between 1 and 65536")
-        if self.precision == "bf16" or self.compile:
-            setting = "compile" if self.compile else "precision"
-            raise UserError(f"{setting}: this lab embeds in fp32, not compiled; leave it out")
-        if not self.export:
-            raise UserError("export: this lab makes an index and exports no model; leave it out")
 
 
 def stage(config: Config, *, online: bool) -> Config:
@@ -161,7 +114,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     import numpy as np
     import torch
 
-    from train.engine import checkpoint, metrics, strategy
+    from train.engine import checkpoint_reader, metrics, strategy
     from train.engine.distributed import agree, is_main_process, rank, world_size
     from train.engine.strategy.base import assert_same_weights
     from train.labs.rag import search, vectors
@@ -188,7 +141,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     last = checkpoints.newest()
     step = 0
     if last is not None:
-        state = checkpoint.read_state(last)
+        state = checkpoint_reader.read_state(last)
         indexes.check_identity(state["made_of"], {**made_of, "batch_size": size}, last)
         step = state["step"]
     record = None
@@ -301,38 +254,6 @@ def progress_line(
     """Return the line of metrics of a step, with the chunks and tokens done since the start."""
     done = [chunks[i] for batch in batches[:step] for i in batch]
     return {"step": step, "chunks": len(done), "tokens": sum(c.tokens for c in done)} | rates
-
-
-def measure(gold: list[int], found: np.ndarray) -> dict[str, float]:
-    """Return recall@k and MRR@10 of the passages found, (N, DEPTH, 2), and the first's scores.
-
-    recall@k is the part of the questions whose passage is among the first k; MRR@10 the mean of
-    1/place, 0 beyond the tenth (Voorhees 1999, TREC-8 question answering track).
-    """
-    import numpy as np
-
-    is_gold = found[:, :, 0] == np.array(gold)[:, None]
-    places = np.where(is_gold.any(1), is_gold.argmax(1) + 1, np.inf)
-    scores = {f"recall_at_{k}": float((places <= k).mean()) for k in RECALL_AT}
-    scores["mrr_at_10"] = float((1 / places).mean())
-    low, median = np.quantile(found[:, 0, 1], [0.05, 0.5])
-    return scores | {"top_score_p05": float(low), "top_score_median": float(median)}
-
-
-def say_scores(scores: dict[str, float], num_questions: int) -> None:
-    """Print how well the questions found their passages."""
-    if not scores:
-        say("no labelled questions: nothing to measure; give them with --data.questions")
-        return
-    recall = "  ".join(f"@{k} {scores[f'recall_at_{k}']:.3f}" for k in RECALL_AT)
-    say(f"{num_questions:,} questions: recall {recall}  MRR@10 {scores['mrr_at_10']:.3f}")
-    say(
-        f"score of the first passage: median {scores['top_score_median']:.3f}, "
-        f"5% below {scores['top_score_p05']:.3f}; a question takes {scores['encode_ms']:.1f} ms in "
-        f"the encoder, {scores['search_ms']:.2f} ms in the index"
-    )
-    if "recall_against_exact" in scores:
-        say(f"the index finds {scores['recall_against_exact']:.4f} of what an exact one finds")
 
 
 SCRIPT = Script(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from runfolder.errors import UserError
 from train import tinyllama
 from train.engine import arguments
-from train.engine.settings import OptimizerSettings, StagedPaths, TrainingConfig
+from train.engine.config import StagedPaths, TrainingConfig
+from train.engine.settings import OptimizerSettings
 
 
 @dataclass(kw_only=True)

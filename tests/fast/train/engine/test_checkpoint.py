@@ -19,8 +19,9 @@ from runfolder.checkpoints import published
 from runfolder.errors import UserError
 from tests.waiting import HANGS_AFTER_S
 from train import tinyllama
-from train.engine import checkpoint, models, strategy
-from train.engine.checkpoint import Checkpoints, find_damage
+from train.engine import checkpoint, checkpoint_reader, models, strategy
+from train.engine.checkpoint import Checkpoints
+from train.engine.checkpoint_reader import find_damage
 from train.engine.errors import RunFailed
 from train.engine.loss import TokenLoss
 from train.engine.once import staged_path
@@ -68,7 +69,7 @@ def in_memory(wrapped: Strategy) -> dict[str, torch.Tensor]:
 
 
 def assert_holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    read, names = checkpoint.reader(folder)
+    read, names = checkpoint_reader.reader(folder)
     assert {f"weight/{name}" for name in names} == {k for k in expected if k.startswith("weight/")}
     for key, tensor in expected.items():
         state, _, name = key.partition("/")
@@ -96,9 +97,9 @@ def test_a_checkpoint_holds_weights_and_moments_to_the_last_bit(
     saving.finish()
     folder = tmp_path / "step-00000001"
     assert_holds(folder, in_memory(trained))
-    assert checkpoint.read_state(folder) == {"format": 1, "step": 1, "position": 8}
+    assert checkpoint_reader.read_state(folder) == {"format": 1, "step": 1, "position": 8}
     loaded = models.empty(folder).to_empty(device="cpu")
-    checkpoint.load_weights(loaded, folder)
+    checkpoint_reader.load_weights(loaded, folder)
     weights = dict(trained.module.model.named_parameters())
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, weights[name]), name
@@ -158,7 +159,7 @@ def test_a_run_that_is_stopped_before_its_first_step_can_be_saved(
 ) -> None:
     wrapped = prepared(config, device)
     checkpoints(tmp_path).save(0, wrapped, {})
-    read, found = checkpoint.reader(tmp_path / "step-00000000")
+    read, found = checkpoint_reader.reader(tmp_path / "step-00000000")
     for name, parameter in wrapped.module.model.named_parameters():
         assert torch.equal(read(name, "weight"), parameter)
         assert torch.equal(read(name, "exp_avg"), torch.zeros_like(parameter))
@@ -343,7 +344,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
     with pytest.raises(UserError, match="has format 2; this Sluice reads up to 1"):
-        checkpoint.read_state(saved)
+        checkpoint_reader.read_state(saved)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from runfolder.errors import UserError
 from tests.shared import CHECKOUT
+from train.engine.config import LoopSettings
 from train.engine.settings import (
     BatchSettings,
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
-    LoopSettings,
     ModelSettings,
     OptimizerSettings,
     ScheduleSettings,

@@ -20,9 +20,10 @@ from tests.shared import CHECKOUT
 from tests.waiting import finish
 from train.engine import rows, staging, tokenization
 from train.engine.batches import Blocks
+from train.engine.config import StagedPaths, TrainingConfig
 from train.engine.data import SAMPLES, Piece
 from train.engine.once import staged_path
-from train.engine.settings import DataSettings, ModelSettings, StagedPaths, TrainingConfig
+from train.engine.settings import DataSettings, ModelSettings
 
 TEXT = (SAMPLES / "validation.txt").read_text()
 TINY = ModelSettings(preset="tiny")

@@ -12,7 +12,7 @@ from torch import nn
 
 from runfolder.errors import UserError
 from train import tinyllama
-from train.engine import checkpoint, models, strategy
+from train.engine import checkpoint_reader, models, strategy
 from train.engine.checkpoint import Checkpoints
 from train.engine.loss import TokenLoss
 from train.engine.once import staged_path
@@ -248,8 +248,10 @@ def test_a_strategy_that_is_loaded_goes_on_bit_for_bit(
 
     folder = tmp_path / "step-00000003"
     loss = token_loss(config, device)
-    checkpoint.load_weights(loss.model, folder)
-    resumed = prepared(config, device, name, loss=loss, resume=(3, checkpoint.reader(folder)[0]))
+    checkpoint_reader.load_weights(loss.model, folder)
+    resumed = prepared(
+        config, device, name, loss=loss, resume=(3, checkpoint_reader.reader(folder)[0])
+    )
     train_a_step(resumed, seed=3)
     expected = weights(straight) | moments(straight)
     for key, tensor in (weights(resumed) | moments(resumed)).items():

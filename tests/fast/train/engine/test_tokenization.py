@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from runfolder.errors import UserError
-from train.engine import batches, tokenization
+from train.engine import batches, tokenization, transformers_tokenizer
 from train.engine.data import SAMPLES, Piece, pieces
 
 TEXT = "The cluster trains a model.\n  Ünïcode 語, tabs\tand   spaces.\n"
@@ -77,7 +77,7 @@ def test_no_text_trains_no_tokenizer(out: Path, text: list[Piece]) -> None:
 def test_a_folder_or_its_tokenizer_json_is_copied(trained: Path, out: Path, source: str) -> None:
     (trained / "model.safetensors").touch()
     (trained / "chat_template.jinja").write_text("{{ x }}")
-    tokenization.place(trained / source, out)
+    transformers_tokenizer.place(trained / source, out)
     assert {path.name for path in out.iterdir()} == {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -89,7 +89,7 @@ def test_a_folder_or_its_tokenizer_json_is_copied(trained: Path, out: Path, sour
 
 def test_a_lone_tokenizer_json_has_no_special_tokens(trained: Path, out: Path) -> None:
     (trained / "tokenizer_config.json").unlink()
-    tokenization.place(trained, out)
+    transformers_tokenizer.place(trained, out)
     loaded = tokenization.load(out)
     assert (loaded.bos_id, loaded.eos_id) == (None, None)
 
@@ -126,7 +126,7 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_with_the_same_ids(
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    tokenization.place(tmp_path / "tokenizer.model", out)
+    transformers_tokenizer.place(tmp_path / "tokenizer.model", out)
     loaded = tokenization.load(out)
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert loaded.tokenizer.encode(TEXT, add_special_tokens=False).ids == original.encode(TEXT)
@@ -140,7 +140,7 @@ def test_what_is_no_tokenizer_is_one_line_with_the_file(
 ) -> None:
     def refusal(source: Path) -> str:
         with pytest.raises(UserError) as raised:
-            tokenization.place(source, out)
+            transformers_tokenizer.place(source, out)
         return str(raised.value)
 
     other = trained / "vocab.json"
@@ -180,7 +180,7 @@ def write_folder(folder: Path, *, added: tuple[str, ...] = ("<s>", "</s>"), **fi
 def placed(source: Path) -> tokenization.LoadedTokenizer:
     out = source.with_name(f"{source.name}-placed")
     out.mkdir()
-    tokenization.place(source, out)
+    transformers_tokenizer.place(source, out)
     return tokenization.load(out)
 
 

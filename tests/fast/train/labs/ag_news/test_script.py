@@ -18,15 +18,16 @@ from tests.shared import CHECKOUT
 from train.engine import arguments, metrics, signals
 from train.engine.errors import RunFailed
 from train.labs.ag_news import script
+from train.labs.ag_news.settings import Config
 
 JOB = "configs/jobs/ag_news.yaml"
 Train = Callable[..., str]
 
 
-def make_config(*words: str) -> script.Config:
+def make_config(*words: str) -> Config:
     """Return the job's settings in a short dry run, staged."""
     config = arguments.parse(
-        script.Config,
+        Config,
         ["--config", str(CHECKOUT / JOB), "--dry_run", "--log_every_steps", "1", *words],
         prog="test",
         dry_run=script.DRY_RUN,

@@ -22,13 +22,14 @@ from runfolder.checkpoints import published
 from runfolder.errors import UserError
 from tests.conftest import read_metrics
 from train import export, generate
-from train.engine import arguments, checkpoint, signals
+from train.engine import arguments, checkpoint_reader, signals
 from train.engine.batches import Blocks
 from train.engine.once import staged_path
 from train.engine.strategy.base import STATES
 from train.labs.causal_lm import script
+from train.labs.causal_lm.settings import Config
 
-Make = Callable[..., script.Config]
+Make = Callable[..., Config]
 SHORT = ("--max_steps", "6", "--evaluation.every_steps", "3", "--checkpoint.every_steps", "3")
 
 
@@ -36,10 +37,10 @@ SHORT = ("--max_steps", "6", "--evaluation.every_steps", "3", "--checkpoint.ever
 def make(environment: None, tied_model_folder: Path) -> Make:
     """Return a function that gives a dry run's settings, staged, of a model folder (tied, fp32)."""
 
-    def parse(*words: str) -> script.Config:
+    def parse(*words: str) -> Config:
         model = ("--model.preset", "null", "--model.name", str(tied_model_folder))
         return arguments.parse(
-            script.Config,
+            Config,
             ["--dry_run", *model, "--data.sequence_length", "24", *SHORT, *words],
             prog="test",
             dry_run=script.DRY_RUN,
@@ -54,7 +55,7 @@ def no_signal() -> Iterator[None]:
     signals.forget_rehearsal()
 
 
-def run(config: script.Config, folder: Path, device: torch.device, *, stop: bool = False) -> str:
+def run(config: Config, folder: Path, device: torch.device, *, stop: bool = False) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(arguments.to_yaml(config))
     return script.train(config, folder, device, rehearse_stop=stop)
@@ -134,7 +135,7 @@ def test_only_the_adapters_train_and_only_they_are_saved(
     adapted: Path, tied_model_folder: Path
 ) -> None:
     newest = published(adapted / "checkpoints")[0]
-    _, names = checkpoint.reader(newest)
+    _, names = checkpoint_reader.reader(newest)
     # Seven matrices in each of two layers, A and B.
     assert len(names) == 2 * 7 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
@@ -184,7 +185,7 @@ def test_named_layers_alone_get_adapters(make: Make, device: torch.device, tmp_p
     words = ("--method", "lora", "--lora.target_modules", "q_proj, v_proj", "--lora.dropout", "0.5")
     config = make(*words, "--max_steps", "1", "--export", "false")
     assert run(config, tmp_path, device) == "finished"
-    _, names = checkpoint.reader(published(tmp_path / "checkpoints")[0])
+    _, names = checkpoint_reader.reader(published(tmp_path / "checkpoints")[0])
     assert len(names) == 2 * 2 * 2
     assert all("q_proj" in name or "v_proj" in name for name in names)
 

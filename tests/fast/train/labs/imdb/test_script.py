@@ -18,7 +18,7 @@ from runfolder.errors import UserError
 from tests.conftest import read_metrics
 from tests.shared import CHECKOUT
 from train.engine import arguments, signals
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 from train.engine.metrics import Metrics
 from train.labs.imdb import script
 from train.labs.imdb.settings import Config

@@ -19,18 +19,19 @@ from tests.conftest import read_metrics
 from tests.shared import CHECKOUT
 from train.engine import arguments, signals
 from train.engine.once import staged_path
-from train.labs.rag import corpus, script
+from train.labs.rag import corpus, scores, script
+from train.labs.rag.settings import Config
 
-MakeConfig = Callable[..., script.Config]
+MakeConfig = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")
 def configured(environment: None) -> MakeConfig:
     """Return a function that gives a dry run's settings, staged, with those of a command line."""
 
-    def make(*words: str) -> script.Config:
+    def make(*words: str) -> Config:
         given = ["--dry_run", "--batch_size", "7", "--checkpoint.every_steps", "4", *words]
-        config = arguments.parse(script.Config, given, prog="test", dry_run=script.DRY_RUN)
+        config = arguments.parse(Config, given, prog="test", dry_run=script.DRY_RUN)
         return script.stage(config, online=False)
 
     return make
@@ -227,13 +228,13 @@ def test_another_strategy_is_refused(
 
 
 def test_recall_and_mrr_count_the_place_of_the_passage() -> None:
-    found = np.full((4, script.DEPTH, 2), -1.0)
+    found = np.full((4, scores.DEPTH, 2), -1.0)
     found[:, :6, 0] = range(6)
     found[:, :6, 1] = 0.9
     # At places 1, 3 and 6, and not at all.
-    scores = script.measure([0, 2, 5, 9], found)
-    assert [scores[f"recall_at_{k}"] for k in (1, 3, 5, 10)] == [0.25, 0.5, 0.5, 0.75]
-    assert scores["mrr_at_10"] == pytest.approx((1 + 1 / 3 + 1 / 6) / 4)
+    measured = scores.measure([0, 2, 5, 9], found)
+    assert [measured[f"recall_at_{k}"] for k in (1, 3, 5, 10)] == [0.25, 0.5, 0.5, 0.75]
+    assert measured["mrr_at_10"] == pytest.approx((1 + 1 / 3 + 1 / 6) / 4)
 
 
 # ---- wrong input ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 
 # A smaller learning rate than a dry run's: rounding, which differs with the number of processes,
 # grows less from step to step.

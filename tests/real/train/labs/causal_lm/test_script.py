@@ -17,7 +17,7 @@ from runfolder.checkpoints import published
 from tests import ranks
 from tests.conftest import read_metrics
 from tests.ranks import STRATEGIES
-from train.engine import checkpoint
+from train.engine import checkpoint_reader
 
 # Sums in another order, as in test_trajectories (which compares the gradient norms, too).
 TOLERANCE = 2e-5
@@ -99,7 +99,7 @@ def test_samples_are_the_same_under_every_strategy(runs: Runs) -> None:
 
 def test_checkpoints_hold_the_same_adapters_and_merge(runs: Runs) -> None:
     def adapters(run: Path) -> dict[str, torch.Tensor]:
-        read, names = checkpoint.reader(published(run / "checkpoints")[0])
+        read, names = checkpoint_reader.reader(published(run / "checkpoints")[0])
         return {name: read(name, "weight") for name in names}
 
     expected = adapters(runs["lora"])

@@ -14,7 +14,7 @@ from tests import ranks
 from tests.conftest import losses, read_metrics
 from tests.shared import CHECKOUT
 from train.engine import tokenization
-from train.engine.checkpoint import find_damage
+from train.engine.checkpoint_reader import find_damage
 from train.engine.data import Piece
 
 SAMPLES = CHECKOUT / "train/samples/imdb"

@@ -1,0 +1,73 @@
+"""What every training script can be told, and the whole of what one for language models can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from train.engine.settings import (
+    BatchSettings,
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    ShardCheckpointSettings,
+    TextEvaluationSettings,
+    require,
+)
+
+
+@dataclass(kw_only=True)
+class StagedPaths:
+    """Where `make fetch` or `make run` put what the run reads, below $SLUICE_DATASETS."""
+
+    model: str | None = None
+    tokenizer: str = ""
+    train: str = ""
+    validation: str = ""
+
+
+@dataclass(kw_only=True)
+class LoopSettings:
+    """What every training script takes beside its model and data."""
+
+    max_steps: int = 1000
+    """Optimizer steps in the whole run, over all its attempts."""
+    seed: int = 42
+    """Initial weights, the order of the data and dropout follow from it."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: what the strategy file says on a GPU, fp32 on a CPU. bf16 is autocast: the weights
+    and the optimizer stay in fp32."""
+    compile: bool = False
+    """torch.compile: slow first step, then faster; needs a compiler."""
+    log_every_steps: int = 10
+    """A line of metrics every so many steps."""
+    export: bool = True
+    """Write the Hugging Face folder at the end."""
+    timeout_s: int = 600
+    """A collective that takes longer is a lost peer: the run ends instead of waiting for ever."""
+
+    def __post_init__(self) -> None:
+        require(self.max_steps >= 1, f"max_steps: {self.max_steps} is not positive")
+        require(
+            self.log_every_steps >= 1, f"log_every_steps: {self.log_every_steps} is not positive"
+        )
+        require(0 <= self.seed < 2**32, f"seed: {self.seed} is not between 0 and 4294967295")
+        require(self.timeout_s >= 1, f"timeout_s: {self.timeout_s} is not positive")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(LoopSettings):
+    """All settings of a language-model training script."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluation: TextEvaluationSettings = field(default_factory=TextEvaluationSettings)
+    checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
+    staged: StagedPaths | None = None
+    """Written by the set-up; not for the command line."""
+    dry_run: bool = False
+    """A few steps of the preset `tiny` on the embedded sample: train, stop, resume, export."""

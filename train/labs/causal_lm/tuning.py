@@ -1,0 +1,78 @@
+"""The model that is tuned, under LoRA or as a whole, and what a continued run must have kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.engine import lora
+from train.labs.causal_lm.settings import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.engine.strategy.base import Strategy
+
+
+def pretrained(config: Config, tokenizer_folder: Path) -> Any:
+    """Return the model that is tuned, under LoRA frozen and with adapters."""
+    from train.engine import models
+
+    model = models.build(config, tokenizer_folder, config.seed)
+    if config.method == "full":
+        return model
+    source = config.model
+    return lora.add_adapters(
+        model, config.lora, seed=config.seed, name=source.name, revision=source.revision
+    )
+
+
+def sizes(model: Any) -> str:
+    """Return how many of a model's parameters train, in words; before a strategy splits them."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    words = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
+    return words + lora.describe_adapted(model)
+
+
+def wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strategy:
+    """Return the model under the strategy of the launcher's file, its optimizer beside it."""
+    from train.engine import strategy
+    from train.engine.distributed import world_size
+    from train.engine.loss import TokenLoss
+
+    loss = TokenLoss(model, device, strategy.uses_bf16(config.precision, device))
+    if config.compile:
+        loss.compile_parts()
+    micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())
+    return strategy.prepare(
+        loss,
+        config.optimizer,
+        name=strategy.name_from_environment(),
+        device=device,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        resume=resume,
+    )
+
+
+def must_match(config: Config, sequence_length: int, model: Any) -> dict[str, Any]:
+    """Return what a continued run must have as it was: its data, and what its weights belong to."""
+    assert config.staged is not None
+    found = {
+        "method": config.method,
+        "data": config.staged.train,
+        # The text and the prompts of "before" are those of "after".
+        "validation": config.staged.validation,
+        "prompts": list(config.sample.prompts),
+        "sequence_length": sequence_length,
+        "seed": config.seed,
+    }
+    if config.method == "lora":
+        is_folder = Path(config.model.name).is_dir()
+        base = {"name": config.model.name, "preset": config.model.preset}
+        base["revision"] = None if is_folder else config.model.revision
+        base["staged"] = config.staged.model
+        found |= lora.describe(config.lora)
+        found |= {"base": base, "weights under the adapters": lora.base_sha256(model)}
+    return found
