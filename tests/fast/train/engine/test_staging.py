@@ -331,7 +331,9 @@ def test_a_text_that_this_user_may_not_see_is_one_line(texts: Path) -> None:
 
 def command(texts: Path) -> list[str]:
     program = (
-        "from train.engine import staging; from train.engine.config import *; from train.engine.settings import *\n"
+        "from train.engine import staging\n"
+        "from train.engine.config import *\n"
+        "from train.engine.settings import *\n"
         f"data = DataSettings(train='{texts}/train.txt', validation='{texts}/validation.txt')\n"
         "config = TrainingConfig(model=ModelSettings(preset='tiny'), data=data)\n"
         "print(staging.stage(config, online=False).train)\n"
