@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runfolder import checkpoints, records
+from runfolder import checkpoints, heartbeats, records
 from runfolder.files import read_json, text, write_json
 from runfolder.lock import is_held
 
@@ -97,7 +97,7 @@ def begin(run: Path, slurm: dict[str, Any] | None = None) -> int:
     folder = folder_of(run, number)
     folder.mkdir(parents=True)
     if slurm is not None:
-        where = {"started": records.now(), "step": checkpoints.newest_step(run) or 0}
+        where = {"started": records.now(), **_reached(run)}
         write_json(folder / "slurm.json", slurm | where)
     return number
 
@@ -112,14 +112,38 @@ def write_outcome(
 ) -> dict[str, Any]:
     """Write how an attempt ended, one of `OUTCOMES`, and return it; without `number`, this one.
 
-    Without `step`, it ended at the newest checkpoint.
+    Without `step`, it ended at the newest checkpoint; a script that is not ours where its
+    processes had counted to.
     """
     assert outcome in OUTCOMES, outcome
     folder = folder_of(run, current() if number is None else number)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"outcome": outcome, "step": checkpoints.newest_step(run) or 0, **more}
+    content = {"outcome": outcome, **_reached(run, folder), **more}
     write_json(folder / "outcome.json", content)
     return content
+
+
+def _reached(run: Path, attempt: Path | None = None) -> dict[str, Any]:
+    """Return how far a run is: its newest step; of a script that is not ours, what we can see."""
+    program = records.program(run)
+    if program is None:
+        return {"step": checkpoints.newest_step(run) or 0}
+    beat = heartbeats.read(attempt) if attempt is not None else {}
+    saved = checkpoints.newest_write(run, program["checkpoints"])
+    return {"step": beat.get("steps", 0), "counts_steps": bool(beat), "saved": saved}
+
+
+def has_progressed(began: dict[str, Any], outcome: dict[str, Any]) -> bool:
+    """Return whether an attempt came further than where it began: slurm.json, outcome.json.
+
+    Of a script that is not ours both have to be seen, steps and a checkpoint: without the one it
+    only wrote files, without the other it would begin anew each time. One that takes no steps of
+    torch's optimizers is known by its checkpoints.
+    """
+    if "saved" in outcome:
+        stepped = bool(outcome.get("step")) or not outcome.get("counts_steps")
+        return stepped and bool(outcome["saved"] > began.get("saved", 0))
+    return bool(outcome.get("step", 0) > began.get("step", 0))
 
 
 def annotate(run: Path, number: int, **more: Any) -> dict[str, Any]:

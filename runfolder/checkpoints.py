@@ -33,3 +33,20 @@ def newest_step(run: Path) -> int | None:
     """Return the step of a run's newest checkpoint; None without one."""
     found = published(run / "checkpoints")
     return step_of(found[0]) if found else None
+
+
+def newest_write(run: Path, place: str) -> float:
+    """Return when a file was last written below `place`, a folder or file seen from the run's.
+
+    0 where there is none. For checkpoints whose names we do not know.
+    """
+    root = run / place
+    times = [0.0]
+    for path in [root, *root.rglob("*")]:
+        try:
+            if path.is_file():
+                times.append(path.stat().st_mtime)
+        except OSError:
+            # Another process may just have deleted it.
+            continue
+    return max(times)

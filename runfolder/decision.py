@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runfolder import attempts, checkpoints
+from runfolder import attempts, checkpoints, records
 from runfolder.exit_codes import EXIT_BAD_INPUT
 from runfolder.files import read_json, write_atomically
 
@@ -54,13 +54,16 @@ def too_often(run: Path, job_id: int, max_restarts: int) -> str:
         is_unhealthy = outcome.get("outcome") == "unhealthy"
         if is_unhealthy and outcome.get("exit_code") != SUSPECT_NODES:
             continue
-        if outcome.get("step", 0) > began.get("step", 0):
+        if attempts.has_progressed(began, outcome):
             break
         without += 1
         failed += is_unhealthy or outcome.get("outcome") == "failed"
     if failed >= MAX_FAILED_WITHOUT_PROGRESS or without >= MAX_WITHOUT_PROGRESS:
-        step = checkpoints.newest_step(run) or 0
-        return f"{without} attempts in a row made no progress (step {step})"
+        program = records.program(run)
+        where = f"step {checkpoints.newest_step(run) or 0}"
+        if program:
+            where = f"no optimizer step and newer file in {program['checkpoints']}"
+        return f"{without} attempts in a row made no progress ({where})"
     failures = sum(outcome.get("outcome") in ("failed", "unhealthy") for _, outcome in mine)
     if failures > max_restarts:
         return f"{failures} attempts failed, and resources.max_restarts is {max_restarts}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.errors import UserError
-from runfolder.files import append_json, json_object, number, text, write_json
+from runfolder.files import append_json, json_object, number, read_json, text, write_json
 
 NEEDED = ("job", "module", "accel", "num_processes")
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -43,6 +43,12 @@ def read(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not the record of a run: {error}") from None
     return content
+
+
+def program(run: Path) -> dict[str, Any] | None:
+    """Return what run.json says of a script that is not ours; None for ours."""
+    found = (read_json(run / "run.json") or {}).get("program")
+    return found if isinstance(found, dict) else None
 
 
 # ---- its jobs ----

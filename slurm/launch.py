@@ -20,13 +20,15 @@ from accelerate.commands.launch import main as accelerate_launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from runfolder import attempts
+from runfolder import attempts, records
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SAVED, of_outcome
 from runfolder.launch import read
 from slurm.interface import use_interface_towards
 
 # How long the last words of a run may take after the processes of another node have ended.
 PATIENCE_S = 60
+# The signal by which the processes were asked to end.
+asked = ""
 
 
 def main() -> int:
@@ -38,6 +40,8 @@ def main() -> int:
         of_run = read(Path(os.environ["SLUICE_RUN_FOLDER"]))
         use_interface_towards(address, of_run.get("interface", ""))
     code = launch()
+    if os.environ.get("SLUICE_NODE_RANK", "0") == "0":
+        record_program(Path(os.environ["SLUICE_RUN_FOLDER"]), code)
     if code == EXIT_BAD_INPUT and "SLUICE_STEP" in os.environ:
         # srun would tell of the node that it kills then.
         run = Path(os.environ["SLUICE_RUN_FOLDER"])
@@ -58,9 +62,14 @@ def launch() -> int:
         ]
         # A process that a signal killed has a negative code; shells say 128 + signal.
         return telling[0] if telling else 128 - codes[0]
-    except SignalException:
+    except SignalException as error:
         # The processes' codes are lost on this way; the attempt's outcome tells.
         run = Path(os.environ["SLUICE_RUN_FOLDER"])
+        if records.program(run) is not None:
+            # All that is known of one that is not ours: it ended when it was asked to.
+            global asked
+            asked = signal.Signals(error.sigval).name
+            return EXIT_SAVED
         # The first node writes it, when the processes of the others have ended already.
         is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
         until = time.monotonic() + (0 if is_first else PATIENCE_S)
@@ -70,6 +79,16 @@ def launch() -> int:
             time.sleep(0.2)
         return of_outcome(str(outcome.get("outcome")))
     return 0
+
+
+def record_program(run: Path, code: int) -> None:
+    """Write the outcome of a script that is not ours, which does not write its own."""
+    if records.program(run) is None:
+        return
+    if code == 0:
+        attempts.write_outcome(run, outcome="finished")
+    elif code == EXIT_SAVED:
+        attempts.write_outcome(run, outcome="stopped", reason=asked or f"exit code {code}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ source slurm/environment.sh
 
 # ---- launch ----
 : "${num_nodes:?}" "${module:?}"
+# The rider counts the steps of whatever module it runs.
 exec "${python[@]}" -m slurm.launch \
   --config_file "configs/accelerate/$SLUICE_ACCEL.yaml" \
   --num_machines "$num_nodes" \
@@ -23,4 +24,4 @@ exec "${python[@]}" -m slurm.launch \
   --main_process_ip "$MASTER_ADDR" \
   --main_process_port "$MASTER_PORT" \
   --rdzv_backend static \
-  --module "$module" "$@"
+  --module train.rider "$module" "$@"

@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck source=/dev/null
 source "${SLUICE_RUN_FOLDER:?}/launch.env"
-: "${scratch:?}" "${datasets:?}" "${copied_datasets?}" "${image?}"
+: "${scratch:?}" "${datasets:?}" "${copied_datasets?}" "${image?}" "${save_signal:?}"
 
 # ---- this node ----
 # Here and not in the batch shell, where it would be the first node's rank for all.
@@ -33,7 +33,11 @@ if [[ $1 == save ]]; then
   if [[ -d $SLUICE_SCRATCH ]]; then : >"$save"; fi
   # Slurm's own signals reach every process of a step, where it keeps no cgroups: also the one that
   # serves the image's files, which would die of it in the middle of the save.
-  if [[ -f $launcher ]]; then exec kill -s USR1 "$(<"$launcher")"; fi
+  if [[ -f $launcher ]]; then
+    # A script may know nothing of signals, or know another than ours do.
+    if [[ $save_signal == none ]]; then exit 0; fi
+    exec kill -s "$save_signal" "$(<"$launcher")"
+  fi
   echo "$SLURMD_NODENAME: attempt $SLUICE_ATTEMPT does not train here, and will not"
   exit
 fi

@@ -171,7 +171,7 @@ class Cancellation:
         outcome = (made[-1].outcome if made else None) or {}
         if outcome.get("outcome") == "finished":
             command = history.command_of(outcome, name)
-            print(f"job {job_id} had finished before; next: {command}")
+            print(f"job {job_id} had finished before" + (f"; next: {command}" if command else ""))
             return
         saved = checkpoints.newest_step(self._folder)
         late = "" if saved_in_time else "; its save was not finished in time"
@@ -179,6 +179,8 @@ class Cancellation:
         if saved is not None:
             serves = f"checkpoint {checkpoints.folder_name(saved)}"
         came = read_progress(self._folder, made[-1]).step if made else None
+        if records.program(self._folder) is not None:
+            serves, came = f"it goes on {history.next_start(self._folder)}", None
         if came is not None and (lost := came - (saved or 0)) > 0:
             serves += f"; {lost} step{'s' if lost != 1 else ''} {'are' if lost != 1 else 'is'} lost"
         print(f"job {job_id} is cancelled{late}; continue with make submit RUN={name} ({serves})")

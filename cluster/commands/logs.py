@@ -14,7 +14,7 @@ from cluster.site.file import load_site
 from cluster.slurm.call import QueuedJob, Slurm
 from cluster.slurm.reasons import ACTIVE, WAITING, waits
 from cluster.slurm.refusals import SlurmError
-from runfolder import attempts, checkpoints, exit_codes, files, records
+from runfolder import attempts, exit_codes, files, records
 from runfolder.errors import UserError
 
 POLL_S = 1.0
@@ -268,9 +268,12 @@ def _ruler(attempt: attempts.Attempt) -> str:
     if attempt.slurm is None:
         return f"---- attempt {attempt.number} ----"
     job_id, step = (files.number(attempt.slurm.get(key)) for key in ("job_id", "step"))
-    start = "?" if step is None else step
+    start = f", from step {'?' if step is None else step}"
+    if "saved" in attempt.slurm:
+        # Only its script knows from where it goes on.
+        start = ""
     job = "?" if job_id is None else job_id
-    return f"---- attempt {attempt.number}: job {job}{_on(attempt)}, from step {start} ----"
+    return f"---- attempt {attempt.number}: job {job}{_on(attempt)}{start} ----"
 
 
 def _on(attempt: attempts.Attempt) -> str:
@@ -283,13 +286,12 @@ def _on(attempt: attempts.Attempt) -> str:
 def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
     """Return how a run ended and the next command."""
     name = history.name_of(folder)
-    saved = checkpoints.newest_step(folder)
     at = f" at step {end.step}" if end.step is not None else ""
     reason = f" ({end.why})" if end.why else ""
-    start = "from the start" if saved is None else f"from step {saved}"
-    again = f"make submit RUN={name} goes on {start}"
+    again = f"make submit RUN={name} goes on {history.next_start(folder)}"
     if end.word == "finished":
-        return f"finished{at}; next: {history.command_of(end.outcome, name)}"
+        command = history.command_of(end.outcome, name)
+        return f"finished{at}; next: {command}" if command else f"finished{at}; it is in {folder}"
     if end.word == "stopped":
         return f"stopped{at}{reason}; {again}"
     if end.word == "cancelled":

@@ -82,6 +82,11 @@ def main(argv: list[str]) -> int:
 def fetch(job_name: str, script_arguments: list[str], runtime_name: str, image: str) -> int:
     """Download, tokenize and pack what the job reads; return the exit code."""
     job = load_job(job_name)
+    if job.program is not None:
+        raise UserError(
+            f"JOB={job_name}: only a script of Sluice's says what it reads; download what this one "
+            "reads with its own tools, such as `hf download`"
+        )
     runtime = choose_runtime(runtime_name, image, variants(gpus=bool(machine.gpus()), strict=False))
     print(f"fetching {runtime}", flush=True)
     environment = resolve.environment()
@@ -214,7 +219,10 @@ def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
 def _say_what_next(folder: Path, attempt: int, code: int) -> None:
     outcome = attempts.read(folder, attempt).outcome or {}
     name = folder.relative_to(folder.parent.parent)
-    if outcome.get("outcome") == "finished":
+    if outcome.get("outcome") == "finished" and records.program(folder) is not None:
+        print(f"\nfinished after {_steps_of(outcome)}")
+        print(f"  run folder   {resolve.short(folder)}")
+    elif outcome.get("outcome") == "finished":
         print(f"\nfinished at step {outcome['step']}")
         print(f"  run folder   {resolve.short(folder)}")
         print(f"  checkpoint   {resolve.short(folder / 'checkpoints' / outcome['checkpoint'])}")
@@ -228,6 +236,9 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         words = ["slurm/isolated.sh", resolve.short(Path(sys.executable)), "-m", "tensorboard.main"]
         words += ["--logdir", resolve.short(folder / "tensorboard")]
         print(f"      {first}{shlex.join(words)}")
+    elif outcome.get("outcome") == "stopped" and records.program(folder) is not None:
+        print(f"\nstopped after {_steps_of(outcome)} ({outcome['reason']})")
+        print(f"continue with: make run RUN={name}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")
@@ -238,6 +249,14 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
         if checkpoints.newest_step(folder) is not None:
             print(f"continue from the last checkpoint with: make run RUN={name}")
+
+
+def _steps_of(outcome: dict[str, Any]) -> str:
+    """Return how many steps a script that is not ours has taken in this attempt."""
+    steps = outcome["step"]
+    if not outcome["counts_steps"]:
+        return "no optimizer step of torch's"
+    return f"{steps:,} optimizer step{'s' if steps != 1 else ''}"
 
 
 def _number(given: str) -> int | None:

@@ -127,6 +127,28 @@ def _existing(text: str) -> Path | None:
         return None
 
 
+def argument_binds(words: Iterable[str]) -> list[str]:
+    """Return binds for what exists of the absolute paths on a script's command line, at its place.
+
+    Raises:
+        UserError: it lies where a run's container has something else.
+    """
+    found = {path.absolute() for path in named_paths(words) if path.is_absolute()}
+    for path in found:
+        _check_place(path)
+        _check_free(path)
+    return [bind(path.resolve(), path, "ro") for path in sorted(found)]
+
+
+def _check_free(target: Path) -> None:
+    for own in OF_THE_RUN:
+        if target.is_relative_to(own):
+            raise UserError(
+                f"{target}: lies where the container of a run has its own {own}; move it, or "
+                "take RUNTIME=host"
+            )
+
+
 def certificates(environment: Mapping[str, str]) -> list[Path]:
     """Return the host's certificates and token that the environment names and that exist."""
     names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HF_TOKEN_PATH")
@@ -164,10 +186,5 @@ def extra_binds(config: Any, datasets: Path) -> list[str]:
             binds[path.resolve()] = path.resolve()
     for target in binds:
         _check_place(target)
-        for own in OF_THE_RUN:
-            if target.is_relative_to(own):
-                raise UserError(
-                    f"{target}: lies where the container of a run has its own {own}; move it, or "
-                    "take RUNTIME=host"
-                )
+        _check_free(target)
     return [bind(binds[target], target, "ro") for target in sorted(binds)]

@@ -1,18 +1,26 @@
-"""An experiment: what a file of configs/jobs says beside the script's own settings."""
+"""An experiment: what a job file says beside the script's own settings."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from cluster.plan import program
+from cluster.plan.program import Program, Signal
+from cluster.site.file import check_variables
 from runfolder.errors import UserError, did_you_mean
 
 JOBS = Path("configs/jobs")
 STRATEGIES = Path("configs/accelerate")
+KINDS = ("script", "module", "command")
+# What only a script that is not ours needs to say.
+OF_PROGRAMS = {"resume_arguments", "dry_run_arguments", "checkpoints", "signal"}
+OF_PROGRAMS |= {"independent_ranks"}
+KEYS = {*KINDS, "resources", "arguments", "environment", *OF_PROGRAMS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +40,23 @@ class Job:
 
     name: str
     path: Path
-    script: Path
+    module: str
+    """Of ours: train/labs/rag/script.py is train.labs.rag.script; else `program.MODULE`."""
     resources: Resources
-
-    @property
-    def module(self) -> str:
-        """The script as a module: train/labs/rag/script.py is train.labs.rag.script."""
-        return ".".join(self.script.with_suffix("").parts)
+    environment: dict[str, str] = field(default_factory=dict)
+    program: Program | None = None
+    """None for a script of ours."""
+    script_folder: Path | None = None
+    """The folder of a script outside the checkout, of which the run gets a copy."""
 
 
 def load_job(name: str) -> Job:
-    """Return the job of configs/jobs/`name`.yaml.
+    """Return the job of configs/jobs/`name`.yaml, or of the file `name`.
 
     Raises:
         UserError: there is none, or it is not a job.
     """
-    path = _named(JOBS, "JOB", name)
+    path = _job_file(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -56,14 +65,39 @@ def load_job(name: str) -> Job:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a mapping with script, resources and arguments")
-    _check_keys(path, "", content, {"script", "resources", "arguments"})
-    script = content.get("script")
-    if not isinstance(script, str) or not re.fullmatch(r"train/[\w/]+\.py", script):
-        raise UserError(f"{path}: script: '{script}' is not a path such as train/tinyllama.py")
-    if not Path(script).is_file():
-        raise UserError(f"{path}: script: {script} does not exist; mind the spelling")
-    resources = _resources(path, content.get("resources"))
-    return Job(name=name, path=path, script=Path(script), resources=resources)
+    _check_keys(path, "", content, KEYS)
+    kinds = [kind for kind in KINDS if kind in content]
+    if len(kinds) != 1:
+        raise UserError(f"{path}: needs one of script, module and command, and has {len(kinds)}")
+    job: dict[str, Any] = {"name": path.stem, "path": path}
+    job["resources"] = _resources(path, content.get("resources"))
+    job["environment"] = _environment(path, content.get("environment"))
+    what = content[kinds[0]]
+    if not isinstance(what, str) or not what.strip():
+        raise UserError(f"{path}: {kinds[0]}: {what!r} is not a name")
+    if kinds[0] != "script":
+        if not re.fullmatch(r"[\w.-]+", what):
+            raise UserError(f"{path}: {kinds[0]}: '{what}' is not the name of a {kinds[0]}")
+        return Job(**job, module=program.MODULE, program=_program(path, kinds[0], what, content))
+    script = _script(path, what)
+    inside = _in_checkout(script)
+    if program.exports_script(script, f"{path}: script"):
+        if inside is None:
+            raise UserError(
+                f"{path}: script: {script} says SCRIPT, as Sluice's own do, and is not in this "
+                "checkout; put it below train/"
+            )
+        if wrong := sorted(OF_PROGRAMS & set(content)):
+            raise UserError(f"{path}: {wrong[0]}: is for a script that is not Sluice's; drop it")
+        return Job(**job, module=".".join(inside.with_suffix("").parts))
+    folder = None if inside else script.parent
+    place = str(inside or Path(program.SCRIPT_FOLDER, script.name))
+    return Job(
+        **job,
+        module=program.MODULE,
+        program=_program(path, "script", place, content),
+        script_folder=folder,
+    )
 
 
 def strategy_file(name: str) -> Path:
@@ -75,12 +109,78 @@ def strategy_file(name: str) -> Path:
     return _named(STRATEGIES, "ACCEL", name)
 
 
+def _job_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if len(path.parts) < 2 and path.suffix not in (".yaml", ".yml"):
+        return _named(JOBS, "JOB", name)
+    if path.is_dir() or path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"JOB={name}: is not the name of a job, nor a .yaml file")
+    if not path.exists():
+        known = {file.stem: file for file in JOBS.glob("*.yaml")}
+        raise UserError(f"JOB={name}: there is no such file{did_you_mean(path.stem, known)}")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
+        raise UserError(
+            f"JOB={name}: the name of a job's file has letters, digits, '.', '_' and '-' only"
+        )
+    return path
+
+
 def _named(folder: Path, variable: str, name: str) -> Path:
     known = {file.stem: file for file in folder.glob("*.yaml")}
     if name not in known:
         hint = did_you_mean(Path(name).stem, known)
         raise UserError(f"{variable}={name}: there is no {folder}/{name}.yaml{hint}")
     return known[name]
+
+
+def _script(path: Path, named: str) -> Path:
+    """Return the script: seen from the checkout, or from the folder of a job file elsewhere."""
+    base = Path() if _in_checkout(path) else path.parent
+    script = base / Path(named).expanduser()
+    if script.is_dir():
+        raise UserError(f"{path}: script: {script} is a folder; name the file that is started")
+    if not script.is_file():
+        raise UserError(f"{path}: script: {script} does not exist; mind the spelling")
+    if script.suffix != ".py":
+        raise UserError(f"{path}: script: {script} is not a .py file; for others take command:")
+    return script
+
+
+def _in_checkout(path: Path) -> Path | None:
+    """Return a path as it is in the checkout, the current folder; None where it lies elsewhere."""
+    here, real = Path.cwd().resolve(), path.resolve()
+    return real.relative_to(here) if real.is_relative_to(here) else None
+
+
+def _program(path: Path, kind: Any, name: str, content: dict[str, Any]) -> Program:
+    words = {
+        key: program.words_of(content.get(key), f"{path}: {key}")
+        for key in ("arguments", "resume_arguments", "dry_run_arguments")
+    }
+    place = content.get("checkpoints", Program.checkpoints)
+    if not isinstance(place, str) or not place or ".." in Path(place).parts:
+        raise UserError(f"{path}: checkpoints: {place!r} is not a path below the run's folder")
+    signal = content.get("signal", Program.signal)
+    if signal not in get_args(Signal):
+        raise UserError(f"{path}: signal: {signal!r} is not one of {', '.join(get_args(Signal))}")
+    independent = content.get("independent_ranks", False)
+    if not isinstance(independent, bool):
+        raise UserError(f"{path}: independent_ranks: {independent!r} is not true or false")
+    return Program(
+        kind=kind,
+        name=name,
+        checkpoints=place,
+        signal=signal,
+        independent_ranks=independent,
+        **words,
+    )
+
+
+def _environment(path: Path, content: Any) -> dict[str, str]:
+    content = content or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: 'environment' is not a mapping")
+    return check_variables(path, content)
 
 
 def _resources(path: Path, content: Any) -> Resources:

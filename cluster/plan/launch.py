@@ -6,16 +6,18 @@ the run's folder as launch.env, and nothing else reaches `slurm/`.
 
 from __future__ import annotations
 
+import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.plan import resolve
-from cluster.plan.binds import OF_THE_RUN, bind, extra_binds
-from cluster.plan.job import load_job, strategy_file
+from cluster.plan import container, resolve
+from cluster.plan.binds import OF_THE_RUN, argument_binds, bind, extra_binds
+from cluster.plan.job import JOBS, load_job, strategy_file
+from cluster.plan.program import MODULE, Program
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime, runtime_values
 from cluster.runs import folders
@@ -40,6 +42,12 @@ class Source:
     """The file of settings that it begins with."""
     code: Path
     is_new: bool
+    program: Program | None = None
+    """Of a script that is not ours."""
+    script_folder: Path | None = None
+    """Of one outside the checkout, until the run has its copy."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """The job's own variables for every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,12 @@ class Launch:
             launch.write(folder, self.values, self.exported)
 
         if self.source.is_new:
-            folders.create(self.folder, content=self.record(), fill=fill)
+            folders.create(
+                self.folder,
+                content=self.record(),
+                fill=fill,
+                script_folder=self.source.script_folder,
+            )
             return
         try:
             # Last what matters to others: each launch writes the other file anew.
@@ -100,7 +113,10 @@ def new_run(job_name: str, *, name: str, accel: str) -> Source:
         UserError: there is no such job, or no place for its run.
     """
     job = load_job(job_name)
-    record = {"job": job.name, "module": job.module, "resources": asdict(job.resources)}
+    record: dict[str, Any] = {"job": job.name, "module": job.module}
+    record |= {"resources": asdict(job.resources), "environment": job.environment}
+    if job.program is not None:
+        record["program"] = job.program.record()
     return Source(
         folder=folders.new_folder(job.name, name),
         record=record,
@@ -108,6 +124,9 @@ def new_run(job_name: str, *, name: str, accel: str) -> Source:
         settings=job.path,
         code=Path.cwd(),
         is_new=True,
+        program=job.program,
+        script_folder=job.script_folder,
+        environment=job.environment,
     )
 
 
@@ -133,6 +152,8 @@ def run_that_goes_on(name: str, *, accel: str) -> Source:
         settings=folder / "config.yaml",
         code=folder / "code",
         is_new=False,
+        program=Program(**record["program"]) if record.get("program") else None,
+        environment=record.get("environment", {}),
     )
 
 
@@ -170,13 +191,16 @@ def resolve_launch(
     if request.device == "cpu":
         # Or torch would use the GPUs that there are.
         told["CUDA_VISIBLE_DEVICES"] = ""
-    config = resolve.settings(
-        runtime,
-        source.record["module"],
-        ["--config", str(source.settings), *script_arguments],
-        environment | told,
-        source.code,
-    )
+    if source.program:
+        config: str | int = _program_config(source, runtime, script_arguments, environment | told)
+    else:
+        config = resolve.settings(
+            runtime,
+            source.record["module"],
+            ["--config", str(source.settings), *script_arguments],
+            environment | told,
+            source.code,
+        )
     if isinstance(config, int):
         return config
     staged = yaml.safe_load(config)
@@ -186,8 +210,33 @@ def resolve_launch(
         runtime=runtime,
         config=config,
         values=_values(source, request, runtime, staged, site),
-        exported=exported | (site.environment if site else {}),
+        exported=exported | (site.environment if site else {}) | source.environment,
     )
+
+
+def _program_config(
+    source: Source, runtime: Runtime, words: list[str], environment: dict[str, str]
+) -> str | int:
+    """Return the config.yaml of a script that is not ours, or the exit code of a refusal."""
+    program = source.program
+    assert program is not None
+    resolve.make_datasets_folder()
+    # It is a word to make and not to the script, which need not know it.
+    dry_run = "--dry_run" in words
+    words = [word for word in words if word != "--dry_run"]
+    if not source.is_new:
+        before = json.loads(source.settings.read_text(encoding="utf-8"))
+        # What was given with an earlier launch is still said.
+        return json.dumps(before | {"arguments": before["arguments"] + words}, indent=2) + "\n"
+    if program.kind != "script" and (code := _find_program(program, runtime, environment)):
+        return code
+    return program.config(words, dry_run=dry_run)
+
+
+def _find_program(program: Program, runtime: Runtime, environment: dict[str, str]) -> int:
+    """Return 0 if the image, or the environment of the host, has the module or the command."""
+    words = [f"--find={program.kind}", program.name]
+    return container.call(runtime, MODULE, words, code=Path.cwd(), environment=environment)
 
 
 def _values(
@@ -208,11 +257,15 @@ def _values(
         "binds": "",
         "container_flags": "",
         "copied_datasets": "",
-        "site_variables": "",
+        "site_variables": "|".join({**(site.environment if site else {}), **source.environment}),
+        "save_signal": source.program.signal if source.program else "USR1",
         "interface": "",
     }
     if runtime.image:
-        binds = extra_binds(config, datasets)
+        if source.program:
+            binds = argument_binds(config["arguments"] + config["resume_arguments"])
+        else:
+            binds = extra_binds(config, datasets)
         binds += [_site_bind(site, text) for text in site.container.binds] if site else []
         values["binds"] = "\n".join(binds)
         for path in (source.folder, source.code, datasets, cache):
@@ -230,7 +283,6 @@ def _of_site(site: Site, source: Source, runtime: Runtime, config: Any) -> dict[
     return {
         "container_flags": "\n".join(site.container.flags) if runtime.image else "",
         "copied_datasets": "\n".join(copied),
-        "site_variables": "|".join(site.environment),
         "scratch": site.paths.scratch,
         "modules": "\n".join(site.container.modules),
         "max_restarts": str(source.record["resources"]["max_restarts"]),
@@ -263,6 +315,8 @@ def _site_bind(site: Site, text: str) -> str:
 
 def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:
     """Return the make command that begins such a run once more, for its record."""
-    words = ["make", target, f"JOB={source.record['job']}", f"ACCEL={source.accel}"]
+    is_ours = source.settings.parent == JOBS
+    job = source.record["job"] if is_ours else source.settings.absolute()
+    words = ["make", target, f"JOB={job}", f"ACCEL={source.accel}"]
     words += [f"{name}={value}" for name, value in sizes.items()]
     return shlex.join([*words, f"ARGS={shlex.join(arguments)}"])

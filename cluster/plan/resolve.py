@@ -48,6 +48,15 @@ def _writable_folders(environment: dict[str, str]) -> list[Path]:
     return [*writable, home] if home.is_dir() else writable
 
 
+def make_datasets_folder() -> None:
+    """Make the folder of datasets where it is missing: a container has to see it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    _made(folders.datasets_folder(), "SLUICE_DATASETS")
+
+
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 

@@ -1,4 +1,4 @@
-"""The checkout: which of its files are code, and where it stands in git."""
+"""Code that goes into a run: the checkout's, or a script's folder; and where it stands in git."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ SECRETS += ["id_ecdsa*", "secrets.*"]
 SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
 # A file that git does not know is code up to this size, and data above it.
 MAX_UNTRACKED_BYTES = 1_000_000
+# A script's folder with more is a home, or data.
+MAX_FILES = 5_000
+# Without git: what is no code beside a script.
+NOT_A_SCRIPTS = {".git", ".venv", "venv", ".ipynb_checkpoints", "__pycache__"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,52 +54,73 @@ class State:
         }
 
 
-def state() -> State:
+def state(root: Path = Path()) -> State:
     """Return the state of the checkout in the current folder, with edits that are not committed.
+
+    With `root` that of a script's folder; files are seen from there.
 
     Raises:
         UserError: what was brought along from a laptop is damaged.
     """
-    if ORIGIN.exists():
+    if root == Path() and ORIGIN.exists():
         return _origin()
+    without_git = partial(_without_git, root)
     try:
-        _git("rev-parse", "--git-dir")
-        tracked = _files("ls-files")
-        untracked = _files("ls-files", "--others", "--exclude-standard")
+        _git(root, "rev-parse", "--git-dir")
+        tracked = _files(root, "ls-files")
+        untracked = _files(root, "ls-files", "--others", "--exclude-standard")
         if not tracked:
             # A tarball that was unpacked inside some other repository.
-            return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
-        if not _succeeds("rev-parse", "--verify", "HEAD"):
-            return State(files=_code_of(untracked, tracked), commit=None, diff=b"")
+            return without_git()
+        if not _succeeds(root, "rev-parse", "--verify", "HEAD"):
+            return State(files=_code_of(root, untracked, tracked), commit=None, diff=b"")
         # What was added and not committed is looked at as if git did not have it yet.
-        added = _files("diff", "--relative", "--cached", "--name-only", "--diff-filter=A", "HEAD")
-        left_out = [f":(exclude,literal){file}" for file in added if _is_secret(file)]
+        words = ["diff", "--relative", "--cached", "--name-only", "--diff-filter=A", "HEAD"]
+        added = _files(root, *words)
+        left_out = [f":(exclude,literal){file}" for file in added if _is_secret(root / file)]
         return State(
-            files=[*(file for file in tracked if file not in added), *_code_of(untracked, added)],
-            commit=_git("rev-parse", "HEAD").decode().strip(),
-            diff=_git("diff", "HEAD", "--", ".", *left_out),
+            files=[
+                *(file for file in tracked if file not in added),
+                *_code_of(root, untracked, added),
+            ],
+            commit=_git(root, "rev-parse", "HEAD").decode().strip(),
+            diff=_git(root, "diff", "HEAD", "--", ".", *left_out),
         )
     except FileNotFoundError:
-        return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
+        return without_git()
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip()
         if "not a git repository" in said:
-            return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
+            return without_git()
         # Without git's word all files would be taken, also those that it is told to ignore.
         raise UserError(f"git: {said.splitlines()[0] if said else error}") from None
 
 
-def copy(target: Path) -> dict[str, Any]:
-    """Copy the code to `target`; return its `record`, and the diff.
+def copy(target: Path, root: Path = Path()) -> dict[str, Any]:
+    """Copy the code below `root` to `target`; return its `record`, and the diff.
 
     Raises:
         OSError: it cannot be written.
+        UserError: a script's folder holds more files than code has.
     """
-    found = state()
+    found = state(root)
+    if root != Path() and len(found.files) > MAX_FILES:
+        raise _too_many(root)
     for file in found.files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target / file)
+        shutil.copy2(root / file, target / file)
     return {**found.record(), "diff": found.diff}
+
+
+def _without_git(root: Path) -> State:
+    return State(files=_code_of(root, _code_below(root)), commit=None, diff=b"")
+
+
+def _too_many(root: Path) -> UserError:
+    return UserError(
+        f"{root}: holds more than {MAX_FILES:,} files, and each run gets a copy of its script's "
+        "folder; put the script into a folder of its own"
+    )
 
 
 def _origin() -> State:
@@ -106,47 +132,60 @@ def _origin() -> State:
             f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, the next command "
             "from the laptop makes it anew"
         ) from None
-    return State(files=_code_of(_code_below(Path())), commit=commit, diff=diff)
+    return State(files=_code_of(Path(), _code_below(Path())), commit=commit, diff=diff)
 
 
-def _git(*arguments: str) -> bytes:
+def _git(root: Path, *arguments: str) -> bytes:
     # In English, for the one answer that is looked at.
     environment = os.environ | {"LC_ALL": "C"}
     words = ["git", *arguments]
-    return subprocess.run(words, capture_output=True, check=True, env=environment).stdout
+    return subprocess.run(words, cwd=root, capture_output=True, check=True, env=environment).stdout
 
 
-def _succeeds(*arguments: str) -> bool:
-    return subprocess.run(["git", *arguments], capture_output=True, check=False).returncode == 0
+def _succeeds(root: Path, *arguments: str) -> bool:
+    words = ["git", *arguments]
+    return subprocess.run(words, cwd=root, capture_output=True, check=False).returncode == 0
 
 
-def _files(*arguments: str) -> list[Path]:
+def _files(root: Path, *arguments: str) -> list[Path]:
     """Return those files that exist of the names that git lists."""
-    names = _git(arguments[0], "-z", *arguments[1:]).split(b"\0")
-    return [path for path in (Path(os.fsdecode(name)) for name in names) if path.is_file()]
+    names = _git(root, arguments[0], "-z", *arguments[1:]).split(b"\0")
+    paths = (Path(os.fsdecode(name)) for name in names if name)
+    return [path for path in paths if (root / path).is_file()]
 
 
-def _code_below(folder: Path) -> list[Path]:
-    files = []
+def _code_below(root: Path) -> list[Path]:
+    """Return the files below a folder without git that may be code, seen from there."""
     data = {places.folder("runs").absolute(), places.folder("datasets").absolute()}
-    for entry in sorted(folder.iterdir()):
-        if entry.name in NOT_CODE or entry.absolute() in data or entry.name.endswith("_cache"):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            files += _code_below(entry)
-        elif entry.is_file():
-            files.append(entry)
+    not_code = NOT_CODE if root == Path() else NOT_A_SCRIPTS
+    files: list[Path] = []
+    for place, folders, names in os.walk(root):
+        folder = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in not_code
+            and not name.endswith("_cache")
+            and (folder / name).absolute() not in data
+            and not (folder / name).is_symlink()
+        )
+        for name in sorted(names):
+            path = folder / name
+            if name not in not_code and not name.endswith("_cache") and path.is_file():
+                files.append(path.relative_to(root))
+        if root != Path() and len(files) > MAX_FILES:
+            raise _too_many(root)
     return files
 
 
-def _code_of(unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
+def _code_of(root: Path, unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
     """Return those that are no secrets, and of what git does not know those that are no data."""
-    large = [file for file in unknown if file.stat().st_size > MAX_UNTRACKED_BYTES]
+    large = [file for file in unknown if (root / file).stat().st_size > MAX_UNTRACKED_BYTES]
     small = [*staged, *(file for file in unknown if file not in large)]
-    secret = [file for file in small if _is_secret(file)]
+    secret = [file for file in small if _is_secret(root / file)]
     for left_out, why in ((secret, "it looks like a secret"), (large, "over 1 MB")):
         if left_out:
-            names = ", ".join(map(str, left_out))
+            names = ", ".join(str(root / file) for file in left_out)
             print(f"note: not copied ({why}): {names}", file=sys.stderr)
     return [file for file in small if file not in secret]
 

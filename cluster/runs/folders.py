@@ -73,10 +73,17 @@ def new_folder(job: str, name: str) -> Path:
     return folder
 
 
-def create(folder: Path, *, content: dict[str, Any], fill: Callable[[Path], None]) -> None:
+def create(
+    folder: Path,
+    *,
+    content: dict[str, Any],
+    fill: Callable[[Path], None],
+    script_folder: Path | None = None,
+) -> None:
     """Make the run folder: run.json with `content`, the code as it is now, and what `fill` writes.
 
-    It appears whole, by a rename.
+    It appears whole, by a rename. `script_folder`: of a script outside the checkout, which becomes
+    code/script.
 
     Raises:
         UserError: the place cannot be written.
@@ -87,6 +94,12 @@ def create(folder: Path, *, content: dict[str, Any], fill: Callable[[Path], None
         git = checkout.copy(unfinished / "code")
         if diff := git.pop("diff"):
             (unfinished / "code.diff").write_bytes(diff)
+        if script_folder is not None:
+            own = checkout.copy(unfinished / "code/script", script_folder)
+            if diff := own.pop("diff"):
+                (unfinished / "script.diff").write_bytes(diff)
+            git |= {"script_folder": str(script_folder.absolute())}
+            git |= {f"script_{key}": value for key, value in own.items()}
         fill(unfinished)
         records.write(unfinished, content | git)
         unfinished.rename(folder)

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.runs import folders
 from cluster.slurm.call import QueuedJob
 from cluster.slurm.reasons import OVER
+from runfolder import checkpoints, records
 from runfolder.attempts import OUTCOMES, Attempt
 from runfolder.files import last_lines, number, text
 from runfolder.records import Submission
@@ -135,9 +136,22 @@ def _last_words(folder: Path, job_id: int) -> str:
 
 
 def command_of(outcome: dict[str, Any] | None, name: str) -> str:
-    """Return what the script of a finished run says to do with it; `name` is the run's."""
+    """Return what the script of a finished run says to do with it; `name` is the run's.
+
+    Empty for a script that is not ours.
+    """
+    if "saved" in (outcome or {}):
+        return ""
     said = text((outcome or {}).get("command")) or 'make generate RUN= PROMPT="The cluster"'
     return re.sub(r"\bRUN=(?= |$)", lambda _: f"RUN={name}", said)
+
+
+def next_start(folder: Path) -> str:
+    """Return from where a run goes on, in words; of a script that is not ours only it knows."""
+    if records.program(folder) is not None:
+        return "with what its script saved"
+    saved = checkpoints.newest_step(folder)
+    return "from the start" if saved is None else f"from step {saved}"
 
 
 def reason_of(outcome: dict[str, Any]) -> str:

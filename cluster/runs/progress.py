@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runfolder import heartbeats, records
 from runfolder.attempts import Attempt
 from runfolder.checkpoints import newest_step
 from runfolder.files import json_object, last_lines, number
@@ -30,7 +31,18 @@ class Progress:
 
 
 def read_progress(folder: Path, newest: Attempt | None) -> Progress:
-    """Return how far the run came, by its newest logged step, checkpoint or outcome."""
+    """Return how far the run came, by its newest logged step, checkpoint or outcome.
+
+    Of a script that is not ours: the steps of its newest attempt, which it may have counted on.
+    """
+    if records.program(folder) is not None:
+        beat = heartbeats.read(newest.folder) if newest is not None else {}
+        return Progress(
+            step=number(beat.get("steps")),
+            max_steps=None,
+            tokens_per_second=None,
+            seconds_per_step=_positive(beat.get("seconds_per_step")),
+        )
     logged = [json_object(line) for line in last_lines(folder / "metrics.jsonl")]
     lines = [line for line in logged if number(line.get("step")) is not None]
     told = [newest_step(folder)]

@@ -46,7 +46,7 @@ def load_site() -> Site:
         if not isinstance(table, dict):
             raise UserError(f"{path}: '{name}' is not a table; write [{name}]")
         if name == "environment":
-            parts[name] = _environment(path, table)
+            parts[name] = check_variables(path, table)
         else:
             parts[name] = _section(path, name, kind, table)
     return Site(**parts, source=path)
@@ -114,7 +114,12 @@ def _check_value(path: Path, key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{path}: {key}: {problem}")
 
 
-def _environment(path: Path, table: dict[str, Any]) -> dict[str, str]:
+def check_variables(path: Path, table: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that a file sets for the processes of a run.
+
+    Raises:
+        UserError: one has no name of a variable, or one that is not the file's to set.
+    """
     for name, value in table.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"{path}: environment.{name}: is not the name of a variable")

@@ -1,0 +1,303 @@
+"""What sits beside a training script on each rank, whoever wrote the script.
+
+    python -m train.rider train.tinyllama --config runs/tinyllama/.../config.yaml
+
+It counts optimizer steps by torch's global hooks, ends processes that would train copies, tells
+how far they are, and prints the stacks of all threads on USR2. It imports nothing of the training
+libraries itself: a mistake in a setting is answered before torch is there.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import hashlib
+import importlib
+import importlib.util
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+from runfolder import attempts, heartbeats
+from runfolder.exit_codes import EXIT_BAD_INPUT
+
+OPTIMIZER = "torch.optim.optimizer"
+# The classes that keep ranks in step, by their names: their modules need not be loaded.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+# Copies are compared when they have taken two steps: the first may have a learning rate of 0.
+COMPARED_AFTER = 2
+# Relative difference of gradients that no order of summation explains.
+TOLERANCE = 1e-3
+MAX_COMPARED = 8
+
+
+class Rider:
+    """The steps of this rank, and what is made of them."""
+
+    def __init__(self, attempt: Path | None) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.promised = int(os.environ.get("SLUICE_WORLD_SIZE", "1"))
+        """The processes that the launcher was to start, on all nodes."""
+        self.attempt = attempt
+        self.end_after: int | None = None
+        """Steps after which this process ends well: a rehearsal's."""
+        self.may_differ = False
+        """Whether ranks train models of their own on purpose."""
+        self.strategy = "ddp"
+        """What the script's model has to be wrapped for, once it trains."""
+        self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._most = 0
+        self._engine: Any = None
+        self._started: float | None = None
+        self._writer: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this process; of several optimizers those of the busiest."""
+        # DeepSpeed steps torch's optimizer once for each group of parameters.
+        own = getattr(self._engine, "global_steps", None)
+        return int(own) if own is not None else self._most
+
+    # ---- torch's hooks ----
+
+    def before_step(self, optimizer: Any, *_: Any) -> None:
+        """Refuse the first step of a process that is alone, and later that of a copy."""
+        count = self._counts.get(optimizer, 0)
+        if count == 0 and not self._counts:
+            self._first_step(optimizer)
+        elif count == COMPARED_AFTER and self._is_compared(optimizer):
+            self._note(optimizer, "weights", _digest(optimizer))
+            if self.rank == 0:
+                self._compare()
+
+    def after_step(self, optimizer: Any, *_: Any) -> None:
+        """Count, and end a rehearsal that has come far enough."""
+        self._counts[optimizer] = count = self._counts.get(optimizer, 0) + 1
+        self._most = max(self._most, count)
+        if self.end_after is not None and self.steps >= self.end_after:
+            self._end_rehearsal()
+
+    def _first_step(self, optimizer: Any) -> None:
+        if self.promised > 1:
+            dist = sys.modules.get("torch.distributed")
+            joined = dist is not None and dist.is_available() and dist.is_initialized()
+            world_size = dist.get_world_size() if dist is not None and joined else 1
+            if world_size < self.promised:
+                self.refuse(
+                    f"the script took an optimizer step in a process group of {world_size}, and "
+                    f"{self.promised} processes were started: each would train a copy of its own; "
+                    "let it join them, as accelerate's Accelerator() or "
+                    "torch.distributed.init_process_group() does, or ask for one process"
+                )
+            if self._is_compared(optimizer):
+                self._note(optimizer, "gradients", _norms(optimizer))
+        if "deepspeed" in sys.modules:
+            self._engine = _find({"DeepSpeedEngine"})
+        self._check_strategy(optimizer)
+        self._started = time.monotonic()
+        if self.attempt is not None:
+            self._writer = threading.Thread(target=self._write_on, name="rider", daemon=True)
+            self._writer.start()
+
+    def _check_strategy(self, optimizer: Any) -> None:
+        """Refuse a script that trains in another way than was asked for."""
+        if self.strategy.startswith("zero") and self._engine is None:
+            self.refuse(
+                f"ACCEL={self.strategy}: the script does not train with DeepSpeed; prepare its "
+                "model and optimizer with accelerate's Accelerator, or leave ACCEL out"
+            )
+        if not self.strategy.startswith("fsdp"):
+            return
+        is_sharded = any(hasattr(p, "device_mesh") for p in _parameters(optimizer))
+        if not is_sharded and _find({"FullyShardedDataParallel", "FSDPModule"}) is None:
+            self.refuse(
+                f"ACCEL={self.strategy}: the script's model is not sharded; prepare it with "
+                "accelerate's Accelerator, which shards on GPUs only, or leave ACCEL out"
+            )
+
+    # ---- copies that never meet ----
+
+    def _is_compared(self, optimizer: Any) -> bool:
+        """Whether ranks that hold the same model should agree on this optimizer's parameters."""
+        if (
+            self.promised < 2
+            or self.may_differ
+            or self.attempt is None
+            or "deepspeed" in sys.modules
+        ):
+            return False
+        parameters = _parameters(optimizer)
+        # Of FSDP2 and tensor parallelism each rank has a part.
+        return bool(parameters) and not any(hasattr(p, "device_mesh") for p in parameters)
+
+    def _note(self, optimizer: Any, key: str, value: object) -> None:
+        if self.attempt is not None and next(iter(self._counts), optimizer) is optimizer:
+            heartbeats.note(self.attempt, self.rank, key, value)
+
+    def _compare(self) -> None:
+        """End the run if no rank's gradients or weights are those of another."""
+        assert self.attempt is not None
+        found = heartbeats.notes(self.attempt, self.promised)
+        gradients = [one.get("gradients") for one in found]
+        weights = [one.get("weights") for one in found]
+        if None in gradients or None in weights or len(set(map(str, weights))) < 2:
+            return
+        first, *others = gradients
+        if all(_are_near(first, other) for other in others) or _find(WRAPPERS) is not None:
+            return
+        self.refuse(
+            f"after {COMPARED_AFTER} optimizer steps the {self.promised} processes hold different "
+            "weights: their gradients are not averaged, so that each trains a copy of its own; "
+            "wrap the model (accelerator.prepare, DistributedDataParallel), or say "
+            "`independent_ranks: true` in the job's file"
+        )
+
+    def refuse(self, message: str) -> NoReturn:
+        """End this process, and so all, with one line; one rank says it."""
+        marker = self.attempt / "refused" if self.attempt is not None else None
+        is_first = marker is None or heartbeats.is_first(marker)
+        if is_first:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        # The launcher ends the others when one ends: not before the line is out.
+        if marker is not None:
+            heartbeats.wait_until_said(marker, said=is_first)
+        os._exit(EXIT_BAD_INPUT)
+
+    # ---- how far ----
+
+    def _end_rehearsal(self) -> NoReturn:
+        dist = sys.modules.get("torch.distributed")
+        if dist is not None and dist.is_available() and dist.is_initialized():
+            # The last exchange of a step may still be under way on another rank.
+            dist.barrier()
+        if self.rank == 0:
+            print(f"dry run: ended after {self.steps} optimizer steps", flush=True)
+        self.write()
+        sys.exit(0)
+
+    def write(self) -> None:
+        """Write how far this rank is."""
+        if self.attempt is None or self._started is None:
+            return
+        steps, elapsed = self.steps, time.monotonic() - self._started
+        # The clock runs since the first step began.
+        pace = elapsed / steps if steps else None
+        with self._lock:
+            heartbeats.beat(self.attempt, self.rank, steps, pace)
+
+    def _write_on(self) -> None:
+        # Rank 0's is looked at by people; of many ranks the others spare the file system.
+        interval_s = 2.0 if self.rank == 0 else max(5.0, self.promised / 20)
+        written = -1
+        while True:
+            if (steps := self.steps) != written:
+                self.write()
+                written = steps
+            time.sleep(interval_s)
+
+
+def _parameters(optimizer: Any) -> list[Any]:
+    """Return the first parameters of an optimizer that have a gradient."""
+    all_of_them = (p for group in optimizer.param_groups for p in group["params"])
+    return [p for p in all_of_them if p.grad is not None][:MAX_COMPARED]
+
+
+def _norms(optimizer: Any) -> list[float]:
+    return [float(p.grad.detach().float().norm()) for p in _parameters(optimizer)]
+
+
+def _digest(optimizer: Any) -> str:
+    digest = hashlib.sha256()
+    for parameter in _parameters(optimizer):
+        values = parameter.detach().reshape(-1)[:4096].float().cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _are_near(first: Any, second: Any) -> bool:
+    if len(first) != len(second):
+        return False
+    return all(
+        abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _find(names: set[str]) -> Any:
+    """Return an object of a class of one of these names, or a subclass; None without one."""
+    for thing in gc.get_objects():
+        if any(base.__name__ in names for base in type(thing).__mro__):
+            return thing
+    return None
+
+
+class _Finder(MetaPathFinder):
+    """Calls `loaded` with torch's module of optimizers once it is imported."""
+
+    def __init__(self, loaded: Callable[[ModuleType], None]) -> None:
+        self._loaded = loaded
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != OPTIMIZER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        loader, execute = spec.loader, spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            self._loaded(module)
+
+        loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+def mount() -> Rider:
+    """Have this process's optimizer steps counted from now on."""
+    named = os.environ.get("SLUICE_RUN_FOLDER")
+    rider = Rider(attempts.folder_of(Path(named), attempts.current()) if named else None)
+
+    def register(module: Any) -> None:
+        module.register_optimizer_step_pre_hook(rider.before_step)
+        module.register_optimizer_step_post_hook(rider.after_step)
+
+    if OPTIMIZER in sys.modules:
+        register(sys.modules[OPTIMIZER])
+    else:
+        sys.meta_path.insert(0, _Finder(register))
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+    return rider
+
+
+current: Rider | None = None
+"""This process's; None where a script was started without it."""
+
+
+def main(argv: list[str]) -> None:
+    """Run a module as the main one, with the rest of the words as its own."""
+    global current
+    current = mount()
+    module, *words = argv
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        current.write()
+
+
+if __name__ == "__main__":
+    # Of the module that others import, not of a second one of the same text.
+    importlib.import_module("train.rider").main(sys.argv[1:])
