@@ -1,4 +1,4 @@
-"""An experiment: what a file of configs/jobs says beside the script's own settings."""
+"""An experiment: what a file of configs/jobs says besides the script's own settings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_job(name: str) -> Job:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {error}") from None
+        raise UserError(f"{path}: is not valid YAML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
@@ -61,7 +61,7 @@ def load_job(name: str) -> Job:
     if not isinstance(script, str) or not re.fullmatch(r"train/[\w/]+\.py", script):
         raise UserError(f"{path}: script: '{script}' is not a path such as train/tinyllama.py")
     if not Path(script).is_file():
-        raise UserError(f"{path}: script: {script} does not exist; mind the spelling")
+        raise UserError(f"{path}: script: {script} does not exist; check the spelling")
     resources = _resources(path, content.get("resources"))
     return Job(name=name, path=path, script=Path(script), resources=resources)
 

@@ -1,4 +1,4 @@
-"""The checkout: which of its files are code, and where it stands in git."""
+"""The checkout: which of its files are code, and its state in git."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cluster.site import places
 from cluster.site.settings import FOLDERS
 from runfolder.errors import UserError
 
-# What a checkout that was brought from a laptop says of the one that it was made from.
+# What a checkout that was copied from a laptop says about the original.
 ORIGIN = Path(".origin.json")
 ORIGIN_DIFF = Path(".origin.diff")
 # A checkout without git (a tarball): what is not code.
 NOT_CODE = {".git", ".apptainer", ".cluster", ".venv", *FOLDERS, "site.toml"}
 NOT_CODE |= {"__pycache__", str(ORIGIN), str(ORIGIN_DIFF)}
-# What must not lie in a run folder, which others may read; unless it is committed.
+# What must not be in a run folder, which others may read; unless it is committed.
 SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*"]
 SECRETS += ["id_ecdsa*", "secrets.*"]
 SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
@@ -38,11 +38,11 @@ class State:
 
     files: list[Path]
     commit: str | None
-    """None: there is no git, or no commit yet; the files are the record all the same."""
+    """None: there is no git, or no commit yet; the files are recorded all the same."""
     diff: bytes
 
     def record(self) -> dict[str, str | None]:
-        """Return what run.json says of it."""
+        """Return what run.json says about it."""
         return {
             "git_commit": self.commit,
             "git_diff_sha256": hashlib.sha256(self.diff).hexdigest() if self.diff else None,
@@ -53,7 +53,7 @@ def state() -> State:
     """Return the state of the checkout in the current folder, with edits that are not committed.
 
     Raises:
-        UserError: what was brought along from a laptop is damaged.
+        UserError: the state that was copied from a laptop is damaged.
     """
     if ORIGIN.exists():
         return _origin()
@@ -66,7 +66,7 @@ def state() -> State:
             return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
         if not _succeeds("rev-parse", "--verify", "HEAD"):
             return State(files=_code_of(untracked, tracked), commit=None, diff=b"")
-        # What was added and not committed is looked at as if git did not have it yet.
+        # Files that were added but not committed are treated as untracked.
         added = _files("diff", "--relative", "--cached", "--name-only", "--diff-filter=A", "HEAD")
         left_out = [f":(exclude,literal){file}" for file in added if _is_secret(file)]
         return State(
@@ -80,7 +80,7 @@ def state() -> State:
         said = error.stderr.decode(errors="replace").strip()
         if "not a git repository" in said:
             return State(files=_code_of(_code_below(Path())), commit=None, diff=b"")
-        # Without git's word all files would be taken, also those that it is told to ignore.
+        # Without git's answer all files would be copied, even the ignored ones.
         raise UserError(f"git: {said.splitlines()[0] if said else error}") from None
 
 
@@ -103,14 +103,14 @@ def _origin() -> State:
         diff = ORIGIN_DIFF.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, the next command "
-            "from the laptop makes it anew"
+            f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, and the next command "
+            "from the laptop copies it again"
         ) from None
     return State(files=_code_of(_code_below(Path())), commit=commit, diff=diff)
 
 
 def _git(*arguments: str) -> bytes:
-    # In English, for the one answer that is looked at.
+    # In English, because one of the messages is parsed.
     environment = os.environ | {"LC_ALL": "C"}
     words = ["git", *arguments]
     return subprocess.run(words, capture_output=True, check=True, env=environment).stdout
@@ -121,7 +121,7 @@ def _succeeds(*arguments: str) -> bool:
 
 
 def _files(*arguments: str) -> list[Path]:
-    """Return those files that exist of the names that git lists."""
+    """Return the files that git lists and that exist."""
     names = _git(arguments[0], "-z", *arguments[1:]).split(b"\0")
     return [path for path in (Path(os.fsdecode(name)) for name in names) if path.is_file()]
 
@@ -140,7 +140,7 @@ def _code_below(folder: Path) -> list[Path]:
 
 
 def _code_of(unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
-    """Return those that are no secrets, and of what git does not know those that are no data."""
+    """Return the files that are not secrets and, if git does not know them, not data."""
     large = [file for file in unknown if file.stat().st_size > MAX_UNTRACKED_BYTES]
     small = [*staged, *(file for file in unknown if file not in large)]
     secret = [file for file in small if _is_secret(file)]
