@@ -1,1 +1,1 @@
-"""What runs on a laptop or a login node; it never imports torch, nor anything of `train`."""
+"""What runs on a laptop or a login node; it never imports torch, or anything from `train`."""

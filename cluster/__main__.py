@@ -12,7 +12,7 @@ python -m cluster board --run RUN
 python -m cluster image verify|sign IMAGE [--key KEY]
 python -m cluster train-module MODULE --run RUN [-- WORD ...]
 
-`python -m cluster COMMAND --help` lists the options of one.
+`python -m cluster COMMAND --help` lists the options of a command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 from cluster.errors import run_to_exit
 from runfolder.errors import UserError, did_you_mean
 
-# On a laptop these run on the cluster, by SSH.
+# On a laptop these run on the cluster, over SSH.
 ON_THE_CLUSTER = ("status", "logs", "cancel", "check")
 COMMANDS = (*ON_THE_CLUSTER, "run", "submit", "ssh", "tunnel", "board", "image", "train-module")
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"'{name}' is not a command{did_you_mean(name, COMMANDS)}")
     if name in ON_THE_CLUSTER:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A terminal that lacks a letter of a name shows another; the list is not lost for it.
+            # A character that the terminal lacks is replaced; the list is shown all the same.
             sys.stdout.reconfigure(errors="replace")
         if not {"--help", "-h"} & set(words):
             from cluster.remote import calls
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
             if (site := load_site()).is_elsewhere:
                 return calls.carry_out(site, argv)
-    # Each needs its own libraries, and none shall wait for the others'.
+    # Imported here, so that a command loads only the libraries that it needs.
     module = importlib.import_module(f"cluster.commands.{name.replace('-', '_')}")
     code: int = module.main(words)
     return code

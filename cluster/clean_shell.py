@@ -1,8 +1,8 @@
-"""A clean shell on the login node: what a script of ours runs in, whatever the login files do.
+"""A clean shell on the login node, in which our scripts run, whatever the login files do.
 
-A login shell is needed for what sites set up in one (Slurm on the PATH, modules), but nothing of
-ours runs in it: it may end, print, hang, or have been replaced by another shell, and it runs
-~/.bash_logout when it is left. So a first, clean bash starts one beside itself, takes over its
+A login shell is needed for what sites set up in one (Slurm on the PATH, modules), but our scripts
+do not run in it: it may exit, print, hang, or have been replaced by another shell, and it runs
+~/.bash_logout when it exits. So a first, clean bash starts a login shell beside itself, copies its
 environment, umask and limits, and becomes a second clean bash, which runs the script with the
 session's own streams.
 """
@@ -22,16 +22,16 @@ from pathlib import Path
 
 from runfolder.errors import UserError, printable
 
-# After so long it is said that the login files have not finished, and they are given up.
+# When to say that the login files have not finished, and when to give up on them.
 SLOW_S = 10.0
 LIMIT_S = 120.0
-# For what a script that failed says of it to arrive; something else may hold its stderr open.
+# How long to wait for a failed script's messages; another process may hold its stderr open.
 LAST_WORDS_S = 2.0
 BLOCK_BYTES = 1 << 16
-# How an error or a note of the first shell begins, in the words that are shown as they are.
+# Prefixes of the first shell's errors and notes, which are shown as they are.
 ERROR, NOTE = "error: ", "note: "
 
-# The first shell; it says what is set before it.
+# The first shell; the script lists the variables to set before it.
 TAKE_OVER = Path(__file__).with_name("clean_shell.sh")
 
 
@@ -42,10 +42,10 @@ def command(
     slow_s: float = SLOW_S,
     limit_s: float = LIMIT_S,
 ) -> str:
-    """Return a command for any login shell, csh and fish too, that runs a bash script.
+    """Return a command for any login shell, including csh and fish, that runs a bash script.
 
-    With the environment of a login in which `modules` are loaded, in the home folder. What the
-    login files print goes to stderr, and they do not get the script's input.
+    The script runs in the home folder, with the environment of a login in which `modules` are
+    loaded. What the login files print goes to stderr, and they do not get the script's input.
     """
     loads = [
         f"module load {shlex.quote(name)} >&2 || "
@@ -61,14 +61,14 @@ def command(
     first = "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
     first += TAKE_OVER.read_text(encoding="utf-8")
     packed = base64.b64encode(first.encode()).decode()
-    # Between single quotes, and without the letters that mean something to some shell there.
+    # Between single quotes, and without characters that are special to any shell there.
     words = "exec bash --noprofile --norc -p -c"
     return f"{words} 'eval \"$(echo {packed} | base64 -d)\"'"
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """What a script prints, between marks that nothing else can have printed."""
+    """A script's output, between marks that nothing else can have printed."""
 
     script: str
     """The script, with the marks."""
@@ -81,9 +81,9 @@ class Answer:
 
     @classmethod
     def of(cls, script: str) -> Answer:
-        """Return the answer to come of a bash script."""
+        """Return the answer of a bash script that is yet to run."""
         mark = f"-- sluice {secrets.token_hex(8)} --"
-        # In a shell of its own: whatever ends it, its end is told.
+        # In a subshell: however the script ends, its exit code is printed.
         marked = f"printf '\\n{mark}\\n'\n(\n{script}\n)\ncode=$?\nprintf '\\n{mark} %s\\n' $code\n"
         return cls(
             script=f"{marked}exit $code",
@@ -92,8 +92,8 @@ class Answer:
         )
 
     def take(self, output: bytes) -> bool:
-        """Take some output; return whether the answer is complete, whatever is to come."""
-        # The mark may have come in pieces.
+        """Take some output; return whether the answer is complete."""
+        # The mark may have arrived in pieces.
         searched = max(0, len(self._output) - 64)
         self._output += output
         if ended := self._end.search(self._output, searched):
@@ -101,7 +101,7 @@ class Answer:
         return self.code is not None
 
     def take_error(self, errors: bytes) -> list[str]:
-        """Take some of stderr; return what of it is to be shown at once."""
+        """Take some of stderr; return the lines to show at once."""
         lines = (bytes(self._errors).rpartition(b"\n")[2] + errors).split(b"\n")[:-1]
         self._errors += errors
         shown = [printable(line.decode(errors="replace")) for line in lines]
@@ -115,7 +115,7 @@ class Answer:
     ) -> None:
         """Take the answer from a session's streams, while its input is sent.
 
-        It may be complete before they end: a login file can have left something running.
+        It may be complete before the streams end: a login file may have left something running.
         """
 
         def take_errors() -> None:
@@ -124,7 +124,7 @@ class Answer:
                     for line in self.take_error(errors):
                         print(line, file=sys.stderr, flush=True)
 
-        # All three at once: each may have to wait for another.
+        # All three at once: each may block another.
         threads = [threading.Thread(target=job, daemon=True) for job in (send, take_errors)]
         for thread in threads:
             thread.start()
@@ -134,14 +134,14 @@ class Answer:
             threads[1].join(LAST_WORDS_S)
 
     def words(self, host: str, exit_code: int) -> bytes:
-        """Return the words of the script.
+        """Return the script's output.
 
         Args:
             host: the name that was asked for.
-            exit_code: of the session, for where the script's own is not known.
+            exit_code: of the session, used where the script's own is unknown.
 
         Raises:
-            UserError: it failed, or never ran.
+            UserError: the script failed, or never ran.
         """
         before, found, rest = bytes(self._output).partition(self._begin)
         ended = self._end.search(rest)
@@ -160,6 +160,6 @@ class Answer:
         ]
         last = said[-1] if said else f"exit code {exit_code}"
         raise UserError(
-            f"{host}: no bash could be started there: {printable(last)}; the account's shell, or "
-            "what its own file (such as ~/.bashrc) does, ended first: try ssh, or ask the site"
+            f"{host}: bash could not be started there: {printable(last)}; the login shell, or "
+            "one of its startup files (such as ~/.bashrc), exited first: try ssh, or ask the site"
         )

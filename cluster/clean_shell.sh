@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The first shell on a login node (cluster/clean_shell.py): takes over what a login has, and becomes the
-# shell that runs a script. The session's streams are not touched before.
+# The first shell on a login node (cluster/clean_shell.py): copies the environment of a login, and
+# becomes the shell that runs a script. Until then the session's streams are not touched.
 : "${script:?bash, to be run}" "${slow:?seconds}" "${limit:?seconds}"
 : "${modules?bash, that loads modules in the login shell}"
 
 # ---- a login shell beside this one ----
-# It hands over what it has, and leaves without running traps or logout files. The backslash keeps
-# aliases away, and `builtin` functions.
+# It hands over its environment, and exits without running traps or logout files. The backslash
+# bypasses aliases, and `builtin` bypasses functions.
 # shellcheck disable=SC2016  # the login shell expands it
 hand_over='
 \unset -f builtin
@@ -41,7 +41,7 @@ while true; do
     esac
     words+=("$word")
   elif (($? <= 128)); then
-    # shellcheck disable=SC2016  # it is to be written so
+    # shellcheck disable=SC2016  # for the user to type as it is
     refuse "a login file ($file) exits or execs another program, so nothing was started; guard" \
       'that line with [[ $- == *i* ]] &&'
   elif [[ -z $is_slow ]]; then
@@ -49,28 +49,28 @@ while true; do
     is_slow=yes wait=$limit
   else
     if [[ -n $login ]]; then kill "$login"; fi
-    refuse "a login file ($file) did not finish, so nothing was started; what it waits for is" \
-      "seen with: make ssh CMD='bash -lxc true'"
+    refuse "a login file ($file) did not finish, so nothing was started; to see what it waits for:" \
+      "make ssh CMD='bash -lxc true'"
   fi
 done
 
-# ---- what it has ----
+# ---- its environment, umask and limits ----
 drop=()
 for word in "${words[@]}"; do
   name=${word%%=*}
   case $name in
   'umask '*) umask "${word#umask }" ;;
   'limits '*)
-    # As in "(kbytes, -s) 8192"; one that may not be raised here was none that a login file raised.
+    # As in "(kbytes, -s) 8192"; a limit that cannot be raised here was not raised by a login file.
     while IFS= read -r line; do
       if [[ $line =~ -([a-zA-Z])\)\ +([^ ]+)$ ]]; then
         ulimit -S "-${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}"
       fi
     done <<<"${word#limits }" 2>/dev/null
     ;;
-  # What would have the script's shells read a file, import a function, or act differently.
+  # Variables that make bash read a file, import a function, or behave differently.
   BASH* | SHELLOPTS | ENV | CDPATH | GLOBIGNORE | POSIXLY_CORRECT | IFS | TMOUT) drop+=(-u "$name") ;;
-  # This shell's own.
+  # This shell has its own.
   EUID | UID | PPID | PWD | OLDPWD | SHLVL | _) ;;
   *)
     if [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]]; then export "${word?}"; else drop+=(-u "$name"); fi

@@ -1,12 +1,12 @@
-"""The letter box: what a run folder contains is written and read by this code alone.
+"""The run folder: only this code reads and writes what it contains.
 
-`cluster/`, `train/` and `slurm/` meet here, and nowhere else; so it imports none of them, and only
-the standard library.
+`cluster/`, `train/` and `slurm/` meet only here; so this package imports none of them, only the
+standard library.
 
-    run.json, jobs.jsonl      records      what the run is, and the jobs that it was
+    run.json, jobs.jsonl      records      what the run is, and its jobs
     attempts/N/               attempts     where and when it ran, and how that ended
-                              decision     what comes after that
+                              decision     what happens next
                               heartbeats   the optimizer steps of each rank
-    checkpoints/step-N/       checkpoints  how far it came
-    run.lock                  lock         one run at a time works on the folder
+    checkpoints/step-N/       checkpoints  how far it got
+    run.lock                  lock         one run at a time uses the folder
 """

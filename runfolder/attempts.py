@@ -1,6 +1,6 @@
 """The attempts of a run: where and when each of them ran, and how it ended.
 
-Jobs write here while others read, and may be killed while they write: what is damaged counts as
+Jobs write here while others read, and may be killed while they write: a damaged file counts as
 unknown and is never an error.
 """
 
@@ -26,12 +26,12 @@ class Attempt:
     number: int
     folder: Path
     slurm: dict[str, Any] | None
-    """slurm.json; {} if it is damaged, None without one, as in an attempt of `make run`."""
+    """slurm.json; {} if damaged, None if missing, as in an attempt of `make run`."""
     outcome: dict[str, Any] | None
-    """outcome.json; {} if it is damaged, None as long as there is none."""
+    """outcome.json; {} if damaged, None until it is written."""
 
     def is_of(self, job_id: int) -> bool:
-        """Whether this job made it."""
+        """Whether this job made the attempt."""
         return self.slurm is not None and self.slurm.get("job_id", job_id) == job_id
 
     @property
@@ -47,12 +47,12 @@ def folder_of(run: Path, number: int) -> Path:
 
 
 def preflight_folder(run: Path, number: int) -> Path:
-    """Return where the nodes of an attempt leave what they found before it began to train."""
+    """Return the folder in which an attempt's nodes put their preflight results."""
     return folder_of(run, number) / "preflight"
 
 
 def numbers(run: Path) -> list[int]:
-    """Return the numbers of the attempts that there are, the newest last."""
+    """Return the numbers of all attempts, newest last."""
     try:
         names = [path.name for path in (run / "attempts").iterdir()]
     except OSError:
@@ -61,26 +61,26 @@ def numbers(run: Path) -> list[int]:
 
 
 def read(run: Path, number: int) -> Attempt:
-    """Return what is known of an attempt."""
+    """Return what is known about an attempt."""
     folder = folder_of(run, number)
     slurm, outcome = (read_json(folder / name) for name in ("slurm.json", "outcome.json"))
     return Attempt(number=number, folder=folder, slurm=slurm, outcome=outcome)
 
 
 def read_all(run: Path) -> list[Attempt]:
-    """Return all attempts, the newest last."""
+    """Return all attempts, newest last."""
     return [read(run, number) for number in numbers(run)]
 
 
 def close_last(run: Path, *, by_job: bool) -> None:
-    """Say of the newest attempt that it was lost, if it is over and could not say so itself.
+    """Record the newest attempt as lost, if it is over and could not record an outcome itself.
 
-    `by_job`: a job goes on with the run, so that no other job works on it any more.
+    `by_job`: a job is continuing the run, so no other job works on it any more.
     """
     for last in (read(run, number) for number in numbers(run)[-1:]):
         if last.outcome is not None:
             return
-        # Slurm ends jobs without a word after a node's death, or a preemption without grace.
+        # Slurm kills jobs without warning after a node failure, or a preemption without grace time.
         is_over = by_job if last.slurm is not None else not is_held(run)
         if is_over:
             reason = "it was killed" if last.slurm is None else "Slurm ended it"
@@ -88,9 +88,9 @@ def close_last(run: Path, *, by_job: bool) -> None:
 
 
 def begin(run: Path, slurm: dict[str, Any] | None = None) -> int:
-    """Make the folder of the next attempt and return its number, 1 being the first.
+    """Make the folder of the next attempt and return its number, starting with 1.
 
-    `slurm`: of a job's, its place in the cluster; it is kept in slurm.json.
+    `slurm`: for a Slurm job, where it runs; saved in slurm.json.
     """
     close_last(run, by_job=slurm is not None)
     number = 1 + max(numbers(run), default=0)
@@ -147,7 +147,7 @@ def has_progressed(began: dict[str, Any], outcome: dict[str, Any]) -> bool:
 
 
 def annotate(run: Path, number: int, **more: Any) -> dict[str, Any]:
-    """Add to what an attempt's outcome.json says; return all of it."""
+    """Add to an attempt's outcome.json; return its whole content."""
     found = read(run, number)
     content = (found.outcome or {}) | more
     write_json(found.folder / "outcome.json", content)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as folders: their names, and how far they come."""
+"""The checkpoint folders of a run: their names and their steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def folder_name(step: int) -> str:
 
 
 def published(checkpoints: Path) -> list[Path]:
-    """Return the folders of the checkpoints that are whole, the newest first."""
+    """Return the folders of the complete checkpoints, newest first."""
     try:
         found = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)]
     except OSError:

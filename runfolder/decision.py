@@ -1,4 +1,4 @@
-"""What a job does after an attempt: go on, or end, and why."""
+"""What a job does after an attempt: continue or end, and why."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from runfolder import attempts, checkpoints, records
 from runfolder.exit_codes import EXIT_BAD_INPUT
 from runfolder.files import read_json, write_atomically
 
-# So many attempts in a row may fail at the step where they began, and so many may end there in any
-# way: one that was asked to stop, or lost its node, may have had bad luck.
+# How many attempts in a row may fail at the step where they began, and how many may end there in
+# any way: one that was asked to stop, or lost its node, may have had bad luck.
 MAX_FAILED_WITHOUT_PROGRESS = 2
 MAX_WITHOUT_PROGRESS = 5
-# What the judge of a preflight exits with. Alike: the same is wrong with all nodes, so that it is
-# no node's fault. Guilty: some were named. Suspect: it cannot be told which of them it was.
+# Exit codes of the preflight's verdict. Alike: all nodes have the same problem, so no single node
+# is at fault. Guilty: the faulty nodes were named. Suspect: it is unknown which node is at fault.
 ALL_NODES_ALIKE, GUILTY_NODES, SUSPECT_NODES = 1, 3, 5
 
 
@@ -26,23 +26,23 @@ def decide(
     if outcome["outcome"] == "finished":
         return "stop", "nothing is left to do"
     if is_cancel_requested(run, job_id):
-        return "cancel", "as `make cancel` asked"
+        return "cancel", "requested by `make cancel`"
     # Empty: Slurm could not be asked.
     if state not in ("", "RUNNING", "CONFIGURING", "RESIZING", "SIGNALING"):
-        return "leave", f"Slurm has the job as {state}, and decides"
+        return "leave", f"Slurm shows the job as {state}, and decides what happens next"
     if code == EXIT_BAD_INPUT and outcome["outcome"] == "failed":
         return "stop", "the same input would fail again; the error is in node-0.log"
     if outcome["outcome"] == "unhealthy" and code not in (GUILTY_NODES, SUSPECT_NODES):
-        return "stop", "all nodes are alike, so that others would not help"
+        return "stop", "all nodes have the same problem, so other nodes would not help"
     if why := too_often(run, job_id, max_restarts):
         return "stop", why
-    return "requeue", "goes on from its last checkpoint"
+    return "requeue", "continues from its last checkpoint"
 
 
 def too_often(run: Path, job_id: int, max_restarts: int) -> str:
-    """Return why a job must not be started once more; empty if it may be.
+    """Return why a job must not be started again; empty if it may be.
 
-    A job that saves at its time limit and trains in between may do so without end.
+    A job that saves at its time limit and makes progress may do so any number of times.
     """
     mine = [
         (attempt.slurm or {}, attempt.outcome or {})
@@ -70,7 +70,7 @@ def too_often(run: Path, job_id: int, max_restarts: int) -> str:
     return ""
 
 
-# ---- what `make cancel` asks ----
+# ---- the request of `make cancel` ----
 
 
 def request_cancel(run: Path, job_id: int) -> None:
@@ -88,9 +88,9 @@ def is_cancel_requested(run: Path, job_id: int) -> bool:
 
 
 def forget_cancel(run: Path) -> None:
-    """Take back the request, whichever job it was for.
+    """Withdraw the request, whichever job it was for.
 
     Raises:
-        OSError: it cannot be.
+        OSError: it cannot be deleted.
     """
     (run / "cancel.json").unlink(missing_ok=True)

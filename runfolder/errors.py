@@ -1,4 +1,4 @@
-"""The user's mistakes, and text that may be shown."""
+"""User errors, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ MOST_CHOICES = 12
 
 
 class UserError(ValueError):
-    """Something that the user can put right: one line that says what, where, and what to do."""
+    """An error that the user can fix: one line that says where, what is wrong, and what to do."""
 
 
 def printable(text: str) -> str:
-    """Return text of any origin as one line in which nothing steers a terminal."""
+    """Return untrusted text as one line without terminal control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return the end of a message about an unknown `word`: the nearest choice, or a few of all."""
+    """Return the end of a message about an unknown `word`: the closest choice, or all of them."""
     known = sorted(choices)
     nearest = difflib.get_close_matches(word, known, n=1)
     if nearest:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the reading of those that others may have damaged."""
+"""Files that are written completely or not at all, and reading files that may be damaged."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 from runfolder.errors import printable
 
-# A line of metrics.jsonl has some hundred bytes; a run of weeks, many megabytes.
+# A line of metrics.jsonl has a few hundred bytes; the file of a run of weeks, many megabytes.
 TAIL_BYTES = 65536
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content at once: a reader sees the old text or the new, whole.
+    """Replace a file's content atomically: a reader sees all of the old text or all of the new.
 
-    On a full disk it is the old.
+    On a full disk the old text stays.
 
     Raises:
         OSError: it cannot be written.
     """
-    # Its own name, because two processes may write at once.
+    # A unique name, because two processes may write at once.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file's content by a JSON object, as `write_atomically` does."""
+    """Replace a file's content with a JSON object, as `write_atomically` does."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -46,7 +46,7 @@ def append_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    # Somebody's editor may have taken the end of the last line.
+    # An editor may have removed the newline at the end of the last line.
     is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as stream:
         stream.write("\n" * is_cut + json.dumps(content) + "\n")
@@ -64,8 +64,8 @@ def json_object(content: bytes) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; {} if it is damaged, None if there is no file."""
     try:
-        # Listed, not just opened: an NFS client would go on to believe that a file is not there.
-        if path.name not in os.listdir(path.parent):  # noqa: PTH208 names are all that is wanted
+        # Listed, not just opened: an NFS client may cache for a while that a file does not exist.
+        if path.name not in os.listdir(path.parent):  # noqa: PTH208 only names are needed
             return None
         return json_object(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def last_lines(path: Path) -> list[bytes]:
-    """Return the last complete lines of a file, as far as the tail of it goes."""
+    """Return the complete lines in the last `TAIL_BYTES` of a file."""
     try:
         with path.open("rb") as stream:
             start = max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES)
@@ -87,12 +87,12 @@ def last_lines(path: Path) -> list[bytes]:
 
 
 def text(value: object) -> str:
-    """Return a text of one line that is safe to show: no control character reaches a terminal."""
+    """Return a text as one line that is safe to show, without terminal control characters."""
     return printable(value) if isinstance(value, str) else ""
 
 
 def number(value: object) -> int | None:
-    """Return a whole number of 0 or more, or None if the value is none."""
+    """Return a whole number, at least 0, or None if the value is something else."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     return None

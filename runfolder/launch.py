@@ -1,7 +1,7 @@
-"""launch.env: all that `slurm/` is told of a run, resolved once, by `make run` or `make submit`.
+"""launch.env: all that `slurm/` knows about a run, resolved once, by `make run` or `make submit`.
 
-Lines of NAME='value' that bash sources and a person reads. A name in small letters is for the
-scripts of `slurm/`, and a path in it is one of the host; `export` gives the others to every
+Lines of NAME='value' that bash can source and people can read. Names in lower case are for the
+scripts of `slurm/`, and their paths are those of the host; `export` passes the others to every
 process of the run.
 """
 
@@ -23,14 +23,14 @@ def write(run: Path, values: Mapping[str, str], exported: Mapping[str, str]) -> 
     Raises:
         OSError: it cannot be written.
     """
-    lines = ["# What slurm/ does for this run; each `make run` and `make submit` writes it anew."]
+    lines = ["# What slurm/ does for this run; each `make run` and `make submit` rewrites it."]
     lines += [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exported.items()]
     write_atomically(run / NAME, "\n".join(lines) + "\n")
 
 
 def read(run: Path) -> dict[str, str]:
-    """Return the values of a run's launch.env, those that are exported, too.
+    """Return the values of a run's launch.env, including the exported ones.
 
     Raises:
         UserError: it is missing, or damaged.
@@ -40,7 +40,7 @@ def read(run: Path) -> dict[str, str]:
         words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
         pairs = [word.partition("=") for word in words if word != "export"]
         if not all(name.isidentifier() and equals for name, equals, _ in pairs):
-            raise ValueError("it has other lines than NAME='value'")
+            raise ValueError("it has lines other than NAME='value'")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return {name: value for name, _, value in pairs}

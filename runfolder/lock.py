@@ -1,4 +1,4 @@
-"""One run at a time works on a run folder."""
+"""Only one run at a time uses a run folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from runfolder.errors import UserError
 
-# A file server keeps the lock of a node that died until its lease ends: NFSv4, 90 s by default.
+# A file server keeps a dead node's lock until its lease expires: with NFSv4, 90 s by default.
 LEASE_S = 120
 HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 def lock(folder: Path) -> int:
-    """Take the run folder for this process; the kernel gives it back when the process dies.
+    """Lock the run folder for this process; the kernel releases the lock when the process dies.
 
-    In a step of Slurm's a lock that is held is waited for: the attempt that held it is over, and
-    its node may be gone.
+    In a Slurm step, wait for a lock that is held: the attempt that held it is over, and its node
+    may be gone.
 
     Returns the file descriptor that holds the lock.
 
@@ -43,7 +43,7 @@ def lock(folder: Path) -> int:
 
 
 def check_free(folder: Path) -> None:
-    """Raise `UserError` if a run works on the folder; the run itself takes the lock again."""
+    """Raise `UserError` if a run is using the folder; the lock is not kept."""
     if not (folder / "run.lock").exists():
         return
     descriptor = _open(folder, os.O_RDWR)
@@ -54,7 +54,7 @@ def check_free(folder: Path) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a run works on the folder."""
+    """Return whether a run is using the folder."""
     try:
         check_free(folder)
     except UserError:
@@ -70,14 +70,14 @@ def _open(folder: Path, flags: int) -> int:
 
 
 def _try(descriptor: int, folder: Path, *, is_last: bool) -> bool:
-    """Return whether the lock is taken; where another has it, raise the last time."""
+    """Return whether the lock was taken; if another run holds it, raise on the last try."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in HELD:
             raise UserError(
-                f"{folder}: its file system has no locks ({error.strerror}); put the runs on "
-                "another"
+                f"{folder}: its file system does not support locks ({error.strerror}); put the "
+                "runs on another"
             ) from None
         if is_last:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()

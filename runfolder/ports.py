@@ -1,4 +1,4 @@
-"""Ports at which the processes of a run meet."""
+"""Ports for the rendezvous of a run's processes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from runfolder.errors import UserError
 
-# Below the range from which the kernel takes ports for outgoing connections.
+# Below the kernel's range of ephemeral ports, for outgoing connections.
 PORTS = range(20_000, 30_000)
 MOST_TRIES = 100
 
 
 def free_port(addresses: Sequence[str] = ("127.0.0.1",), *, first: int | None = None) -> int:
-    """Return a port of `PORTS` at which nobody listens on these addresses of this machine.
+    """Return a port of `PORTS` that is free on these addresses of this machine.
 
-    They are tried in a row from `first` on, which may be any number, such as one that is made of a
-    job's id so that each job has another; without it at random.
+    Ports are tried in order, starting with `first`, which may be any number, such as one made from
+    a job ID so that jobs differ; without it, starting at random.
 
     Raises:
         UserError: a hundred of them are taken.
@@ -28,7 +28,7 @@ def free_port(addresses: Sequence[str] = ("127.0.0.1",), *, first: int | None = 
         port = PORTS[(first + offset) % len(PORTS)]
         if not any(_is_taken(address, port) for address in addresses):
             return port
-    raise UserError(f"{MOST_TRIES} ports in a row are taken on this machine, from {port}")
+    raise UserError(f"{MOST_TRIES} ports in a row are taken on this machine, up to {port}")
 
 
 def _is_taken(address: str, port: int) -> bool:

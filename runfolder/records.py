@@ -1,4 +1,4 @@
-"""What a run is, run.json, and the jobs that it was, jobs.jsonl."""
+"""run.json, which says what a run is, and jobs.jsonl, which lists its jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
 def now() -> str:
-    """Return the time as records have it."""
+    """Return the current time in the format of the records."""
     return time.strftime(TIME_FORMAT)
 
 
@@ -56,14 +56,14 @@ def program(run: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A line of jobs.jsonl: one time that the run was queued."""
+    """A line of jobs.jsonl: one submission of the run."""
 
     job_id: int
     submitted: str
     """ISO time."""
     num_nodes: int | None
     cluster: str = ""
-    """Of several on one accounting; empty in records from before it was kept: the one at hand."""
+    """If several share one accounting database; empty in older records: the local cluster."""
     content: dict[str, Any] = field(default_factory=dict)
     """The whole line."""
 
@@ -74,7 +74,7 @@ def was_submitted(run: Path) -> bool:
 
 
 def submissions(run: Path) -> list[Submission]:
-    """Return what jobs.jsonl tells, the newest last, without damaged lines."""
+    """Return the submissions in jobs.jsonl, newest last, without damaged lines."""
     found = []
     for line in _lines(run):
         content = json_object(line)
@@ -105,7 +105,7 @@ def _lines(run: Path) -> list[bytes]:
 
 
 def add_submission(run: Path, job_id: int, content: dict[str, Any]) -> None:
-    """Note that the run was queued, as `job_id`.
+    """Record that the run was queued, as `job_id`.
 
     Raises:
         OSError: it cannot be written.

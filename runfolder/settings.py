@@ -1,4 +1,4 @@
-"""The settings of a run, config.yaml; beside it those of before, until the new ones are taken."""
+"""A run's settings, config.yaml; beside it the previous ones, until the new ones are accepted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from runfolder.files import write_atomically
 
 
 def replace(run: Path, text: str) -> None:
-    """Put new settings into a run; `settle` says what becomes of those of before.
+    """Give a run new settings; `settle` decides what happens to the previous ones.
 
     Raises:
-        OSError: they cannot be written; the run has those of before.
+        OSError: they cannot be written; the run keeps the previous ones.
     """
     settings, before = run / "config.yaml", run / "config.before.yaml"
     write_atomically(before, settings.read_text(encoding="utf-8"))
@@ -19,9 +19,9 @@ def replace(run: Path, text: str) -> None:
 
 
 def settle(run: Path, *, refused: bool) -> None:
-    """Put the settings of before back if the new ones were refused, and forget them otherwise."""
+    """Restore the previous settings if the new ones were refused; otherwise delete them."""
     before = run / "config.before.yaml"
     if before.exists() and refused:
-        # A rename, for which a full disk has room.
+        # A rename works on a full disk, too.
         before.replace(run / "config.yaml")
     before.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from train.labs.rag.passages import Passage
 from train.labs.rag.prompt import printable
 from train.labs.rag.settings import Config, GeneratorSettings
 
-# Below it the best passage seldom holds the answer: docs/lab4-script.md has the measurement. It is
+# Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is
 # that of all-MiniLM-L6-v2; every encoder has a scale of its own.
 THRESHOLD = 0.35
 

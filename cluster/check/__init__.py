@@ -1,1 +1,1 @@
-"""What a cluster has and gives me, and whether a job will fit: `make check`."""
+"""What a cluster has and what I may use, and whether a job will fit: `make check`."""

@@ -1,4 +1,4 @@
-"""Which account and QOS a job gets, and whether its user may have them."""
+"""Which account and QOS a job gets, and whether its user may use them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.slurm.associations import Accounting, Association, Qos
 
 
 def of_account(kept: Accounting, chosen: Choice) -> tuple[str, Qos | None, list[Finding]]:
-    """Return the account and the QOS that a job gets, and whether it may have them."""
+    """Return the account and the QOS that a job gets, and whether it may use them."""
     findings: list[Finding] = []
     if not kept.binds or kept.is_hidden:
         return chosen.account, kept.qos.get(chosen.qos), findings
@@ -20,7 +20,7 @@ def of_account(kept: Accounting, chosen: Choice) -> tuple[str, Qos | None, list[
             others = ", ".join(sorted({a.partition for a in kept.associations}))
             message = (
                 f"{chosen.where}: slurm.partition '{chosen.partition}': you have no account for "
-                f"it; you have for {others}"
+                f"it; your accounts are for {others}"
             )
         return "", None, [never(message, "Account", f"user {kept.user}")]
     account = chosen.account or kept.default_account
@@ -35,14 +35,14 @@ def of_account(kept: Accounting, chosen: Choice) -> tuple[str, Qos | None, list[
     association = association_of(kept, chosen, account)
     if association is None:
         message = (
-            f"{chosen.where}: your default account {account} is not for partition "
+            f"{chosen.where}: your default account {account} cannot use partition "
             f"{chosen.partition}; set slurm.account to one of {', '.join(accounts)}"
         )
         return account, None, [never(message, "Account", "", accounts, "slurm.account")]
     known = association.qos
     name = chosen.qos or association.default_qos
     if not name and known is not None:
-        # As the controller does for who has no default.
+        # As the controller does for users without a default.
         name = known[0] if len(known) == 1 else ("normal" if "normal" in known else "")
     if known is not None and kept.qos_binds and chosen.qos and chosen.qos not in known:
         message = (
@@ -54,13 +54,13 @@ def of_account(kept: Accounting, chosen: Choice) -> tuple[str, Qos | None, list[
 
 
 def _here(kept: Accounting, chosen: Choice) -> list[Association]:
-    # In all partitions where none is named.
+    # An association without a partition is for all of them.
     return [a for a in kept.associations if a.partition in ("", chosen.partition)]
 
 
 def association_of(kept: Accounting, chosen: Choice, account: str) -> Association | None:
     mine = [a for a in _here(kept, chosen) if a.account == account.lower()]
-    # The one of this very partition before that of all.
+    # An association for this partition comes before one for all.
     return max(mine, key=lambda association: association.partition, default=None)
 
 

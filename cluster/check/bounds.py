@@ -1,8 +1,8 @@
-"""A job held against the limits of QOS and account, in the order in which Slurm goes by them.
+"""A job checked against the limits of QOS and account, in the order in which Slurm applies them.
 
-Of each kind of limit the first that is set holds: that of the partition's QOS, of the job's QOS
-(the other way round if the job's has the flag OverPartQOS), of the association of user and account;
-what a group may have is asked of every account above as well.
+Of each kind of limit the first one that is set applies: that of the partition's QOS, the job's QOS
+(the other way round if the job's has the flag OverPartQOS), the association of user and account;
+group limits of every parent account apply as well.
 https://slurm.schedmd.com/resource_limits.html (Hierarchy), and src/slurmctld/acct_policy.c.
 """
 
@@ -19,8 +19,8 @@ from cluster.slurm.reasons import duration
 
 WORDS = {"node": "nodes", "gres/gpu": "GPUs", "cpu": "CPUs", "mem": "MB of memory"}
 SETTINGS = {"node": "NODES", "gres/gpu": "GPUS", "cpu": "NODES", "mem": "NODES"}
-# In Slurm's order of checking: all that a job may ever have, then what it must wait for. Behind a
-# limit of a QOS the one of an association that it stands before.
+# In the order in which Slurm checks: all that a job may ever have, then what it must wait for. Each
+# limit of a QOS is followed by the limit of an association that it overrides.
 PER_JOB = (("MaxTRESPJ", "MaxTRESPJ"), ("MaxTRESPN", "MaxTRESPN"), ("MinTRESPJ", ""))
 MINUTES_PER_JOB = (("MaxTRESMinsPJ", "MaxTRESMinsPJ"),)
 AT_ONCE = (("MaxTRESPU", ""), ("MaxTRESPA", ""), ("GrpTRES", "GrpTRES"))
@@ -33,12 +33,12 @@ SUBMITTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("MaxSubmitJobsPU", "MaxSubmitJobsPA"), "MaxSubmitJobs"),
     (("GrpSubmitJobs",), "GrpSubmitJobs"),
 )
-WHO = {"PU": "a user", "PA": "an account"}
+WHO = {"PU": "user", "PA": "account"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holders:
-    """Who limits a job: the QOS, the strongest first, then the association, then those above."""
+    """What limits a job: the QOS in order of precedence, the association, the parent accounts."""
 
     qos: list[Holder]
     association: Holder | None
@@ -48,7 +48,7 @@ class Holders:
     def of(
         cls, association: Association | None, of_partition: Qos | None, of_job: Qos | None
     ) -> Holders:
-        """Return them in the order that holds."""
+        """Return them in order of precedence."""
         order = [of_partition, of_job]
         if of_job is not None and "OverPartQOS" in of_job.flags:
             order.reverse()
@@ -60,7 +60,7 @@ class Holders:
         )
 
     def bounds(self, name: str, in_association: str) -> Iterator[Bound]:
-        """Return those limits of one name that hold: of each resource one, or one an account."""
+        """Return the limits of one name that apply: one per resource, or one per account."""
         seen: set[str] = set()
         for holder in self.qos:
             own = {key[1]: bound for key, bound in holder.bounds.items() if key[0] == name}
@@ -75,20 +75,20 @@ class Holders:
                     yield bound
 
     def unknown_use(self) -> Iterator[str]:
-        """Return what of it is limited without that anybody tells how much is used."""
+        """Return the limits whose current usage Slurm does not show."""
         for holder in [*self.qos, *filter(None, [self.association]), *self.above]:
             for bound in holder.bounds.values():
                 if bound.used is None and not _is_per_job(bound):
-                    yield f"how much is used of {_name(bound)} of {bound.whose}"
+                    yield f"current usage of {_name(bound)} of {bound.whose}"
 
 
 def over_bounds(
     holders: Holders, request: Request, demand: Demand, *, safe: bool
 ) -> Iterator[Finding]:
-    """Find the limits that a job would never keep, and those that let it wait.
+    """Find the limits that a job would always exceed, and those that make it wait.
 
-    `safe`: AccountingStorageEnforce has that word, so that no job starts that could not end within
-    its group's minutes; without it jobs start as long as there are some, and are ended then.
+    `safe`: AccountingStorageEnforce includes it, so a job starts only if it can finish within its
+    group's minutes; without it jobs start while any are left, and are killed when they run out.
     """
     for bound in holders.bounds("MaxWallPJ", "MaxWallPJ"):
         if over := over_time(request, bound.text, bound.whose, "MaxWall"):
@@ -120,7 +120,7 @@ def over_bounds(
 
 
 def _first(holders: Holders, names: tuple[str, ...], other: str) -> Iterator[Bound]:
-    """Return what a QOS says for a user and for an account, and if neither, an association."""
+    """Return a QOS's limits per user and per account or, if it has neither, an association's."""
     of_qos = [bound for name in names for bound in holders.bounds(name, "")]
     yield from of_qos
     if not of_qos:
@@ -137,11 +137,11 @@ def _of_one_job(bound: Bound, request: Request, demand: Demand) -> Iterator[Find
     if asked >= bound.limit if at_least else asked <= bound.limit:
         return
     setting, given, what = _setting(bound, request, per_node=per_node)
-    of_each = " of a node" if per_node else ""
-    most = "at least" if at_least else "at most"
+    of_each = " per node" if per_node else ""
+    most = "requires at least" if at_least else "allows a job at most"
     message = (
-        f"{setting}={given}: {bound.whose} allows a job {most} {bound.text} {what}{of_each}, and "
-        f"this one asks for {asked}; ask for {'more' if at_least else 'fewer'}"
+        f"{setting}={given}: {bound.whose} {most} {bound.text} {what}{of_each}, and this job "
+        f"asks for {asked}; ask for {'more' if at_least else 'fewer'}"
     )
     fitting = "" if at_least else _fits_with(bound, request, demand, bound.limit, per_node=per_node)
     yield _finding(Verdict.NEVER, bound, message, fitting)
@@ -152,7 +152,7 @@ def _at_once(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding
     if not asked:
         return
     setting, given, what = _setting(bound, request)
-    whose = bound.whose + (f" for {WHO[bound.name[-2:]]}" if bound.name[-2:] in WHO else "")
+    whose = bound.whose + (f" (per {WHO[bound.name[-2:]]})" if bound.name[-2:] in WHO else "")
     if asked > bound.limit:
         message = (
             f"{setting}={given}: {whose} allows at most {bound.text} {what} at once, and this job "
@@ -164,7 +164,7 @@ def _at_once(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding
     elif bound.used is not None and bound.used + asked > bound.limit:
         message = (
             f"{whose} allows {bound.text} {what} at once, {bound.used} are in use, and this job "
-            f"asks for {asked}: it waits until others end"
+            f"asks for {asked}: it waits until other jobs end"
         )
         left = max(0, bound.limit - bound.used)
         yield _finding(Verdict.WAITS, bound, message, _fits_with(bound, request, demand, left))
@@ -190,8 +190,8 @@ def _of_time(
         left = max(0, bound.limit - used)
         message = (
             f"{bound.whose} allows {bound.text} minutes x {what} ({_name(bound)}), {used} are "
-            f"{'taken' if 'Run' in bound.name else 'used up'}, and this job asks for {asked}: it "
-            f"waits until {'others have run down' if 'Run' in bound.name else 'use is forgotten'}"
+            f"{'in use' if 'Run' in bound.name else 'used up'}, and this job asks for {asked}: it "
+            f"waits until {'other jobs need less' if 'Run' in bound.name else 'usage decays'}"
         )
         fits_with = f"TIME={duration(left // count * 60)}" if left >= count else ""
         yield _finding(Verdict.WAITS, bound, message, fits_with)
@@ -203,34 +203,36 @@ def _until_used_up(bound: Bound, demand: Demand, count: int) -> Iterator[Finding
         return
     if bound.used >= bound.limit:
         message = (
-            f"{bound.whose} has used up its {bound.text} ({_name(bound)}); it waits until use is "
-            "forgotten, or ask who manages the account"
+            f"{bound.whose} has used up its {bound.text} ({_name(bound)}); the job waits until "
+            "usage decays, or ask the account's coordinator"
         )
         yield _finding(Verdict.WAITS, bound, message, "")
     elif demand.minutes is None or bound.used + count * demand.minutes > bound.limit:
         left = duration((bound.limit - bound.used) // count * 60)
         message = (
-            f"{bound.whose} has minutes for {left} of this job ({_name(bound)}: {bound.used} of "
-            f"{bound.text} are used up); Slurm ends it then"
+            f"{bound.whose} has enough minutes for {left} of this job ({_name(bound)}: "
+            f"{bound.used} of {bound.text} are used up); Slurm then ends it"
         )
         yield _finding(Verdict.FITS, bound, message, "")
 
 
 def _wall(bound: Bound, request: Request, demand: Demand) -> Iterator[Finding]:
     if demand.minutes is None or demand.minutes > bound.limit:
-        message = f"TIME={request.time}: {bound.whose} allows at most {bound.text} in all (GrpWall)"
+        message = (
+            f"TIME={request.time}: {bound.whose} allows at most {bound.text} in total (GrpWall)"
+        )
         yield _finding(Verdict.NEVER, bound, message, f"TIME={duration(bound.limit * 60)}")
     elif bound.used is not None and bound.used + demand.minutes > bound.limit:
         left = max(0, bound.limit - bound.used)
         message = (
-            f"{bound.whose} allows {bound.text} of running in all (GrpWall), and "
-            f"{duration(bound.used * 60)} are used up; it waits until use is forgotten"
+            f"{bound.whose} allows {bound.text} of run time in total (GrpWall), and "
+            f"{duration(bound.used * 60)} are used up; the job waits until usage decays"
         )
         yield _finding(Verdict.WAITS, bound, message, f"TIME={duration(left * 60)}" if left else "")
 
 
 def _jobs(bound: Bound, verb: str) -> Iterator[Finding]:
-    whose = bound.whose + (f" for {WHO[bound.name[-2:]]}" if bound.name[-2:] in WHO else "")
+    whose = bound.whose + (f" (per {WHO[bound.name[-2:]]})" if bound.name[-2:] in WHO else "")
     if bound.limit == 0:
         message = f"{whose} allows no jobs ({_name(bound)}); choose another, or ask the site"
         yield _finding(Verdict.NEVER, bound, message, "")
@@ -239,7 +241,7 @@ def _jobs(bound: Bound, verb: str) -> Iterator[Finding]:
         until = "it waits until one ends"
         if verb == "queued":
             until = "sbatch refuses another until one ends"
-        message = f"{whose} allows {many} {verb} at once, {bound.used} are: {until}"
+        message = f"{whose} allows {many} {verb} at once, and {bound.used} are: {until}"
         yield _finding(Verdict.WAITS, bound, message, "")
 
 
@@ -268,7 +270,7 @@ def _is_per_job(bound: Bound) -> bool:
 
 
 def _setting(bound: Bound, request: Request, *, per_node: bool = False) -> tuple[str, int, str]:
-    """Return which variable it is about, its value, and what is counted."""
+    """Return the variable that a limit is about, its value, and what is counted."""
     kind = bound.tres.split(":")[0]
     what = WORDS.get(kind, bound.tres)
     if ":" in bound.tres:
@@ -281,7 +283,7 @@ def _setting(bound: Bound, request: Request, *, per_node: bool = False) -> tuple
 def _fits_with(
     bound: Bound, request: Request, demand: Demand, most: int, *, per_node: bool = False
 ) -> str:
-    """Return the largest request of this shape that keeps a limit."""
+    """Return the largest request of this shape that stays within a limit."""
     each = demand.of_a_node().get(bound.tres, 0)
     if not each:
         return ""
@@ -289,7 +291,7 @@ def _fits_with(
         return f"NODES={most // each}"
     gpus = request.gpus_per_node
     if gpus > 1:
-        # CPUs and memory go with the GPUs of a node.
+        # CPUs and memory scale with the GPUs of a node.
         fewer = most * gpus // each
         if fewer:
             return (

@@ -1,4 +1,4 @@
-"""Where a job would be queued, and what of a site's sbatch_flags decides which limits hold."""
+"""Where a job would be queued, and which of a site's sbatch_flags affect its limits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from cluster.site import flags
 from cluster.site.settings import Site
 
-# Those options of sbatch that are reckoned with.
+# The options of sbatch that the check takes into account.
 KNOWN = {"account", "constraint", "exclude", "nodelist", "partition", "qos", "reservation"}
-# Those that change where a job fits, in ways that are not reckoned with here. `mem` and the like
-# come from the job; a site that adds them asks for something else.
+# Those that change where a job fits, in ways that the check ignores. `mem` and the like come from
+# the job; a site that adds them asks for something else.
 OTHERS = {"gres", "mem", "mem-per-cpu", "mem-per-gpu", "begin", "oversubscribe", "tres-per-task"}
 OTHERS |= {"dependency", "licenses", "switches", "contiguous", "hold", "mincpus", "tmp"}
 OTHERS |= {"time-min", "deadline", "cores-per-socket", "sockets-per-node", "threads-per-core"}
@@ -22,10 +22,10 @@ OTHERS |= {"extra-node-info", "thread-spec", "cluster-constraint", "overcommit"}
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is chosen for a job; empty where it is left to Slurm."""
+    """What is chosen for a job; empty if left to Slurm."""
 
     where: str
-    """Whose choice it is, for messages: site.toml."""
+    """Where the choice was made, for messages: site.toml."""
     partition: str
     account: str
     qos: str
@@ -36,16 +36,16 @@ class Choice:
     exclude: str = ""
     is_exclusive: bool = False
     has_memory: bool = False
-    """Whether a flag of the site says how much memory."""
+    """Whether a flag of the site sets the memory."""
     not_reckoned_with: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-    """Variables that would tell sbatch something, and do not reach it."""
+    """Variables that sbatch would read, but that are not passed to it."""
 
     @classmethod
     def from_site(cls, site: Site) -> Choice:
-        """Return what the site and the environment choose; of two settings the last counts."""
+        """Return what the site and the environment choose; of repeated options the last counts."""
         chosen = {"partition": site.slurm.partition}
-        # Of sbatch's own variables a job sees these (cluster/commands/plan.py).
+        # The variables of sbatch's own that reach it (cluster/commands/plan.py).
         chosen["account"] = site.slurm.account or os.environ.get("SBATCH_ACCOUNT", "")
         chosen["reservation"] = os.environ.get("SBATCH_RESERVATION", "")
         chosen["qos"] = site.slurm.qos
@@ -71,7 +71,7 @@ class Choice:
 
 
 def features(constraint: str) -> list[str] | None:
-    """Return the features that a node must all have; None: it is said in another way."""
+    """Return the features that a node needs, all of them; None: the constraint has another form."""
     if not constraint:
         return []
     if re.fullmatch(r"[\w.:-]+([&,][\w.:-]+)*", constraint):

@@ -1,4 +1,4 @@
-"""What a job takes of each node, as Slurm counts it, and which nodes could ever give that."""
+"""What a job needs on each node, as Slurm counts it, and which nodes could ever provide that."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cluster.slurm.partitions import Partition, memory_per_gpu
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """Of each node, and which nodes have it when nothing else runs."""
+    """What a job needs on each node, and which nodes have it when nothing else runs."""
 
     num_nodes: int
     cpus: int
     gpus: int
     gpu_type: str
     memory_mb: int | None
-    """None: unknown, or that the site does not give out memory."""
+    """None: unknown, or the site does not allocate memory."""
     whole_nodes: bool
-    """No other job may be on them."""
+    """No other job may share them."""
     whole_memory: bool
     """All memory of them."""
     gives_memory: bool
-    """Whether the site counts memory."""
+    """Whether the site allocates memory."""
     minutes: int | None
     """The time limit; None: unlimited."""
     fitting: list[Node] | None
@@ -38,11 +38,11 @@ class Demand:
     most_memory_mb: int | None = None
     """What the largest node of the partition has."""
     memory_per_gpu_mb: int | None = None
-    """What Slurm gives by default for each GPU, where that decides."""
+    """Slurm's default for each GPU, where that applies."""
     unknown: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """How it is said: 4 CPUs, 2 GPUs (a100), 8000 MB."""
+        """For messages: 4 CPUs, 2 GPUs (a100), 8000 MB."""
         parts = [f"{self.cpus} CPU{'s' if self.cpus != 1 else ''}"]
         if self.gpus:
             kind = f" ({self.gpu_type})" if self.gpu_type else ""
@@ -51,22 +51,22 @@ class Demand:
             parts.append("all memory")
         elif self.gives_memory and self.memory_mb:
             parts.append(f"{self.memory_mb} MB")
-        return ", ".join(parts) + (", to itself" if self.whole_nodes else "")
+        return ", ".join(parts) + (", exclusive" if self.whole_nodes else "")
 
     def for_trial(self) -> list[str]:
-        """Return what to tell sbatch --test-only besides: it reckons without this default."""
+        """Return additional options for sbatch --test-only, which ignores this default."""
         each = self.memory_per_gpu_mb
         return [] if each is None else [f"--mem-per-gpu={each}M"]
 
     def of_all_nodes(self) -> dict[str, int]:
-        """Return what the job takes in all, by Slurm's names; memory in MB, where it is known."""
+        """Return what the job needs in total, by Slurm's names; memory in MB, if known."""
         each = self.of_a_node()
         return {kind: count * self.num_nodes for kind, count in each.items()} | {
             "node": self.num_nodes
         }
 
     def of_a_node(self) -> dict[str, int]:
-        """Return the same of one node."""
+        """Return the same for one node."""
         each = {"cpu": self.cpus, "node": 1}
         if self.gpus:
             each["gres/gpu"] = self.gpus
@@ -101,7 +101,7 @@ def demand_of(
     config: Mapping[str, str],
     known: Mapping[str, Node] | None,
 ) -> Demand:
-    """Return what a job takes there."""
+    """Return what a job needs there."""
     selects = partition.selects or config.get("SelectTypeParameters", "").upper()
     gives_memory = "MEMORY" in selects
     whole = chosen.is_exclusive or partition.gives_whole_nodes
@@ -111,17 +111,17 @@ def demand_of(
     own = None
     shown = sum(partition.name in node.partitions for node in (known or {}).values())
     if known is not None and shown < partition.total_nodes:
-        # Those that a cloud is yet to start, for instance.
+        # Cloud nodes that are not started yet, for instance.
         hidden = f"{partition.total_nodes - shown} of {partition.total_nodes} nodes"
         unknown.append(f"unknown: {hidden} of partition {partition.name}, which are not shown")
     elif known is not None:
         own = _candidates(partition, chosen, known)
         if own is None:
-            unknown.append(f"unknown: which nodes --constraint={chosen.constraint} means")
+            unknown.append(f"unknown: which nodes --constraint={chosen.constraint} matches")
     if own:
         threads = max(node.threads_per_core for node in own)
         if "CR_CPU" not in selects:
-            # What is given out is cores, with all their threads.
+            # Whole cores are allocated, with all their threads.
             cpus = math.ceil(cpus / threads) * threads
         if whole:
             cpus = max(cpus, min(node.cpus for node in own))
@@ -178,7 +178,7 @@ def _minutes(request: Request) -> int | None:
 def _candidates(
     partition: Partition, chosen: Choice, known: Mapping[str, Node]
 ) -> list[Node] | None:
-    """Return the nodes of the partition that the site's flags leave; None: unknown."""
+    """Return the nodes of the partition that the site's flags allow; None: unknown."""
     needed = features(chosen.constraint)
     if needed is None:
         return None
@@ -191,7 +191,7 @@ def _candidates(
         and node.state != "future"
         and set(needed) <= set(node.features)
         and node.name not in without
-        # With several nodes the list is of those that must be among them.
+        # A list of several nodes names those that must be included.
         and (only is None or node.name in only or len(only) > 1)
     ]
 
@@ -199,9 +199,9 @@ def _candidates(
 def _memory_per_gpu(
     request: Request, partition: Partition, config: Mapping[str, str]
 ) -> int | None:
-    """Return what a job gets for each GPU that asks for no memory; None: that is not how.
+    """Return the memory per GPU of a job that asks for none; None: there is no such default.
 
-    Where it is set it goes before all other defaults, even the cluster's before the partition's.
+    If set, it overrides all other defaults, and even the cluster's overrides the partition's.
     """
     if request.memory_per_node_mb or not request.gpus_per_node:
         return None
@@ -210,7 +210,7 @@ def _memory_per_gpu(
 
 
 def _default_memory(partition: Partition, config: Mapping[str, str], cpus: int) -> int | None:
-    """Return what of a node a job gets that asks for no memory; None: all, or unknown."""
+    """Return the memory per node of a job that asks for none; None: all, or unknown."""
     if partition.memory_per_cpu_mb is not None:
         return partition.memory_per_cpu_mb * cpus
     if partition.memory_per_node_mb is not None:

@@ -1,4 +1,4 @@
-"""What is found about a job: that something hinders it, for now or for ever, and what would not."""
+"""Findings on a job: what keeps it from running, for now or forever, and what would fit."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that hinders a job, or with FITS what may end it before its time."""
+    """One thing that keeps a job from running or, with FITS, that may end it early."""
 
     verdict: Verdict
     limit: str
-    """Which one, in Slurm's words: MaxTRESPU gres/gpu."""
+    """The limit's name in Slurm: MaxTRESPU gres/gpu."""
     whose: str
     """QOS normal, partition gpu, account research; "" for none."""
     message: str
-    """One line: what, and what to do."""
+    """One line: what is wrong, and what to do."""
     fits_with: str = ""
-    """The setting that would fit: NODES=2; empty where none does."""
+    """The setting that would fit: NODES=2; empty if there is none."""
 
 
 def never(
     message: str, limit: str, whose: str, choices: list[str] | None = None, setting: str = ""
 ) -> Finding:
-    """Return that a job can never run, with the first of `choices` as what would fit."""
+    """Return the finding that a job can never run; the first of `choices` would fit."""
     fits_with = ""
     if choices:
-        # A setting of site.toml is written as there.
+        # A setting of site.toml is written as in that file.
         fits_with = f'{setting} = "{choices[0]}"' if "." in setting else f"{setting}={choices[0]}"
         if choices[0].isdecimal():
             fits_with = fits_with.replace('"', "")
@@ -48,7 +48,7 @@ def never(
 
 
 def over_time(request: Request, limit: str, whose: str, name: str) -> Finding | None:
-    """Return that a job's time is above a limit, if it is."""
+    """Return the finding that a job's time is above a limit, if it is."""
     try:
         most = notation.seconds(limit)
         asked = notation.seconds(request.time)
@@ -58,7 +58,7 @@ def over_time(request: Request, limit: str, whose: str, name: str) -> Finding | 
         return None
     return never(
         f"TIME={request.time}: {whose} allows at most {limit}; ask for less: a run saves at "
-        "its limit and goes on in the next job by itself",
+        "its time limit and continues automatically in the next job",
         name,
         whose,
         [limit],

@@ -1,6 +1,7 @@
-"""What a site's Slurm would never run, and what it would let wait, by its limits.
+"""Which jobs a site's Slurm would never run, and which would have to wait, by its limits.
 
-`make submit` refuses what these call NEVER, and `make check JOB=` shows all of them: one truth.
+`make submit` refuses jobs with a NEVER finding, and `make check JOB=` shows all findings: both use
+the same rules.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from runfolder.errors import UserError, did_you_mean, printable
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Who decides over jobs, as Slurm tells it; None and `unknown`: what it does not."""
+    """The rules for jobs, as Slurm shows them; None and `unknown`: what it does not show."""
 
     user: str
     config: Mapping[str, str]
@@ -46,7 +47,7 @@ class Judged:
 
     findings: list[Finding]
     remarks: list[str]
-    """What the user should know beside them; also what is unknown."""
+    """What else the user should know, including what is unknown."""
     demand: Demand | None
     """None: there is no such partition."""
     account: str = ""
@@ -54,22 +55,22 @@ class Judged:
 
     @property
     def notes(self) -> list[str]:
-        """All that is to be said of a job that is queued."""
+        """All notes on a job that is queued."""
         return [finding.message for finding in self.findings] + self.remarks
 
     @property
     def for_trial(self) -> list[str]:
-        """What sbatch --test-only is to be told besides."""
+        """Additional options for sbatch --test-only."""
         return self.demand.for_trial() if self.demand else []
 
 
 def check(rules: Rules, site: Site, request: Request) -> Judged:
-    """Return what is found of a job that can run some day; of those that never can, say why.
+    """Return the findings on a job that can run at some time; raise for one that never can.
 
-    Slurm's own `--test-only` lets limits pass that then hold the job for ever.
+    Slurm's own `--test-only` accepts jobs that a limit then holds forever.
 
     Raises:
-        UserError: it can never run; with the limit, and where it is.
+        UserError: the job can never run; names the limit, and where it is set.
     """
     judged = judge(rules, Choice.from_site(site), request)
     for finding in judged.findings:
@@ -82,7 +83,7 @@ def read(queue: Slurm) -> Rules:
     """Ask Slurm for the rules, each kind once.
 
     Raises:
-        SlurmError: it tells nothing of its settings or partitions.
+        SlurmError: it does not show its settings or partitions.
     """
     config = queue.config()
     user = user_name()
@@ -108,7 +109,7 @@ def read(queue: Slurm) -> Rules:
 
 
 def user_name() -> str:
-    """Return who we are to Slurm; USER and LOGNAME may say anything."""
+    """Return our user name as Slurm knows it; USER and LOGNAME may be wrong."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -116,19 +117,19 @@ def user_name() -> str:
 
 
 def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
-    """Hold a job against all rules."""
+    """Check a job against all rules."""
     name = chosen.partition
     remarks = [f"unknown: {words}" for words in rules.unknown]
     if chosen.not_reckoned_with:
         flags = ", ".join(chosen.not_reckoned_with)
-        remarks.append(f"not reckoned with: {flags} of slurm.sbatch_flags in {chosen.where}")
+        remarks.append(f"not taken into account: {flags} of slurm.sbatch_flags in {chosen.where}")
     if chosen.ignored:
         remarks.append(
             f"ignored from your environment: {', '.join(chosen.ignored)}; "
             "set it in slurm.sbatch_flags of site.toml"
         )
     if "," in name:
-        # sbatch takes the one where it starts first.
+        # sbatch uses the one where the job starts first.
         remarks.append(f"not checked: which of the partitions {name} the job would get")
         return Judged(findings=[], remarks=remarks, demand=None)
     partition = rules.partitions.get(name)
@@ -150,7 +151,7 @@ def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
     kept = rules.accounting
     remarks += [f"unknown: {words}" for words in kept.unknown]
     if not kept.binds:
-        remarks.append("this Slurm enforces no accounts: no limits of yours to check")
+        remarks.append("this Slurm does not enforce accounts, so you have no limits to check")
     elif kept.limits_bind and not any(f.verdict is Verdict.NEVER for f in found):
         association = association_of(kept, chosen, account)
         holders = Holders.of(association, qos_of(kept, partition.qos), qos)
@@ -165,7 +166,7 @@ def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
         remarks += [f"unknown: {words}" for words in holders.unknown_use()]
         remarks += demand.unknown
     return Judged(
-        # What hinders most comes first, and of that what was found first.
+        # The most severe first, and of equals the one that was found first.
         findings=sorted(findings, key=lambda finding: -finding.verdict),
         remarks=list(dict.fromkeys(remarks)),
         demand=demand,

@@ -1,4 +1,4 @@
-"""The machine at hand, a login node: space in the home folder, quotas, modules, Apptainer."""
+"""This machine, a login node: space in the home folder, quotas, modules, Apptainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.plan.apptainer import find_apptainer, no_apptainer
 from cluster.runs import folders
 from runfolder.errors import UserError, printable
 
-# A file server that is away must not hold up the rest.
+# A file server that does not answer must not hold up the rest.
 PATIENCE_S = 5
 KIB = 1024
 USER_NAMESPACES = (
@@ -25,7 +25,7 @@ USER_NAMESPACES = (
 
 
 def facts(unknown: dict[str, str]) -> dict[str, Any]:
-    """Return what the standard commands tell; into `unknown` what they do not, and why."""
+    """Return what the standard commands show; add to `unknown` what they do not, and why."""
     places = {
         "home": Path.home(),
         "runs": folders.runs_folder(),
@@ -41,12 +41,12 @@ def facts(unknown: dict[str, str]) -> dict[str, Any]:
 
 
 def _space(name: str, path: Path, unknown: dict[str, str]) -> dict[str, Any] | None:
-    """Return the size of the file system that a folder lies or will lie in."""
+    """Return the size of the file system that a folder is or will be in."""
     existing = next((p for p in (path.absolute(), *path.absolute().parents) if p.exists()), path)
     said = _said("df", "-P", "-k", "--", str(existing))
     found = re.search(r" (\d{1,18}) +\d+ +(\d{1,18}) +\S+ +(/.*)$", said or "")
     if found is None:
-        unknown[f"space of {name}"] = "df does not tell"
+        unknown[f"space of {name}"] = "df does not show it"
         return None
     return {
         "folder": name,
@@ -58,7 +58,7 @@ def _space(name: str, path: Path, unknown: dict[str, str]) -> dict[str, Any] | N
 
 
 def _quotas(unknown: dict[str, str]) -> list[dict[str, Any]] | None:
-    """Return my quotas, where `quota` or `lfs quota` tells them; None: unknown."""
+    """Return my quotas, if `quota` or `lfs quota` shows them; None: unknown."""
     found = []
     asked = False
     if shutil.which("quota"):
@@ -71,20 +71,20 @@ def _quotas(unknown: dict[str, str]) -> list[dict[str, Any]] | None:
             asked = asked or said is not None
             found += list(quota_lines(said or ""))
     if not asked:
-        unknown["quotas"] = "there is no quota and no lfs command here that tells"
+        unknown["quotas"] = "no quota or lfs command here shows them"
         return None
     if not found:
         # No quota, and one that is enforced elsewhere, look alike.
-        unknown["quotas"] = "quota shows none; the site may keep them in another way"
+        unknown["quotas"] = "quota shows none; the site may enforce them in another way"
         return None
     return found
 
 
 def quota_lines(said: str) -> Iterator[dict[str, Any]]:
-    """Return the quotas of what `quota -w -p` or `lfs quota -q` prints, in bytes."""
+    """Return the quotas in the output of `quota -w -p` or `lfs quota -q`, in bytes."""
     # The file system, KiB (with a * above the limit), soft and hard limit, when grace ends, files.
     pattern = r"\s*(/?\S+)\s+\[?(\d{1,18})\]?\*?\s+(\d{1,18})\s+(\d{1,18})\s+(\S+)\s+(\d{1,18})\b"
-    # A long name stands in a line of its own.
+    # A long name is on a line of its own.
     for line in re.sub(r"(?m)^(\s*\S+)\n(?=\s+\[?\d)", r"\1 ", said).splitlines():
         if found := re.match(pattern, line):
             soft, hard = int(found[3]) * KIB, int(found[4]) * KIB
@@ -149,7 +149,7 @@ def _user_namespaces(unknown: dict[str, str]) -> bool | None:
 
 
 def _said(*command: str, fails: bool = False) -> str | None:
-    """Return what a command prints; None if it failed or did not end. `fails`: its code is none."""
+    """Return what a command prints; None if it failed or did not end. `fails`: ignore its code."""
     try:
         done = subprocess.run(
             command,

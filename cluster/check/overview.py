@@ -1,6 +1,6 @@
-"""What a cluster has, what of it is free, what I may have, and why my jobs wait.
+"""What a cluster has, what of it is free, what I may use, and why my jobs wait.
 
-Each thing is asked for once. What Slurm or the site does not tell is unknown, and said so.
+Each thing is asked for once. What Slurm or the site does not show is listed as unknown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def facts(queue: Slurm) -> dict[str, Any]:
         SlurmError: Slurm does not answer at all.
     """
     unknown: dict[str, str] = {}
-    # The commands of this machine take their time while Slurm takes its own.
+    # The commands on this machine run in parallel with Slurm's.
     with ThreadPoolExecutor(1) as pool:
         here = pool.submit(login_node.facts, unknown)
         return _facts(queue, unknown) | {"login_node": here.result(), "unknown": unknown}
@@ -47,7 +47,7 @@ def _facts(queue: Slurm, unknown: dict[str, str]) -> dict[str, Any]:
         unknown[what] = printable(why)
     for partition in rules.partitions.values():
         for key in partition.unknown:
-            unknown[f"{key} of partition {printable(partition.name)}"] = "scontrol does not tell"
+            unknown[f"{key} of partition {printable(partition.name)}"] = "scontrol does not show it"
     if not rules.partitions:
         unknown["partitions"] = "scontrol shows none"
     kept = _or_unknown("reservations", lambda: reservations.read(queue), unknown)
@@ -161,11 +161,11 @@ def _reservation(kept: Reservation) -> dict[str, Any]:
 def _accounts(rules: Rules, unknown: dict[str, str]) -> dict[str, Any]:
     kept = rules.accounting
     if not kept.binds:
-        unknown["accounts"] = "this Slurm enforces none, so that no limits of accounts hold"
+        unknown["accounts"] = "this Slurm does not enforce accounts, so no account limits apply"
     elif not kept.limits_bind:
-        unknown["limits"] = "this Slurm enforces accounts, but no limits of theirs"
+        unknown["limits"] = "this Slurm enforces accounts, but not their limits"
     for words in _unseen(kept):
-        unknown[words] = "the site does not show it"
+        unknown[words] = "the site does not show them"
     mine = {name for one in kept.associations for name in one.qos or ()}
     mine |= {partition.qos for partition in rules.partitions.values()}
     hidden = not kept.binds or kept.is_hidden
@@ -228,14 +228,14 @@ def _limit(bound: Bound) -> dict[str, Any]:
 
 def _fair_share(queue: Slurm, rules: Rules, unknown: dict[str, str]) -> list[dict[str, Any]] | None:
     if not rules.config.get("PriorityType", "").endswith("multifactor"):
-        unknown["fair_share"] = "this Slurm knows none (no priority/multifactor)"
+        unknown["fair_share"] = "this Slurm has none (no priority/multifactor)"
         return None
     layout = "Account,User,RawShares,NormShares,RawUsage,EffectvUsage,FairShare"
     words = ("sshare", "--noheader", "--parsable2", "--Users", rules.user, f"--format={layout}")
     said = _or_unknown("fair_share", lambda: queue.call(*words), unknown)
     rows = fair_share(said or "", rules.user)
     if said is not None and not rows:
-        unknown["fair_share"] = "sshare shows none of yours"
+        unknown["fair_share"] = "sshare shows none for you"
     weight = rules.config.get("PriorityWeightFairShare", "")
     for row in rows:
         row["weight"] = int(weight) if weight.isdecimal() else None
@@ -243,7 +243,7 @@ def _fair_share(queue: Slurm, rules: Rules, unknown: dict[str, str]) -> list[dic
 
 
 def fair_share(said: str, user: str) -> list[dict[str, Any]]:
-    """Return my rows of what sshare prints."""
+    """Return my rows of sshare's output."""
     found = []
     for line in said.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
@@ -264,18 +264,18 @@ def _float(text: str) -> float | None:
 
 
 def _jobs(queue: Slurm) -> list[dict[str, Any]]:
-    # What may have another bar in it comes last.
+    # The name may contain a bar, so it comes last.
     layout = "%i|%T|%P|%q|%D|%S|%L|%r|%j"
     return my_jobs(queue.call("squeue", "--noheader", "--me", "--format", layout), queue.cluster)
 
 
 def my_jobs(said: str, cluster: str = "") -> list[dict[str, Any]]:
-    """Return my jobs of what squeue prints of that cluster; empty: of the one at hand."""
+    """Return my jobs in squeue's output for that cluster; empty: the local one."""
     found = []
     for line in said.splitlines():
         cells = line.split("|", 8)
         if len(cells) < 9 or not re.match(r"\d", cells[0]):
-            # The end of a name with a line break in it.
+            # The rest of a name that contains a line break.
             continue
         job_id, state, partition, qos, count, start, left, reason, name = map(printable, cells)
         number = int(re.match(r"\d{1,12}", job_id)[0])  # type: ignore[index]

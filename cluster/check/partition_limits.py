@@ -1,4 +1,4 @@
-"""What a partition would never run: sizes, times, nodes, and whom it is closed to."""
+"""Which jobs a partition would never run: sizes, times, nodes, and who may use it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def over_access(partition: Partition, chosen: Choice, user: str) -> Iterator[Fin
         yield never(message, "State", whose)
     is_root = user == "root"
     if partition.is_for_root and not is_root:
-        yield never(f"{where}: is for root alone; choose another", "RootOnly", whose)
+        yield never(f"{where}: only root may use it; choose another", "RootOnly", whose)
     if partition.wants_reservation and not chosen.reservation:
-        message = f"{where}: takes jobs with a reservation alone; set SBATCH_RESERVATION"
+        message = f"{where}: accepts only jobs with a reservation; set SBATCH_RESERVATION"
         yield never(message, "ReqResv", whose)
     if partition.allowed_groups is not None and not is_root:
         mine = _groups(user)
         if mine is not None and not mine & set(partition.allowed_groups):
             groups = ", ".join(partition.allowed_groups)
-            yield never(f"{where}: is for the groups {groups} alone", "AllowGroups", whose)
+            yield never(f"{where}: only the groups {groups} may use it", "AllowGroups", whose)
 
 
 def _groups(user: str) -> set[str] | None:
@@ -47,22 +47,22 @@ def _groups(user: str) -> set[str] | None:
 def over_sizes(
     partition: Partition, request: Request, demand: Demand, chosen: Choice, qos: Qos | None
 ) -> Iterator[Finding]:
-    """Find whether the partition ever gives that much, and whether it has such nodes."""
+    """Find whether the partition ever allows that much, and whether it has such nodes."""
     whose = f"partition {partition.name}"
-    # A QOS may free its jobs of these.
+    # A QOS may exempt its jobs from these limits.
     flags = qos.flags if qos else ()
     most = partition.total_nodes
     if partition.max_nodes is not None and "PartitionMaxNodes" not in flags:
         most = min(most, partition.max_nodes)
     if request.num_nodes > most and "TotalNodes" not in partition.unknown:
-        verb = "has" if most == partition.total_nodes else "gives a job at most"
+        verb = "has" if most == partition.total_nodes else "allows a job at most"
         message = (
             f"NODES={request.num_nodes}: {whose} {verb} {most}; ask for fewer, or another partition"
         )
         yield never(message, "MaxNodes", whose, [str(most)] if most else [], "NODES")
     if request.num_nodes < partition.min_nodes and "PartitionMinNodes" not in flags:
         message = (
-            f"NODES={request.num_nodes}: {whose} gives a job at least {partition.min_nodes}; ask "
+            f"NODES={request.num_nodes}: {whose} requires at least {partition.min_nodes}; ask "
             "for more, or another partition"
         )
         yield never(message, "MinNodes", whose, [str(partition.min_nodes)], "NODES")
@@ -72,14 +72,14 @@ def over_sizes(
         yield over
     if (cpus := partition.max_cpus_per_node) is not None and demand.cpus > cpus:
         message = (
-            f"a job asks for {demand.cpus} CPUs of a node, and {whose} gives at most {cpus}; set "
+            f"a job asks for {demand.cpus} CPUs per node, and {whose} allows at most {cpus}; set "
             "slurm.cpus_per_node to that"
         )
         yield never(message, "MaxCPUsPerNode", whose, [str(cpus)], "slurm.cpus_per_node")
     memory = partition.max_memory_per_node_mb
     if memory is not None and request.memory_per_node_mb > memory:
         message = (
-            f"a job asks for {request.memory_per_node_mb} MB of a node, and {whose} gives at most "
+            f"a job asks for {request.memory_per_node_mb} MB per node, and {whose} allows at most "
             f"{memory}; set slurm.memory_per_node_mb to that"
         )
         yield never(message, "MaxMemPerNode", whose, [str(memory)], "slurm.memory_per_node_mb")
@@ -91,8 +91,8 @@ def over_sizes(
 def _too_large(
     partition: Partition, request: Request, demand: Demand, chosen: Choice, fitting: int
 ) -> Finding:
-    many = f"{fitting} of its nodes have" if fitting else "none of its nodes has"
-    message = f"partition {partition.name}: {many} what the job asks of each: {demand}"
+    many = f"{fitting} of its nodes can" if fitting else "none of its nodes can"
+    message = f"partition {partition.name}: {many} provide what the job asks for per node: {demand}"
     flags = {
         "constraint": chosen.constraint,
         "nodelist": chosen.nodelist,

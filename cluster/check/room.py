@@ -1,4 +1,4 @@
-"""Whether a job finds room now: nodes in service, free, and not promised to anybody else."""
+"""Whether there is room for a job now: nodes in service, free, and not promised to others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cluster.slurm.reasons import clock, duration
 from cluster.slurm.reservations import Reservation, epoch
 from runfolder.errors import printable
 
-# Slurm keeps these of its own clock for a job to start.
+# The margin that Slurm keeps for a job to start.
 START_S = 30
-# The shortest job that is worth the queue.
+# The shortest job that is worth queueing.
 SHORTEST_S = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """That nodes are somebody else's from some time on."""
+    """Nodes that belong to somebody else from some time on."""
 
     who: str
     start: float
@@ -35,7 +35,7 @@ class Promise:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """A job of anybody's that waits in the partition."""
+    """A job of any user that waits in the partition."""
 
     job_id: str
     reason: str
@@ -44,10 +44,10 @@ class Waiting:
 
 
 def waiting(queue: Slurm, partition: str) -> list[Waiting]:
-    """Ask who waits in a partition.
+    """Ask Slurm which jobs wait in a partition.
 
     Raises:
-        SlurmError: it does not tell.
+        SlurmError: it does not show them.
     """
     layout = "JobID:|,StartTime:|,SchedNodes:|,Reason:|"
     words = ["--noheader", "--states=PENDING", f"--partition={partition}", f"--Format={layout}"]
@@ -62,7 +62,7 @@ def waiting(queue: Slurm, partition: str) -> list[Waiting]:
 
 
 def promises(reservations: Iterable[Reservation], queue: Iterable[Waiting]) -> list[Promise]:
-    """Return what is promised to others, by reservations and by the plans of the scheduler."""
+    """Return what is promised to others, by reservations and by the scheduler's plans."""
     found = []
     for kept in reservations:
         start = epoch(kept.start)
@@ -95,7 +95,7 @@ def look(
     *,
     now: float | None = None,
 ) -> Iterator[Finding]:
-    """Find why a job has no room at this moment (or `now`); nothing if it has."""
+    """Find why there is no room for a job at this moment (or `now`); nothing if there is."""
     now = time.time() if now is None else now
     fitting = list(demand.fitting or [])
     if chosen.reservation:
@@ -115,7 +115,7 @@ def look(
     promised = promises((kept for kept in others if _is_whole(kept, known)), ahead)
     free = [node for node in fitting if demand.fits_free(node)]
     until = {node.name: _first_promise(node.name, promised, now) for node in free}
-    # A job must be over before they are somebody else's.
+    # A job must end before the nodes belong to somebody else.
     lasts = None if demand.minutes is None else demand.minutes * 60
     usable = [node for node in free if _is_long_enough(until[node.name], lasts, now)]
     if len(usable) < demand.num_nodes:
@@ -131,7 +131,10 @@ def look(
             verdict=Verdict.WAITS,
             limit="Priority",
             whose=f"partition {chosen.partition}",
-            message=f"job {first.job_id} is before it in line, and Slurm has not planned it yet",
+            message=(
+                f"job {first.job_id} is ahead of it in the queue, and Slurm has not planned its "
+                "start yet"
+            ),
         )
 
 
@@ -140,10 +143,10 @@ def _of_reservation(
 ) -> Finding | None:
     whose = f"reservation {printable(name)}"
     if kept is None:
-        message = f"{whose}: there is none of this name that you may see"
+        message = f"{whose}: does not exist, or is hidden from you"
         return Finding(verdict=Verdict.NEVER, limit="Reservation", whose=whose, message=message)
     if not kept.admits(user, account) and not kept.groups:
-        message = f"{whose}: is not for user {user} with account {account}"
+        message = f"{whose}: is not open to user {user} with account {account}"
         return Finding(verdict=Verdict.NEVER, limit="Reservation", whose=whose, message=message)
     start = epoch(kept.start)
     if start is not None and start > now:
@@ -153,7 +156,7 @@ def _of_reservation(
 
 
 def _opened(node: Node) -> Node:
-    """Return a node as those see it for whom it is reserved."""
+    """Return a node as the users of its reservation see it."""
     if node.state not in ("reserved", "maintenance"):
         return node
     used = node.cpus_used
@@ -162,7 +165,7 @@ def _opened(node: Node) -> Node:
 
 
 def _is_whole(kept: Reservation, known: Mapping[str, Node]) -> bool:
-    """Return whether its nodes are kept whole; of one that keeps some cores the rest is free."""
+    """Return whether whole nodes are reserved; if only some cores are, the rest is free."""
     cpus = sum(known[name].cpus for name in kept.nodes if name in known)
     return not kept.cpus or kept.cpus * _most_threads(kept, known) >= cpus
 
@@ -189,12 +192,12 @@ def _no_room(demand: Demand, fitting: list[Node], free: int, whose: str) -> Find
         if not demand.fits_free(node):
             word = node.state
             if node.state in ("idle", "mixed", "planned"):
-                word = "too little is free"
+                word = "not enough is free"
             states.setdefault(word, []).append(node.name)
     listed = "; ".join(f"{word}: {hosts.compact(names)}" for word, names in states.items())
     nodes = "1 node" if demand.num_nodes == 1 else f"{demand.num_nodes} nodes"
     each = "" if demand.num_nodes == 1 else " each"
-    message = f"{nodes} with {demand}{each} wanted, {free} free now"
+    message = f"{nodes} with {demand}{each} needed, {free} free now"
     if len(in_service) < demand.num_nodes:
         message += ", and too few in service"
     kept = [node for node in fitting if node.state in ("reserved", "maintenance")]
@@ -211,17 +214,17 @@ def _no_room(demand: Demand, fitting: list[Node], free: int, whose: str) -> Find
 
 
 def _promised(demand: Demand, until: list[Promise | None], whose: str, now: float) -> Finding:
-    # Of so many nodes those count that are free the longest.
+    # The nodes that are free the longest count.
     begins = sorted((one.start if one else float("inf") for one in until), reverse=True)
     left = begins[demand.num_nodes - 1] - now - START_S
     hindering = min((one for one in until if one), key=lambda one: one.start)
     when = clock(time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(hindering.start)))
     begun = hindering.start <= now
     fits = left >= SHORTEST_S
-    message = f"nodes that are free now {'are' if begun else 'will be'} those of {hindering.who}"
+    message = f"nodes that are free now {'belong' if begun else 'will belong'} to {hindering.who}"
     message += "" if begun else f" from {when or 'later'} on"
     if fits:
-        message += "; a job that is over before starts now"
+        message += "; a job that ends before then starts now"
     return Finding(
         verdict=Verdict.WAITS,
         limit="Reservation" if hindering.who.startswith("reservation") else "Priority",

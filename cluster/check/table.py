@@ -21,7 +21,7 @@ GIB = 1024**3
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print it all; lines are as wide as the terminal, and as they are in a file."""
+    """Print it all; lines are as wide as the terminal, or as long as needed in a file."""
     width = None
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         width = 10_000
@@ -58,7 +58,7 @@ def _table(columns: list[str], rows: Iterable[Iterable[Any]]) -> Any:
         return Text("  none")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for number, column in enumerate(columns, 1):
-        # A terminal of 80 columns has room for what is short; lists at the end are folded.
+        # A terminal of 80 columns has room for the short columns; lists at the end are folded.
         short = number < len(columns) - 1
         head = column.replace(" ", "\n") if short else column
         table.add_column(head, overflow="fold", no_wrap=short, vertical="top")
@@ -68,7 +68,7 @@ def _table(columns: list[str], rows: Iterable[Iterable[Any]]) -> Any:
 
 
 def _partitions(partitions: list[dict[str, Any]]) -> Any:
-    columns = ["name", "state", "time", "nodes", "a job", "whole free", "free CPUs", "free GPUs"]
+    columns = ["name", "state", "time", "nodes", "per job", "whole free", "free CPUs", "free GPUs"]
     columns += ["accounts", "QOS"]
     rows = []
     for one in partitions:
@@ -141,7 +141,7 @@ def _reservations(kept: list[dict[str, Any]] | None) -> Any:
             clock(one["start"] or "") or None,
             clock(one["end"] or "") or None,
             one["nodes"],
-            ", ".join(one["users"] + one["accounts"] + one["groups"]) or "nobody named",
+            ", ".join(one["users"] + one["accounts"] + one["groups"]) or "none named",
             ", ".join(one["flags"]),
         )
         for one in kept
@@ -157,7 +157,7 @@ def _accounts(facts: dict[str, Any]) -> Any:
             one["account"] + ("*" if one["account"] == facts["default_account"] else ""),
             one["partition"] or "all",
             None if one["qos"] is None else ", ".join(one["qos"]),
-            one["default_qos"] or "none named",
+            one["default_qos"] or "none",
         )
         for one in facts["associations"]
     ]
@@ -175,7 +175,7 @@ def _limits(facts: dict[str, Any]) -> Any:
     if not known:
         return Text(f"  {UNKNOWN}")
     if not rows and facts["unknown"]:
-        return Text("  none that is shown")
+        return Text("  none shown")
     return _table(["whose", "limit", "of", "at most", "in use"], dict.fromkeys(rows))
 
 
@@ -198,7 +198,7 @@ def _fair_share(rows: list[dict[str, Any]] | None) -> Any:
         )
         for row in rows
     ]
-    return _table(["account", "fair share", "my share", "my use", "counts for priority"], cells)
+    return _table(["account", "fair share", "my share", "my usage", "counts for priority"], cells)
 
 
 def _jobs(jobs: list[dict[str, Any]] | None) -> Any:
@@ -230,7 +230,7 @@ def _login_node(here: dict[str, Any]) -> Any:
     ]
     for one in here["quotas"] or []:
         most = one["hard_limit_bytes"] or one["soft_limit_bytes"]
-        limit = f"of {most / GIB:.0f} GiB used" if most else "GiB used, no limit of space"
+        limit = f"of {most / GIB:.0f} GiB used" if most else "GiB used, no space limit"
         space.append(("quota", f"{one['used_bytes'] / GIB:.1f} {limit}", one["file_system"]))
     if here["quotas"] is None:
         space.append(("quota", UNKNOWN, ""))

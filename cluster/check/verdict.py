@@ -20,7 +20,7 @@ from cluster.slurm.refusals import POLICY, ControllerUnreachable, SlurmError, Tr
 from cluster.slurm.reservations import epoch
 from runfolder.errors import printable
 
-# A start that is as near as this is now: the scheduler acts in turns.
+# A start that is this close counts as now: the scheduler works in cycles.
 NOW_S = 60
 
 
@@ -79,7 +79,7 @@ def on(queue: Slurm, site: Site, request: Request, name: str) -> Answer:
     """Return the verdict on a job of this size.
 
     Raises:
-        SlurmError: Slurm does not answer, so that there is none.
+        SlurmError: Slurm does not answer, so there is no verdict.
     """
     chosen = Choice.from_site(site)
     rules = limits.read(queue)
@@ -94,7 +94,7 @@ def on(queue: Slurm, site: Site, request: Request, name: str) -> Answer:
         findings += _as_slurm_says(trial, findings, ahead, remarks)
         findings = _unless_it_starts(trial, findings, rules, judged, remarks)
     verdict = max((finding.verdict for finding in findings), default=Verdict.FITS)
-    # Slurm's estimate knows of no limits but those of the nodes, and of no gaps between plans.
+    # Slurm's estimate takes only nodes into account, not other limits or gaps between planned jobs.
     others = any(finding.verdict and finding.limit not in _OF_ROOM for finding in findings)
     if others or (verdict is Verdict.FITS and _is_later(start)):
         start, nodes = "", ""
@@ -111,7 +111,7 @@ def on(queue: Slurm, site: Site, request: Request, name: str) -> Answer:
     )
 
 
-# Findings about the nodes, which Slurm's estimate knows of.
+# Findings about nodes, which Slurm's estimate takes into account.
 _OF_ROOM = {"Resources", "Nodes", "Reservation", "Priority", "Start"}
 
 
@@ -149,21 +149,23 @@ def _room(
 def _ahead(
     queue: Slurm, rules: limits.Rules, chosen: Choice, remarks: list[str]
 ) -> list[room.Waiting]:
-    """Return who waits in the partition, as far as the site shows it."""
+    """Return the jobs that wait in the partition, as far as the site shows them."""
     if "jobs" in rules.config.get("PrivateData", ""):
-        remarks.append("unknown: jobs of others that are before it in line: this site hides them")
+        remarks.append(
+            "unknown: other users' jobs that are ahead of it in the queue: this site hides them"
+        )
     try:
         return room.waiting(queue, chosen.partition)
     except ControllerUnreachable:
         raise
     except SlurmError as error:
-        remarks.append(f"unknown: who waits in the partition: {printable(str(error))}")
+        remarks.append(f"unknown: which jobs wait in the partition: {printable(str(error))}")
         return []
 
 
 def _trial(queue: Slurm, site: Site, request: Request, name: str, besides: list[str]) -> Trial:
     words = sbatch_command(site, request, name=f"sluice-{name}", folder=here())
-    # With the environment of `make submit`, as some of its variables choose for sbatch too.
+    # With the environment of `make submit`, because some of its variables set options of sbatch.
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
     return queue.trial([*words, *besides, str(here() / "slurm/train.sbatch")], passed)
 
@@ -171,27 +173,27 @@ def _trial(queue: Slurm, site: Site, request: Request, name: str, besides: list[
 def _as_slurm_says(
     trial: Trial, findings: list[Finding], ahead: list[room.Waiting], remarks: list[str]
 ) -> list[Finding]:
-    """Return what Slurm itself says against it, where nothing that was found explains that."""
+    """Return Slurm's own objection to the job, unless another finding explains it."""
     remarks.extend(f"sbatch says: {notice}" for notice in trial.notices)
     found = any(finding.verdict for finding in findings)
-    # One that says how many jobs may be queued is known to pass.
+    # A limit on the number of queued jobs is temporary.
     full = any("SubmitJobs" in finding.limit for finding in findings)
     explained = (found and trial.is_for_now) or (full and trial.is_because_of(POLICY))
     if trial.refusal and not explained:
-        # The nodes are free as far as can be seen: then it is their kind, or a rule of the site.
+        # The nodes are free as far as we can see, so it is their type, or a rule of the site.
         lasts = not trial.is_for_now or trial.is_because_of("configuration is not available")
-        message = f"sbatch would not take it: {printable(trial.refusal)}"
+        message = f"sbatch would refuse it: {printable(trial.refusal)}"
         limit = "sbatch --test-only"
         verdict = Verdict.NEVER if lasts else Verdict.WAITS
         return [Finding(verdict=verdict, limit=limit, whose="Slurm", message=message)]
     if found or not _is_later(trial.start):
         return []
     if any(job.nodes for job in ahead):
-        # Beside those that wait Slurm starts what is over before their time has come, of which its
-        # estimate knows nothing; theirs were reckoned with.
-        remarks.append("it starts beside jobs that wait, when Slurm comes to look for such")
+        # Slurm backfills jobs that end before the planned starts of those that wait. Its estimate
+        # does not consider that; the planned starts were taken into account above.
+        remarks.append("it starts ahead of waiting jobs, at Slurm's next backfill cycle")
         return []
-    message = "others are before it in line, or Slurm keeps its nodes for them"
+    message = "other jobs are ahead of it in the queue, or Slurm keeps its nodes for them"
     return [Finding(verdict=Verdict.WAITS, limit="Start", whose="Slurm", message=message)]
 
 
@@ -207,19 +209,21 @@ def _unless_it_starts(
     judged: limits.Judged,
     remarks: list[str],
 ) -> list[Finding]:
-    """Leave out that others have the nodes, where Slurm would share them or take them away."""
+    """Drop findings that the nodes are in use, if Slurm would share them or preempt their jobs."""
     begins = epoch(trial.start)
     if begins is None or begins > time.time() + NOW_S:
         return findings
     qos = rules.accounting.qos.get(judged.qos)
     preempts = qos is not None and qos.preempts
-    # That somebody is before it in line, the estimate knows only where that one is preempted.
+    # The estimate considers a job ahead in the queue only if that job is preempted.
     limits_of = ("Resources", "Priority") if preempts else ("Resources",)
     busy = [finding for finding in findings if finding.limit in limits_of]
     if busy and qos is not None and preempts:
-        remarks.append(f"QOS {qos.name} takes nodes from jobs of QOS {', '.join(qos.preempts)}")
+        remarks.append(f"QOS {qos.name} preempts jobs of QOS {', '.join(qos.preempts)}")
     elif busy:
-        remarks.append("its nodes are in use, but the partition oversubscribes or preempts")
+        remarks.append(
+            "its nodes are in use, but the partition allows oversubscription or preemption"
+        )
     return [finding for finding in findings if finding not in busy]
 
 
@@ -230,4 +234,4 @@ def words(answer: Answer) -> str:
         return "fits now" + (f", on {printable(answer.nodes)}" if answer.nodes else "")
     if answer.verdict is Verdict.NEVER:
         return "can never run"
-    return "will wait, " + (f"until {when} as Slurm expects" if when else "until when is unknown")
+    return "will wait, " + (f"expected start {when}" if when else "expected start unknown")

@@ -1,10 +1,10 @@
-"""TensorBoard of a run, on the cluster, as long as somebody on a laptop looks at it.
+"""TensorBoard of a run, on the cluster, while somebody on a laptop uses it.
 
     python -m cluster board --run RUN
 
-While the run's job runs it is a step of the job, on the job's first node; otherwise it runs here,
-on the login node. Prints where it listens, and ends when its standard input does. `make tunnel`
-starts it.
+While the run's job runs, it is a step of the job on the job's first node; otherwise it runs here,
+on the login node. It prints where it listens, and exits when its standard input closes.
+`make tunnel` starts it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from runfolder import attempts, launch, records
 from runfolder.errors import UserError, printable
 
 LISTENS = "tensorboard listens at"
-# What TensorBoard says when it is ready.
+# What TensorBoard prints when it is ready.
 READY = re.compile(r"TensorBoard \S+ at http://\S+:(\d+)/")
 END_S = 20
 
@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
     folder = folders.find(options.run)
     if not any((folder / "tensorboard").glob("events.*")):
         raise UserError(
-            f"{folder / 'tensorboard'}: holds no curves yet; how far the run is: "
+            f"{folder / 'tensorboard'}: holds no curves yet; to see how far the run is: "
             f"make logs RUN={history.name_of(folder)}"
         )
     if not (folder / launch.NAME).exists():
         raise UserError(
-            f"RUN={options.run}: was begun by an earlier Sluice, and this one cannot start its "
-            f"TensorBoard; copy {folder / 'tensorboard'} to where one is"
+            f"RUN={options.run}: was started by an older Sluice, and this one cannot start its "
+            f"TensorBoard; copy {folder / 'tensorboard'} to a machine that has TensorBoard"
         )
     address, step = _place(folder)
     words = [*step, "slurm/board.sh", address]
@@ -71,10 +71,10 @@ def main(argv: list[str]) -> int:
 
 
 def _place(folder: Path) -> tuple[str, list[str]]:
-    """Return the address to listen at, and the words that run a command there."""
+    """Return the address to listen on, and the command prefix that runs a command there."""
     last = records.submissions(folder)[-1:]
     made = [each for each in attempts.read_all(folder) if last and each.is_of(last[0].job_id)]
-    # Where the folder tells that the job is over, Slurm need not answer.
+    # If the folder shows that the job is over, Slurm need not answer.
     if last and not history.is_settled(last[0], made):
         queue = clusters.at(Slurm.from_site(load_site()), last[0].cluster)
         job = clusters.look(queue, {folder: last[0]}).get(folder)
@@ -89,7 +89,7 @@ def _place(folder: Path) -> tuple[str, list[str]]:
 
 
 def _serve(board: subprocess.Popen[bytes], address: str) -> int:
-    """Say where it listens, and wait until nobody wants it; return the exit code."""
+    """Print where it listens, and wait until nobody needs it; return the exit code."""
     assert board.stdout is not None
     said: list[str] = []
     rest = b""
@@ -101,7 +101,7 @@ def _serve(board: subprocess.Popen[bytes], address: str) -> int:
             continue
         data = os.read(board.stdout.fileno(), 65536)
         if not data:
-            last = [line for line in said if line.strip()][-1:] or ["it said nothing"]
+            last = [line for line in said if line.strip()][-1:] or ["no output"]
             raise UserError(f"tensorboard has ended: {printable(last[0])}")
         *lines, rest = (rest + data).split(b"\n")
         said = [*said, *(line.decode(errors="replace") for line in lines)][-20:]

@@ -1,4 +1,4 @@
-"""`make cancel`: end a run's job; one that runs saves first."""
+"""`make cancel`: end a run's job; a running job saves first."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from runfolder import attempts, checkpoints, decision, records
 from runfolder.errors import UserError
 
 POLL_S = 2.0
-# After a plain scancel Slurm itself ends what remains: KillWait, 30 s by default, and an epilog.
+# After a plain scancel Slurm kills what remains: after KillWait, 30 s by default, and an epilog.
 KILL_S = 120
-# What scancel says of a job that ended, or began, in the same moment; the next look tells.
+# What scancel says about a job that is just ending or starting; the next look at it tells.
 BETWEEN = ("invalid job id", "already complet", "pending execution", "not running", "no longer")
 MAX_REFUSALS = 5
 SUSPENDED = {"SUSPENDED", "STOPPED"}
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """End the job of a run; return 0 when it is over."""
     parser = Parser(
         prog="python -m cluster cancel",
-        description="End the job of a run; one that runs saves first.",
+        description="End the job of a run; a running job saves first.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="which run")
@@ -53,17 +53,15 @@ def main(argv: list[str]) -> int:
     if job is None or job.state not in ACTIVE:
         end = history.ending(folder, last, attempts.read_all(folder), job)
         at = f" at step {end.step}" if end.step is not None else ""
-        again = (
-            "make status" if end.word == "finished" else f"make submit RUN={name} goes on with it"
-        )
+        again = "make status" if end.word == "finished" else f"make submit RUN={name} continues it"
         raise UserError(
-            f"RUN={name}: job {last.job_id} is not in the queue any more ({end.word}{at}); {again}"
+            f"RUN={name}: job {last.job_id} is no longer in the queue ({end.word}{at}); {again}"
         )
     return Cancellation(folder, job, queue, settings.slurm.save_s).run()
 
 
 class Cancellation:
-    """A request, from its file until the job is over."""
+    """A cancel request, from its file until the job is over."""
 
     def __init__(self, folder: Path, job: QueuedJob, queue: Slurm, save_s: int) -> None:
         self._folder = folder
@@ -78,7 +76,7 @@ class Cancellation:
     def run(self) -> int:
         """Ask, and wait until the job is over; return the exit code."""
         job_id = self._job.job_id
-        # One that is there is another `make cancel`'s: that one has told Slurm, and needs it.
+        # An existing request is another `make cancel`'s, which has told Slurm, and needs it.
         ours = not decision.is_cancel_requested(self._folder, job_id)
         try:
             self._write_request()
@@ -87,10 +85,10 @@ class Cancellation:
             if not self._stands and ours:
                 decision.forget_cancel(self._folder)
             if isinstance(error, UserError):
-                told = f"; job {job_id} was told to end all the same: make status"
+                told = f"; job {job_id} was told to end anyway: make status shows it"
                 raise UserError(f"{error}{told if self._stands else ''}") from None
             if self._stands:
-                print(f"\nno longer waiting; the request stands: make status shows job {job_id}")
+                print(f"\nno longer waiting; job {job_id} was told to end: make status shows it")
             else:
                 print(f"\njob {job_id} was not cancelled")
             return 130
@@ -99,7 +97,7 @@ class Cancellation:
         return 0
 
     def _until_over(self) -> bool:
-        """Wait for the end; return False if the job was ended in the middle of its save."""
+        """Wait for the end; return False if the job was ended while it was saving."""
         save_until = kill_until = float("inf")
         told, in_time = "", True
         while self._is_there():
@@ -115,13 +113,13 @@ class Cancellation:
                 self._say("is ending")
             elif not told and self._scancel("--signal=USR1", "--batch"):
                 told, save_until = "save", now + self._save_s
-                self._say(f"was asked to save and to end; it has {self._save_s} s")
+                self._say(f"was asked to save and end; it has {self._save_s} s")
             if now > save_until and self._scancel():
                 told, in_time = "end", False
                 save_until, kill_until = float("inf"), now + KILL_S
                 self._say(f"did not save within {self._save_s} s; Slurm ends it")
             if now > kill_until:
-                raise UserError(f"job {self._job.job_id} is still there after {KILL_S} s")
+                raise UserError(f"job {self._job.job_id} is still in the queue after {KILL_S} s")
             time.sleep(POLL_S)
         return in_time
 
@@ -133,8 +131,8 @@ class Cancellation:
         except ControllerUnreachable:
             if not self._stands:
                 raise
-            # Told is told; when the time to save is over, scancel finds out whether it is back.
-            self._say("goes on ending; Slurm does not answer for now")
+            # Slurm was already told; when the time to save is over, scancel shows if it is back.
+            self._say("is still ending; Slurm does not answer at the moment")
             return True
         if found is None:
             return False
@@ -142,7 +140,7 @@ class Cancellation:
         return found.state in ACTIVE
 
     def _scancel(self, *flags: str) -> bool:
-        """Tell Slurm; return False if the job was between two states, so that a look is due."""
+        """Tell Slurm; return False if the job was between two states, so another look is due."""
         try:
             self._queue.call("scancel", *flags, str(self._job.job_id))
         except SlurmError as error:
@@ -171,16 +169,16 @@ class Cancellation:
         outcome = (made[-1].outcome if made else None) or {}
         if outcome.get("outcome") == "finished":
             command = history.command_of(outcome, name)
-            print(f"job {job_id} had finished before" + (f"; next: {command}" if command else ""))
+            print(f"job {job_id} had already finished" + (f"; next: {command}" if command else ""))
             return
         saved = checkpoints.newest_step(self._folder)
-        late = "" if saved_in_time else "; its save was not finished in time"
-        serves = "no checkpoint, it starts anew"
+        late = "" if saved_in_time else "; it did not finish saving in time"
+        serves = "no checkpoint, it starts over"
         if saved is not None:
             serves = f"checkpoint {checkpoints.folder_name(saved)}"
         came = read_progress(self._folder, made[-1]).step if made else None
         if records.program(self._folder) is not None:
-            serves, came = f"it goes on {history.next_start(self._folder)}", None
+            serves, came = history.next_start(self._folder), None
         if came is not None and (lost := came - (saved or 0)) > 0:
             serves += f"; {lost} step{'s' if lost != 1 else ''} {'are' if lost != 1 else 'is'} lost"
         print(f"job {job_id} is cancelled{late}; continue with make submit RUN={name} ({serves})")

@@ -1,5 +1,5 @@
-"""`make check`: what the cluster has and gives me; `make check JOB=`: will this job fit, and when.
-
+"""`make check`: what the cluster has and what I may use; `make check JOB=`: will this job fit,
+and when.
 Exit codes of `python -m cluster check --job JOB`: 0 it fits now, 1 it will wait, 2 it can
 never run as it is, 3 there is no verdict, because Slurm does not answer.
 """
@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
     own, script_arguments = split_at_dashes(argv)
     parser = Parser(
         prog="python -m cluster check",
-        description="What the cluster has and gives you; with --job, whether a job fits.",
+        description="What the cluster has and what you may use; with --job, whether a job fits.",
         epilog="With --job the exit code is the verdict: 0 fits now, 1 will wait, 2 can never run; "
-        "3: none, as Slurm does not answer.",
+        "3: no verdict, because Slurm does not answer.",
         allow_abbrev=False,
     )
     parser.add_argument("--job", default="", help="the name of a file in configs/jobs")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
     if not options.job:
         if sizes != Sizes() or options.accel or script_arguments:
-            raise UserError("NODES=, GPUS=, NPROC=, TIME=, ACCEL= and ARGS= are for JOB=; name one")
+            raise UserError("NODES=, GPUS=, NPROC=, TIME=, ACCEL= and ARGS= need JOB=; name a job")
         return _overview(options.format)
     return _verdict(options, sizes, script_arguments)
 
@@ -105,12 +105,12 @@ def _verdict(options: Any, sizes: Sizes, script_arguments: list[str]) -> int:
 
 
 def _of_image(wanted: Request) -> list[str]:
-    """Return what is missing besides, without a look into it."""
+    """Return a note if the image is missing; an image that exists is not opened."""
     names = variants(gpus=wanted.device == "cuda", strict=True)
     if any(image_path(name).exists() for name in names):
         return []
     return [
-        f"there is no {image_path(names[0])} yet, which make submit wants: make build-image "
+        f"there is no {image_path(names[0])} yet, and make submit needs it: make build-image "
         f"VARIANT={names[0]}"
     ]
 

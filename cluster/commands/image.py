@@ -1,4 +1,4 @@
-"""`make verify-image`, `make sign-image`: is this image whole, of this lock, and signed?
+"""`make verify-image`, `make sign-image`: is this image intact, built from this lock, and signed?
 
 make verify-image VARIANT=cpu KEY=key.pub
 python -m cluster image verify images/sluice-cpu.sif --key key.pub
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--key", default="", help=f"a PEM file, or '{KEYRING}'")
     options = parser.parse_args(argv)
     if options.key.startswith("~"):
-        # Not every shell sees a path in KEY=~/key.pem.
+        # Not every shell expands the ~ in KEY=~/key.pem.
         options.key = str(Path(options.key).expanduser())
     path = Path(options.image) if options.image else _only_image(options.variant)
     if options.command == "sign":
@@ -37,19 +37,19 @@ def main(argv: list[str]) -> int:
         key, asked = os.environ.get("SLUICE_VERIFY_KEY", ""), "SLUICE_VERIFY_KEY"
     if key:
         check_signature(path, key, asked, manifest)
-    trust = f"signed, {key} vouches for it" if key else "signature not looked at (KEY= does)"
+    trust = f"signature verified with {key}" if key else "signature not checked (KEY= checks it)"
     same = "this" if image.lock_sha256 == lock_sha256(image.variant) else "ANOTHER"
-    print(f"{path}: whole, sha256 {image.sha256[:12]}, of {same} checkout's lock; {trust}")
+    print(f"{path}: intact, sha256 {image.sha256[:12]}, from {same} checkout's lock; {trust}")
     return 0
 
 
 def _only_image(variant: str) -> Path:
     if variant:
         if variant not in LOCKS:
-            raise UserError(f"VARIANT={variant}: there is none{did_you_mean(variant, LOCKS)}")
+            raise UserError(f"VARIANT={variant}: is unknown{did_you_mean(variant, LOCKS)}")
         return image_path(variant)
     there = [image_path(name) for name in LOCKS if image_path(name).exists()]
     if len(there) != 1:
         found = "both variants" if there else "no image"
-        raise UserError(f"{images_folder()}: holds {found}; say which: VARIANT=cpu, or IMAGE=path")
+        raise UserError(f"{images_folder()}: holds {found}; choose one: VARIANT=cpu, or IMAGE=path")
     return there[0]

@@ -20,12 +20,12 @@ from runfolder.errors import UserError
 POLL_S = 1.0
 QUEUE_POLL_S = 5.0
 SILENT_POLL_S = 30.0
-# The last words of a job reach a shared file system some seconds after Slurm says that it is over;
+# A job's last output reaches a shared file system some seconds after Slurm says that it is over;
 # and an attempt's folder some seconds before its record.
 GRACE_S = 10.0
-# NFS shows a new file half a minute late where the folder was looked at before.
+# NFS may show a new file half a minute late if the folder was listed before.
 LAST_WORD_GRACE_S = 45.0
-# How the lines of batch.log begin that are written before the processes start.
+# Prefixes of the lines in batch.log that are written before the processes start.
 BEFORE_TRAINING = (b"attempt ", b"preflight")
 
 
@@ -37,14 +37,14 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="which run")
-    parser.add_argument("--node", default="", help="show this node's output (0)")
+    parser.add_argument("--node", default="", help="show this node's output (default: 0)")
     options = parser.parse_args(argv)
     if not options.run:
         raise UserError("make logs: RUN= is missing; make status lists the runs")
     folder = folders.find(options.run)
     node = files.number(int(options.node)) if options.node.isdecimal() else None
     if options.node and node is None:
-        raise UserError(f"NODE={options.node}: is not a node's number; the first is 0")
+        raise UserError(f"NODE={options.node}: is not a node number; the first node is 0")
     screen = Screen()
     try:
         if not (folder / "jobs.jsonl").exists():
@@ -52,12 +52,12 @@ def main(argv: list[str]) -> int:
         return Follower(folder, node or 0, screen).follow()
     except KeyboardInterrupt:
         name = history.name_of(folder)
-        screen.say(f"detached; the job goes on. Come back: make logs RUN={name}")
+        screen.say(f"detached; the job continues. To follow it again: make logs RUN={name}")
         return 0
 
 
 class Queue:
-    """What Slurm says of the run's newest job, asked every few seconds."""
+    """What Slurm says about the run's newest job, asked every few seconds."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ class Queue:
         self.last = _newest(folder)
         self.job: QueuedJob | None = None
         self.absent: UserError | None = None
-        """There is no Slurm here to ask."""
+        """The error, if there is no Slurm here to ask."""
 
     def ask(self) -> bool:
         """Ask if it is time to; return whether there is an answer."""
@@ -76,20 +76,20 @@ class Queue:
         if now - self._asked < QUEUE_POLL_S:
             return False
         first, self._asked = self._asked < 0, now
-        # Continued by another `make submit`, it is that job's log from there on.
+        # After another `make submit`, the log is that job's.
         if (found := records.submissions(self._folder)) and found[-1] != self.last:
             self.last, self._over_since = found[-1], None
         if first and history.is_final(self.last, attempts.read_all(self._folder)):
-            # A run of last month is shown although no Slurm answers.
+            # A run of last month is shown even if no Slurm answers.
             self._over_since = now
             return True
         try:
             self.job = self._look()
         except SlurmError as error:
             if not self._said_silent:
-                print(f"note: {error}; the log goes on meanwhile", file=sys.stderr, flush=True)
+                print(f"note: {error}; the log continues meanwhile", file=sys.stderr, flush=True)
             self._said_silent = True
-            # Each question to a controller that is away holds the log up until Slurm gives up.
+            # Each call to a controller that does not answer holds up the log until Slurm gives up.
             self._asked = time.monotonic() + SILENT_POLL_S - QUEUE_POLL_S
             return False
         except UserError as error:
@@ -99,7 +99,7 @@ class Queue:
         if self.job is not None and self.job.state in ACTIVE:
             self._over_since = None
         elif self._over_since is None:
-            # What Slurm forgot ended minutes ago.
+            # A job that Slurm has forgotten ended minutes ago.
             self._over_since = -LAST_WORD_GRACE_S if first and self.job is None else now
         return True
 
@@ -127,7 +127,7 @@ class Queue:
 
 
 class Follower:
-    """Shows the attempts of a run one after the other, as they come."""
+    """Shows the attempts of a run one after the other, as they start."""
 
     def __init__(self, folder: Path, node: int, screen: Screen) -> None:
         self._folder = folder
@@ -153,10 +153,10 @@ class Follower:
             self._screen.say(_summary(attempts.read(self._folder, number)))
             self._attempt = number
         while True:
-            # First the queue, then the files: what is over then has nothing more to say.
+            # First the queue, then the files: a job that is over by then writes nothing more.
             answered, shown = self._queue.ask(), self._attempt
             came = self._show_news()
-            # To an attempt that began meanwhile the answer does not apply.
+            # The answer does not apply to an attempt that began in the meantime.
             if answered and self._attempt == shown:
                 self._say_waiting()
             if not came and self._queue.is_over and not self._show_news():
@@ -174,20 +174,20 @@ class Follower:
                 attempt = attempts.read(self._folder, number)
                 if not self._is_ready(attempt):
                     break
-                # What the last one wrote before it made way.
+                # The last lines of the previous attempt.
                 self._show_tails()
                 self._screen.say(_ruler(attempt))
                 self._attempt, self._waited = number, ""
                 batch = Tail(attempt.folder / "batch.log")
                 self._tails = [Tail(attempt.folder / f"node-{self._node}.log"), batch]
-                # The batch script speaks before the processes and after them.
+                # The batch script writes before the processes and after them.
                 batch.show_first(self._screen, BEFORE_TRAINING)
                 self._show_tails()
                 came = True
         return came
 
     def _is_ready(self, attempt: attempts.Attempt) -> bool:
-        """Whether an attempt has its record, or will have none."""
+        """Whether an attempt has its record, or will not get one."""
         since = self._waiting_since.setdefault(attempt.number, time.monotonic())
         logs = any(attempt.folder.glob("*.log"))
         return attempt.slurm is not None or logs or time.monotonic() - since >= GRACE_S
@@ -220,7 +220,7 @@ class Follower:
         own = [attempt for attempt in made if attempt.is_of(self._queue.last.job_id)]
         log = history.slurm_log(self._folder, self._queue.last.job_id)
         if own:
-            # What the preflight found, or a word of the batch script's, is in its own log.
+            # The preflight's findings and the batch script's messages are in batch.log.
             names = [f"node-{self._node}.log", "batch.log"]
             logs = [own[-1].folder / name for name in names]
             log = next((path for path in logs if path.exists()), log)
@@ -232,7 +232,7 @@ def _newest(folder: Path) -> records.Submission:
     found = records.submissions(folder)
     if not found:
         raise UserError(
-            f"{folder / 'jobs.jsonl'}: holds no job that can be read; squeue --me lists your jobs"
+            f"{folder / 'jobs.jsonl'}: has no readable entry for a job; squeue --me lists your jobs"
         )
     return found[-1]
 
@@ -255,7 +255,7 @@ def _summary(attempt: attempts.Attempt) -> str:
         words.append(f"job {attempt.slurm.get('job_id', '?')}{_on(attempt)},")
     outcome = attempt.outcome
     if outcome is None:
-        return " ".join([*words, "did not say how it ended"])
+        return " ".join([*words, "did not record how it ended"])
     words.append(files.text(outcome.get("outcome")) or "?")
     if (step := files.number(outcome.get("step"))) is not None:
         words.append(f"at step {step}")
@@ -288,7 +288,7 @@ def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
     name = history.name_of(folder)
     at = f" at step {end.step}" if end.step is not None else ""
     reason = f" ({end.why})" if end.why else ""
-    again = f"make submit RUN={name} goes on {history.next_start(folder)}"
+    again = f"make submit RUN={name} {history.next_start(folder)}"
     if end.word == "finished":
         command = history.command_of(end.outcome, name)
         return f"finished{at}; next: {command}" if command else f"finished{at}; it is in {folder}"
@@ -296,6 +296,6 @@ def _last_words(folder: Path, end: history.Ending, log: Path) -> str:
         return f"stopped{at}{reason}; {again}"
     if end.word == "cancelled":
         return f"cancelled{at}{reason}; {again}"
-    said = "ended, nobody knows how" if end.word == "?" else end.word
+    said = "ended in an unknown way" if end.word == "?" else end.word
     where = f"; log: {resolve.short(log)}" if log.exists() else ""
     return f"{said}{at}{reason}{where}; {again}"

@@ -1,4 +1,4 @@
-"""A command run with its output shown as it comes, and logged."""
+"""Run a command, and show and log its output."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ERROR = b"error: "
 
 
 def run_logged(command: Sequence[str | Path], environment: Mapping[str, str], log: Path) -> int:
-    """Run a command, its output shown and logged; return its exit code, as a shell says it.
+    """Run a command, show and log its output; return its exit code, as a shell reports it.
 
-    A signal is passed on, not obeyed: the processes save first, and this waits for them.
+    Signals are passed on, not acted on: the processes save first, and this waits for them.
     """
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -45,10 +45,10 @@ def run_logged(command: Sequence[str | Path], environment: Mapping[str, str], lo
 
 
 def copy(source: IO[bytes], *targets: IO[bytes]) -> None:
-    """Copy what a process writes as it comes; an error line that several ranks say, once.
+    """Copy a process's output as it arrives; an error line that several ranks print, only once.
 
-    A target that takes no more (a reader that left, a full disk) is left out from there on: the
-    process must not stand still because nobody takes its output.
+    A target that fails (its reader is gone, the disk is full) is dropped from then on: the process
+    must not block because nobody reads its output.
     """
     taking = list(targets)
     said: set[bytes] = set()
@@ -56,7 +56,7 @@ def copy(source: IO[bytes], *targets: IO[bytes]) -> None:
     while data := os.read(source.fileno(), 65536):
         *lines, rest = (rest + data).split(b"\n")
         ready = b"".join(line + b"\n" for line in lines if _is_new(line, said))
-        # What may become an error line waits for its end; a progress bar has none.
+        # What may become an error line waits for its newline; a progress bar has none.
         if not rest.startswith(ERROR) and not ERROR.startswith(rest):
             ready, rest = ready + rest, b""
         _write(ready, taking)

@@ -1,4 +1,4 @@
-"""The plan of a job: everything resolved and checked that can be, before anything is written."""
+"""The plan of a job: all that can be resolved and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ class Plan:
     launch: Launch
     command: list[str]
     environment: dict[str, str]
-    """Of the command, and so of the job."""
+    """The environment of the command, and so of the job."""
     remarks: list[str]
     trial: Trial
-    """What Slurm says of it without queueing it."""
+    """What Slurm says about the job without queueing it."""
     cluster: str
-    """Where it is queued; empty where Slurm does not tell."""
+    """The cluster that queues it; empty if Slurm does not show it."""
 
 
 def plan_new(
     queue: Slurm, site: Site, sizes: Sizes, options: Any, script_arguments: list[str]
 ) -> Plan | int:
-    """Return the plan of a new run, or the exit code of its script's refusal.
+    """Return the plan of a new run, or its script's exit code if the script refuses the settings.
 
     Raises:
-        UserError: anything that can be known to be wrong before it is queued.
+        UserError: anything that can be found to be wrong before it is queued.
     """
     source = new_run(options.job, name=options.name, accel=options.accel)
     resources = source.record["resources"]
@@ -84,10 +84,10 @@ def plan_new(
 def plan_continued(
     queue: Slurm, site: Site, sizes: Sizes, options: Any, script_arguments: list[str]
 ) -> Plan | int:
-    """Return the plan of a run that goes on, with its own code and settings.
+    """Return the plan for continuing a run, with its own code and settings.
 
     Raises:
-        UserError: as for a new one; and a job of the run is still there.
+        UserError: as for a new run; or a job of the run is still in the queue.
     """
     source = run_that_goes_on(options.run, accel=options.accel)
     record = source.record
@@ -100,7 +100,7 @@ def plan_continued(
         "time": resources["time"],
     }
     if not last:
-        # They are those of all nodes.
+        # num_processes counts those of all nodes.
         asked["processes_per_node"] = record["num_processes"] // asked["num_nodes"]
     asked |= {key: last[key] for key in (*asked, "processes_per_node") if key in last}
     wanted = resolve_request(site, sizes, asked=asked, origin=f"RUN={options.run}", on_cpu=on_cpu)
@@ -109,17 +109,17 @@ def plan_continued(
 
 
 def check_no_job(queue: Slurm, folder: Path, name: str) -> dict[str, Any]:
-    """Return the newest line of a run's jobs.jsonl, {} where it was never queued.
+    """Return the newest line of a run's jobs.jsonl, {} if it was never queued.
 
     Raises:
-        UserError: that job is still there, or the line is damaged.
+        UserError: that job is still in the queue, or the line is damaged.
     """
     if not records.was_submitted(folder):
         return {}
     if records.has_damaged_end(folder):
         raise UserError(
-            f"{folder / 'jobs.jsonl'}: its last line is damaged, so that the newest job is not "
-            "known; delete that line when squeue --me lists no job of this run"
+            f"{folder / 'jobs.jsonl'}: its last line is damaged, so the newest job is unknown; "
+            "if squeue --me lists no job of this run, delete that line"
         )
     newest = records.submissions(folder)[-1]
     known = clusters.at(queue, newest.cluster).jobs([newest.job_id])
@@ -160,10 +160,10 @@ def _plan(
     code = places.here() if source.is_new else folder / "code"
     options_of_sbatch = sbatch_command(site, wanted, name=name, folder=folder)
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
-    # The run's folder is not there yet: `sbatch --test-only` is asked about a job in this one.
+    # The run's folder does not exist yet: `sbatch --test-only` is asked about a job in this one.
     trial = sbatch_command(site, wanted, name=name, folder=places.here())
     trial += judged.for_trial
-    # For another question of that kind, by the job itself.
+    # The job itself asks again with these options.
     values = launch.values | {"sbatch_options": "\n".join(trial[1:])}
     return Plan(
         launch=replace(launch, values=values),

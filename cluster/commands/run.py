@@ -1,4 +1,4 @@
-"""`make run`, `make dry-run` and `make fetch`: a job on this machine, by the road that Slurm takes.
+"""`make run`, `make dry-run` and `make fetch`: a job on this machine, the same way as under Slurm.
 
 python -m cluster run --job tinyllama --accel zero2 --nproc 2 -- --max_steps 300
 """
@@ -46,21 +46,21 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--job", default="tinyllama", help="a file of configs/jobs (tinyllama)")
     parser.add_argument("--accel", default="", help="a file of configs/accelerate (ddp)")
-    parser.add_argument("--nproc", default="", help="processes (one for each GPU, or 1)")
+    parser.add_argument("--nproc", default="", help="processes (default: one per GPU, or 1)")
     parser.add_argument("--run", default="", help="continue this run")
-    parser.add_argument("--name", default="", help="a word to find the run again by")
-    parser.add_argument("--runtime", default="", help="apptainer or host (what is there)")
-    parser.add_argument("--image", default="", help="the image (one of images/)")
+    parser.add_argument("--name", default="", help="a name to find the run by")
+    parser.add_argument("--runtime", default="", help="apptainer or host (default: what is there)")
+    parser.add_argument("--image", default="", help="the image (default: one of images/)")
     parser.add_argument("--dry_run", action="store_true", help="a short pass on the CPU")
-    parser.add_argument("--fetch", action="store_true", help="only put in place what the job reads")
+    parser.add_argument("--fetch", action="store_true", help="only prepare what the job reads")
     for size in ("nodes", "gpus", "time"):
         parser.add_argument(f"--{size}", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(own)
     for size in ("nodes", "gpus", "time"):
         if getattr(options, size):
             raise UserError(
-                f"{size.upper()}={getattr(options, size)}: is for a cluster; this machine runs the "
-                "job alone, in as many processes as NPROC says"
+                f"{size.upper()}={getattr(options, size)}: is for a cluster; this machine alone "
+                "runs the job, with NPROC= processes"
             )
     if options.fetch:
         return fetch(options.job, script_arguments, options.runtime, options.image)
@@ -118,10 +118,10 @@ def run(
 ) -> int:
     """Resolve, record and run a job with one launcher on this machine; return its exit code.
 
-    A run that is continued goes on with the code and the settings in its folder.
+    A run that is continued uses the code and the settings in its folder.
 
     Raises:
-        UserError: anything that can be known to be wrong before the launch.
+        UserError: anything that can be found to be wrong before the launch.
     """
     if continued:
         source = run_that_goes_on(continued, accel=accel)
@@ -138,7 +138,8 @@ def run(
     num_processes = num_processes or default
     if devices and num_processes > len(devices):
         raise UserError(
-            f"NPROC={num_processes}: this machine has {len(devices)} GPUs, one for each process"
+            f"NPROC={num_processes}: this machine has {len(devices)} GPUs, and each process needs "
+            "one"
         )
     if not continued:
         command = command_of("run", source, {"NPROC": num_processes}, script_arguments)
@@ -165,14 +166,14 @@ def run(
             _environment(folder, attempt, scratch),
             attempts.folder_of(folder, attempt) / "node-0.log",
         )
-    # Refused, it goes on with what it had, as the next command expects.
+    # A refused run keeps its previous settings, as the next command expects.
     settings.settle(folder, refused=code == EXIT_BAD_INPUT)
     _say_what_next(folder, attempt, code)
     return code
 
 
 def _check_not_queued(folder: Path, name: str) -> None:
-    """Raise `UserError` if a job of the run is still there, which would go on with it, too."""
+    """Raise `UserError` if a job of the run is still in the queue and would continue it, too."""
     if not records.was_submitted(folder):
         return
     last = records.submissions(folder)[-1:]
@@ -184,9 +185,9 @@ def _check_not_queued(folder: Path, name: str) -> None:
 
 
 def _environment(folder: Path, attempt: int, scratch: str) -> dict[str, str]:
-    """Return what slurm/node.sh is given: the caller's environment, and who this attempt is."""
+    """Return the environment of slurm/node.sh: the caller's, and the variables of this attempt."""
     environment = resolve.environment()
-    # What these mean to make stands in launch.env, as it was resolved.
+    # What these mean to make is already resolved, in launch.env.
     kept = {
         key: value
         for key, value in environment.items()
@@ -203,7 +204,7 @@ def _environment(folder: Path, attempt: int, scratch: str) -> dict[str, str]:
 
 
 def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
-    """Say it if a run goes on in another image than it began in."""
+    """Say so if a run continues in a different image from the one it began in."""
 
     def said(record: dict[str, Any]) -> tuple[str, str | None]:
         image = record["image"]
@@ -211,9 +212,9 @@ def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
             return "on the host", None
         return f"in {image['path']} ({image['sha256'][:12]})", image["sha256"]
 
-    # A run of before there were images has no record of it.
+    # A run from before there were images has no record of one.
     if "runtime" in began and said(began)[1] != said(now)[1]:
-        print(f"note: began {said(began)[0]}, now {said(now)[0]}", file=sys.stderr)
+        print(f"note: the run began {said(began)[0]}, now {said(now)[0]}", file=sys.stderr)
 
 
 def _say_what_next(folder: Path, attempt: int, code: int) -> None:
@@ -229,10 +230,10 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         if (folder / "export").is_dir():
             print(f"  model        {resolve.short(folder / 'export')}  (Hugging Face format)")
         print(f"next: {history.command_of(outcome, str(name))}")
-        # With an image the environment need not have what trains.
+        # If there is an image, the environment may lack the training packages.
         first = "" if importlib.util.find_spec("tensorboard") else "containers/venv.sh && "
         # A module's PYTHONPATH is not for our Python, and the scripts of an environment that was
-        # moved name the place where it was.
+        # moved contain its old path.
         words = ["slurm/isolated.sh", resolve.short(Path(sys.executable)), "-m", "tensorboard.main"]
         words += ["--logdir", resolve.short(folder / "tensorboard")]
         print(f"      {first}{shlex.join(words)}")
@@ -243,7 +244,7 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
         print(f"continue with: make run RUN={name}")
     elif code:
-        # A script that ended well has said so; this one could not.
+        # A script that ends in order records that; this one could not.
         attempts.write_outcome(folder, number=attempt, outcome="failed", exit_code=code)
         log = attempts.folder_of(folder, attempt) / "node-0.log"
         print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
@@ -263,5 +264,5 @@ def _number(given: str) -> int | None:
     if not given:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < 1:
-        raise UserError(f"NPROC={given}: is not a number of processes (1 or more)")
+        raise UserError(f"NPROC={given}: must be a whole number, at least 1")
     return int(given)

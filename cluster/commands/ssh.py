@@ -21,12 +21,12 @@ def main(argv: list[str]) -> int:
         description="A shell on the login node; ~. at the start of a line ends it.",
         allow_abbrev=False,
     )
-    parser.add_argument("--command", default="", help="run this there, instead of a shell")
+    parser.add_argument("--command", default="", help="run this command there, instead of a shell")
     options = parser.parse_args(argv)
     _open_standard_streams()
     settings = load_site().ssh
     if not settings.host:
-        raise UserError("ssh: no host is named; set host in [ssh] of site.toml")
+        raise UserError("ssh: no host is set; set host in [ssh] of site.toml")
 
     if settings.backend == "openssh":
         from cluster.login import openssh
@@ -40,14 +40,14 @@ def main(argv: list[str]) -> int:
         words += [settings.host] + ([options.command] if options.command else [])
         os.execvp(words[0], words)
     leave_on_signals()
-    # They take a third of a second, which a mistake above does not have to wait for.
+    # These imports take a third of a second; errors above should not have to wait for them.
     from cluster.login import config, connection, session
 
     found = config.resolve(
         settings.host, user=settings.user, port=settings.port, config=settings.config
     )
     if found.forwards_agent:
-        to_stderr(f"note: ForwardAgent is left out; for it, {OPENSSH}")
+        to_stderr(f"note: ForwardAgent is ignored; if you need it, {OPENSSH}")
     with connection.connect(found) as connected:
         return session.run(connected, options.command or found.remote_command or None)
 

@@ -1,4 +1,4 @@
-"""`make status`: the runs that were submitted, what each does, and why one waits."""
+"""`make status`: the submitted runs, what each is doing, and why it waits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from runfolder.errors import UserError, printable
 
 RECENT_S = 24 * 3600
 VERSION = 1
-NO_REQUEUE = ": will save and end, as Slurm does not queue it again (Requeue=0)"
+NO_REQUEUE = ": will save and end, because Slurm will not requeue it (Requeue=0)"
 
 
 def main(argv: list[str]) -> int:
     """Print the table; return 0."""
     parser = Parser(
         prog="python -m cluster status",
-        description="The runs that were submitted: what each does, and why it waits.",
+        description="The submitted runs: what each is doing, and why it waits.",
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="only this run, however old")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         if not records.submissions(wanted[0]):
             raise UserError(
                 f"RUN={options.run}: was never submitted to Slurm; make submit "
-                f"RUN={history.name_of(wanted[0])} does"
+                f"RUN={history.name_of(wanted[0])} submits it"
             )
     else:
         wanted = history.submitted_runs()
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
         status_table.show(shown)
     else:
-        print(f"no job in the queue, and none that ended within a day, in {folders.runs_folder()}")
+        print(f"no job in the queue, and none ended in the last day, in {folders.runs_folder()}")
         print("next: make submit JOB=tinyllama")
     if older:
         word = "run" if older == 1 else "runs"
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> int:
 
 
 def facts(wanted: list[Path], *, all_ages: bool) -> tuple[list[dict[str, Any]], int]:
-    """Return what is known of each run, and how many are left out because they ended long ago.
+    """Return what is known about each run, and how many are left out because they ended long ago.
 
-    Slurm is asked once, and not at all if the folders alone tell that every job is over.
+    Slurm is asked once, and not at all if the folders alone show that every job is over.
 
     Raises:
         UserError: it does not answer.
@@ -104,7 +104,7 @@ def _active(
     job: QueuedJob,
     save_s: int,
 ) -> dict[str, Any]:
-    """Return what is known of a run whose job is in the queue."""
+    """Return what is known about a run whose job is in the queue."""
     own = [attempt for attempt in made if attempt.is_of(last.job_id)]
     came = read_progress(folder, own[-1] if own else None)
     left = _seconds(job.time_left)
@@ -115,12 +115,12 @@ def _active(
     elif state == "saving" and own and own[-1].outcome is not None:
         state = "ending"
     elif state == "running" and decision.is_cancel_requested(folder, job.job_id):
-        state, note = "cancelling", "it saves, and ends"
+        state, note = "cancelling", "it is saving, and will then end"
     elif state == "running" and came.needed_s is not None and left is not None:
         note = f"needs {duration(came.needed_s)}, {duration(left)} left"
         if came.needed_s > left - save_s:
             requeues = not own or (own[-1].slurm or {}).get("requeues") is not False
-            note += ": will be queued again by itself" if requeues else NO_REQUEUE
+            note += ": will be requeued automatically" if requeues else NO_REQUEUE
     return {
         **_common(folder, last, made, came),
         "state": state,
@@ -140,7 +140,7 @@ def _over(
     made: list[attempts.Attempt],
     job: QueuedJob | None,
 ) -> dict[str, Any]:
-    """Return what is known of a run whose job is over."""
+    """Return what is known about a run whose job is over."""
     end = history.ending(folder, last, made, job)
     again = f"make submit RUN={history.name_of(folder)}"
     next_step = f"make logs RUN={history.name_of(folder)}"
@@ -164,13 +164,13 @@ def _over(
 def _unknown(
     folder: Path, last: records.Submission, made: list[attempts.Attempt], error: SlurmError
 ) -> dict[str, Any]:
-    """Return what is known of a run whose cluster does not answer."""
+    """Return what is known about a run whose cluster does not answer."""
     return {
         **_common(folder, last, made, read_progress(folder, made[-1] if made else None)),
         "state": "?",
         "slurm_state": None,
         "reason": None,
-        "note": f"cluster {last.cluster or 'at hand'}: {printable(str(error))}",
+        "note": f"cluster {last.cluster or '(local)'}: {printable(str(error))}",
         "start": None,
         "nodes": "",
         "time_left_s": None,

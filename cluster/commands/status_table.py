@@ -1,4 +1,4 @@
-"""The table of `make status`, in as many columns as the terminal has room for."""
+"""The table of `make status`, with as many columns as fit the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from cluster.slurm.reasons import WAITING, clock, duration
 from runfolder import files
 
-# Below this width the notes stand under the table, and the table has fewer columns.
+# Below this width the notes are under the table, and the table has fewer columns.
 WIDE = 140
 COLOURS = {"running": "green", "saving": "green", "finished": "bold", "stopped": "yellow"}
 COLOURS |= {"failed": "red", "unhealthy": "red", "lost": "red", "?": "red", "held": "red"}
@@ -22,12 +22,12 @@ def show(shown: list[dict[str, Any]]) -> None:
 
     width = None
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
-        # Into a file or a program: a line for each run, however long.
+        # Into a file or a pipe: a line for each run, however long.
         width = 10_000
     console = Console(width=width, highlight=False, markup=False)
     wide = console.width >= WIDE
     longest = max(len(row["run"]) for row in shown)
-    # A name is there to be copied: rather the terminal breaks a line than we cut one.
+    # Names are for copying: the terminal may wrap a line, but no name is cut.
     console.width = max(console.width, longest + 44)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("run", no_wrap=True)

@@ -36,20 +36,20 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--job", default="tinyllama", help="a file of configs/jobs (tinyllama)")
     parser.add_argument("--accel", default="", help="a file of configs/accelerate (ddp)")
-    parser.add_argument("--nodes", default="", help="nodes (what the job says)")
-    parser.add_argument("--gpus", default="", help="GPUs of a node (what the job says)")
-    parser.add_argument("--nproc", default="", help="processes of a node (one for each GPU, or 1)")
-    parser.add_argument("--time", default="", help="time limit (what the job says)")
+    parser.add_argument("--nodes", default="", help="nodes (default: the job's)")
+    parser.add_argument("--gpus", default="", help="GPUs per node (default: the job's)")
+    parser.add_argument("--nproc", default="", help="processes per node (one per GPU, or 1)")
+    parser.add_argument("--time", default="", help="time limit (default: the job's)")
     parser.add_argument("--run", default="", help="continue this run")
-    parser.add_argument("--name", default="", help="a word to find the run again by")
-    parser.add_argument("--runtime", default="", help="apptainer (or host)")
-    parser.add_argument("--image", default="", help="the image (one of images/)")
+    parser.add_argument("--name", default="", help="a name to find the run by")
+    parser.add_argument("--runtime", default="", help="apptainer (default) or host")
+    parser.add_argument("--image", default="", help="the image (default: one of images/)")
     parser.add_argument("--plan", default="", help="1: check, say what would be queued, and stop")
     options = parser.parse_args(own)
     if options.plan not in ("", "0", "1"):
         raise UserError(f"PLAN={options.plan}: is not 0 or 1")
     if options.run and options.name:
-        raise UserError(f"NAME={options.name}: is for a new run; {options.run} has its name")
+        raise UserError(f"NAME={options.name}: is for a new run; {options.run} already has one")
     site = load_site()
     if site.is_elsewhere:
         return calls.carry_out(site, ["submit", *argv])
@@ -76,10 +76,10 @@ def main(argv: list[str]) -> int:
 
 
 def submit(queue: Slurm, plan: Plan) -> tuple[int, list[str]]:
-    """Write the run's folder, queue its job, and return the job's id and what sbatch says besides.
+    """Write the run's folder, queue its job, and return the job ID and sbatch's other messages.
 
-    What Slurm refuses leaves no folder. Where it is not known whether it took the job, the folder
-    stays: a job without its folder would be worse.
+    If Slurm refuses the job, the folder is removed. If it is unknown whether Slurm took the job,
+    the folder stays: a job without its folder would be worse.
 
     Raises:
         UserError: the folder cannot be written, or Slurm refuses the job.
@@ -107,12 +107,12 @@ def submit(queue: Slurm, plan: Plan) -> tuple[int, list[str]]:
         else:
             settings.settle(folder, refused=True)
         raise _refused(str(error)) from None
-    # From here to the record nothing interrupts.
+    # Nothing may interrupt this until the job is recorded.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # ID, or ID;CLUSTER where a site has several; a site's own words may come first.
+    # ID, or ID;CLUSTER if a site has several; the site's own messages may come first.
     found = re.search(r"^(\d+)(?:;(\S*))?$", answer, re.MULTILINE)
     if found is None:
-        raise _unclear(queue, plan, f"its answer has no number: {answer.strip()[:100]!r}")
+        raise _unclear(queue, plan, f"its answer has no job ID: {answer.strip()[:100]!r}")
     job_id = int(found[1])
     entry = {
         "cluster": found[2] or plan.cluster,
@@ -143,8 +143,8 @@ def _refused(why: str) -> UserError:
 def _unclear(queue: Slurm, plan: Plan, why: str) -> UserError:
     look = shlex.join(queue.words("squeue", "--me", "--format", "%i %Z"))
     return UserError(
-        f"sbatch: {why}; the job may be queued all the same: {look} shows "
-        f"those of {plan.launch.folder}, which is left as it is"
+        f"sbatch: {why}; the job may be queued anyway: {look} shows "
+        f"the jobs of {plan.launch.folder}, which was left as it is"
     )
 
 
@@ -152,13 +152,13 @@ def say_plan(queue: Slurm, plan: Plan, site: Site) -> None:
     """Print what would be queued.
 
     Raises:
-        UserError: sbatch would refuse it, and not for this moment alone.
+        UserError: sbatch would refuse it, and not only at this moment.
     """
     if plan.trial.refusal and not plan.trial.is_for_now:
         raise _refused(plan.trial.refusal)
     launch = plan.launch
     source, wanted = launch.source, launch.request
-    print(f"plan: {'a new run' if source.is_new else 'go on with'} {resolve.short(launch.folder)}")
+    print(f"plan: {'a new run' if source.is_new else 'continue'} {resolve.short(launch.folder)}")
     print(f"  job        {source.record['job']} ({source.accel}), {wanted}")
     print(f"  runs       {launch.runtime}, on the {'GPU' if wanted.device == 'cuda' else 'CPU'}")
     if wanted.gpus_per_node and site.is_private:

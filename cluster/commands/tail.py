@@ -1,4 +1,4 @@
-"""Files that grow, shown as they do."""
+"""Show files as they grow."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ BLOCK_BYTES = 1 << 20
 
 
 class Screen:
-    """Standard output: the logs' bytes as they are, our own lines between them."""
+    """Standard output: the logs' bytes unchanged, with our own lines between them."""
 
     def __init__(self) -> None:
         self._source: Path | None = None
         self._within_line = False
 
     def show(self, source: Path, data: bytes) -> None:
-        """Pass on what came from a file."""
+        """Show new data from a file."""
         if self._within_line and source != self._source:
-            # Another file's words shall not stand in this one's unfinished line.
+            # Another file's output must not continue this one's unfinished line.
             data = b"\n" + data
         self._source, self._within_line = source, not data.endswith(b"\n")
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
     def has_reader(self) -> bool:
-        """Return whether somebody takes what is shown; otherwise found out at the next line only.
+        """Return whether the output is still read; otherwise only the next line would tell.
 
-        A run may be silent for hours after the connection to a laptop was cut.
+        A run may be silent for hours after the connection to a laptop was lost.
         """
         poll = select.poll()
-        # Errors are told without being asked for.
+        # Errors are always reported.
         poll.register(sys.stdout.fileno(), 0)
         return not poll.poll(0)
 
@@ -44,7 +44,7 @@ class Screen:
 
 
 class Tail:
-    """A file that grows, perhaps on NFS, and perhaps is not there yet: opened anew each time."""
+    """A file that grows, perhaps on NFS, and may not exist yet: reopened each time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -59,7 +59,7 @@ class Tail:
         return came
 
     def show_first(self, screen: Screen, beginnings: tuple[bytes, ...]) -> None:
-        """Show the first lines, as long as they begin with one of these words."""
+        """Show the first lines, as long as they begin with one of these prefixes."""
         shown = 0
         for line in self._more().splitlines(keepends=True):
             if not line.startswith(beginnings):
@@ -71,13 +71,13 @@ class Tail:
     def _more(self) -> bytes:
         try:
             with self._path.open("rb") as stream:
-                # Where the file is shorter for now, this reads nothing.
+                # If the file is shorter for now, this reads nothing.
                 stream.seek(self._offset)
                 data = stream.read(BLOCK_BYTES)
         except PermissionError:
-            raise UserError(f"{self._path}: cannot be read by you") from None
+            raise UserError(f"{self._path}: cannot be read: permission denied") from None
         except OSError:
-            # Not there yet, or moved under an NFS client's feet: the next time.
+            # Not there yet, or replaced on NFS: try again next time.
             return b""
         self._offset += len(data)
         return data

@@ -1,4 +1,4 @@
-"""`make export`, `make generate` and the like: a module of the training side on a run's folder.
+"""`make export`, `make generate` and the like: a training module on a run's folder.
 
 python -m cluster train-module train.generate --run RUN -- --prompt "The cluster"
 """
@@ -22,12 +22,12 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m cluster train-module",
         usage="%(prog)s MODULE --run RUN [OPTION ...] [-- WORD ...]",
-        description="Run a module of the training side on a run's folder.",
+        description="Run a training module on a run's folder.",
         allow_abbrev=False,
     )
     parser.add_argument("module", help="such as train.export")
     parser.add_argument("--run", default="", help="the run")
-    parser.add_argument("--runtime", default="", help="apptainer or host; else an image decides")
+    parser.add_argument("--runtime", default="", help="apptainer or host (default: what is there)")
     parser.add_argument("--image", default="", help="the image")
     options = parser.parse_args(own)
     folder = folders.find(options.run)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         "SLUICE_DATASETS": str(folders.datasets_folder()),
         "PYTHONNOUSERSITE": "1",
     }
-    # The model and its tokenizer may lie at paths of their own.
+    # The model and its tokenizer may be at paths of their own.
     arguments = [str(folder), *words]
     return container.call(
         runtime,
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _outputs(words: Sequence[str]) -> list[Path]:
-    """Return the folders that exist in which `--output` is to be made."""
+    """Return the existing folders in which `--output` is to be created."""
     found = []
     for number, word in enumerate(words):
         name, given, value = word.partition("=")
@@ -63,5 +63,5 @@ def _outputs(words: Sequence[str]) -> list[Path]:
         while not place.exists():
             place = place.parent
         found.append(place)
-    # What nobody may write needs no place inside.
+    # A folder that cannot be written need not be bound.
     return [place for place in found if place.is_dir() and os.access(place, os.W_OK)]

@@ -1,4 +1,4 @@
-"""`make tunnel`: a port of this machine that leads to one on the cluster.
+"""`make tunnel`: forward a port of this machine to one on the cluster.
 
 python -m cluster tunnel --run RUN [--port 6006]
 python -m cluster tunnel --port 8888 --node node7
@@ -25,7 +25,7 @@ from runfolder.errors import UserError, printable
 
 TENSORBOARD_PORT = 6006
 BLOCK_BYTES = 1 << 16
-# How often it looks whether what it leads to is still there.
+# How often it checks that the other end is still there.
 POLL_S = 1.0
 
 
@@ -33,20 +33,20 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
     parser = Parser(
         prog="python -m cluster tunnel",
-        description="Lead a port of this machine to one on the cluster.",
+        description="Forward a port of this machine to one on the cluster.",
         allow_abbrev=False,
     )
-    parser.add_argument("--run", default="", help="the run whose TensorBoard is meant")
-    parser.add_argument("--node", default="", help="the node whose port is meant")
+    parser.add_argument("--run", default="", help="forward to the TensorBoard of this run")
+    parser.add_argument("--node", default="", help="forward to a port of this node")
     parser.add_argument("--port", default="", help="the port, here and on the node")
     options = parser.parse_args(argv)
     if bool(options.run) == bool(options.node):
         raise UserError(
-            "make tunnel: give RUN= for the TensorBoard of a run, or NODE= and PORT= for anything"
+            "make tunnel: give RUN= for the TensorBoard of a run, or NODE= and PORT= for any port"
         )
     if options.node and not options.port:
         raise UserError(
-            f"NODE={options.node}: PORT= is missing: what listens on the node, and where?"
+            f"NODE={options.node}: PORT= is missing; give the port to forward to on the node"
         )
     if not re.fullmatch(r"(?!-)[A-Za-z0-9._:-]*", options.node):
         raise UserError(f"NODE={options.node}: is not the name of a node")
@@ -66,17 +66,17 @@ def _port(text: str) -> int:
     if not text:
         return TENSORBOARD_PORT
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise UserError(f"PORT={text}: is not a port; take one from 1024 to 65535")
+        raise UserError(f"PORT={text}: is not a port; choose one from 1024 to 65535")
     return int(text)
 
 
 def _listen(port: int) -> socket.socket:
     try:
-        # Nobody but this machine.
+        # For connections from this machine only.
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
         raise UserError(
-            f"PORT={port}: cannot be used on this machine: {error.strerror}; take another"
+            f"PORT={port}: cannot be used on this machine: {error.strerror}; choose another"
         ) from None
 
 
@@ -90,10 +90,10 @@ def _to_tensorboard(door: socket.socket, login: Transport, site: Site, run: str)
                 _lead(door, login, address, port, f"TensorBoard of {run}: ", board)
             if line.startswith("error: "):
                 raise UserError(line.removeprefix("error: "))
-            # The first time, what the commands need there is installed.
+            # The first time, the packages that the commands need are installed there.
             print(line, file=sys.stderr, flush=True)
         raise UserError(
-            f"{site.ssh.host}: {login.lost or 'TensorBoard did not start, nor say why'}"
+            f"{site.ssh.host}: {login.lost or 'TensorBoard did not start, and gave no reason'}"
         )
     finally:
         board.end()
@@ -110,10 +110,10 @@ def _lead(
     """Serve the port until Ctrl+C.
 
     Raises:
-        UserError: what it leads to has ended, or the connection was lost.
+        UserError: the other end is gone, or the connection was lost.
     """
     here = door.getsockname()[1]
-    print(f"{what}http://127.0.0.1:{here} leads to {host}:{port}; Ctrl+C ends it", flush=True)
+    print(f"{what}http://127.0.0.1:{here} forwards to {host}:{port}; Ctrl+C ends it", flush=True)
     waiting = selectors.DefaultSelector()
     waiting.register(door, selectors.EVENT_READ)
     while True:
@@ -122,12 +122,12 @@ def _lead(
         if board is not None and board.is_over():
             said = printable(board.read_line()).removeprefix("error: ")
             raise UserError(
-                f"{what}has ended{f' ({said})' if said else ''}; make tunnel starts it anew"
+                f"{what}has ended{f' ({said})' if said else ''}; make tunnel starts it again"
             )
         if not waiting.select(POLL_S):
             continue
         guest, _ = door.accept()
-        # Each by itself: a connection that hangs holds up no other.
+        # Each in its own thread: a connection that hangs does not hold up the others.
         threading.Thread(target=_serve, args=(guest, login, host, port), daemon=True).start()
 
 
@@ -148,13 +148,13 @@ def _serve(guest: socket.socket, login: Transport, host: str, port: int) -> None
 
 
 def _pump(source: Stream, target: Stream) -> None:
-    """Pass on what comes until it ends, then the end."""
+    """Copy data until the source ends, then pass on the end."""
     try:
         while data := source.recv(BLOCK_BYTES):
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
     except Exception:
-        # One side is gone, in whichever way: then the other has nobody to talk to. A mere close
+        # One side is gone, for whatever reason, so the other is shut down, too. close() alone
         # would not wake the thread that waits for it.
         for end in (source, target):
             with contextlib.suppress(OSError, EOFError):

@@ -1,1 +1,1 @@
-"""SSH in Python: what `make ssh` and the commands given on a laptop reach the cluster with."""
+"""SSH in Python: how `make ssh` and the commands given on a laptop reach the cluster."""

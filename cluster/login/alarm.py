@@ -1,4 +1,4 @@
-"""Signals: what ends this process in order, and what wakes a session's loop."""
+"""Signals: those that end this process cleanly, and those that wake a session's loop."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 def leave_on_signals() -> None:
     """Have the signals that end a process raise SystemExit, as Ctrl+C raises KeyboardInterrupt.
 
-    So all is given back on the way out: a terminal that does not echo, a folder, a connection.
+    So all is cleaned up on the way out: a terminal that does not echo, a folder, a connection.
     """
     for number in ENDING:
-        # What a parent has ignored, as nohup does, stays so.
+        # What a parent has ignored, as nohup does, stays ignored.
         if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    # Nothing interrupts what is given back on the way out.
+    # Nothing may interrupt the cleanup on the way out.
     for other in ENDING:
         signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 class Alarm:
-    """Wakes the loop: for a signal, and for what another thread has to say."""
+    """Wakes the loop: for a signal, or for another thread."""
 
     def __init__(self) -> None:
         self._ours, self._theirs = socket.socketpair()
@@ -39,12 +39,12 @@ class Alarm:
         self._theirs.setblocking(False)
 
     def close(self) -> None:
-        """Close it; it may still be rung, to no effect."""
+        """Close it; ringing it afterwards has no effect."""
         self._ours.close()
         self._theirs.close()
 
     def fileno(self) -> int:
-        """Return what select waits for."""
+        """Return the descriptor for select."""
         return self._ours.fileno()
 
     def ring(self) -> None:
@@ -53,7 +53,7 @@ class Alarm:
             self._theirs.send(b"\0")  # no signal has this number
 
     def take(self) -> list[int]:
-        """Return the signals that came."""
+        """Return the signals that arrived."""
         return [number for number in self._ours.recv(4096) if number]
 
     @contextlib.contextmanager
@@ -64,7 +64,7 @@ class Alarm:
         descriptor = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         try:
             for number in numbers:
-                # What a parent has ignored, as nohup does, stays so.
+                # What a parent has ignored, as nohup does, stays ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     before[number] = signal.signal(number, _heard)
             yield []

@@ -1,4 +1,4 @@
-"""The two ways to a login node: OpenSSH's programs where they are, and Paramiko."""
+"""The two ways to a login node: OpenSSH's programs if they are installed, and Paramiko."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cluster.site.settings import Site
 def connect(site: Site) -> Transport:
     """Return a connection to the site's login node, signed in.
 
-    By the ssh command where there is one, whatever `backend` says, which is about terminals: files
-    travel twice as fast through it as through Paramiko.
+    With the ssh command if there is one, whatever `backend` says, which is about terminals: it
+    transfers files twice as fast as Paramiko.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the connection failed.
     """
-    # What was made for the connection is removed then, too.
+    # So that what was created for the connection is removed then, too.
     leave_on_signals()
-    # Neither library nor command is waited for by those who need the other.
+    # Imported here, so that only the one that is needed is loaded.
     if site.ssh.backend == "openssh" or shutil.which("ssh"):
         from cluster.login.openssh import OpenSsh
 

@@ -1,4 +1,4 @@
-"""The way to a login node in Python, where there is no ssh: each command is a channel."""
+"""Commands on a login node in Python, if there is no ssh: each command is a channel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.login.transport import Running, Stream
 from cluster.site.settings import Ssh
 from runfolder.errors import UserError
 
-# What a script there gets to end once its input has.
+# How long a script there may take to end once its input has.
 END_S = 30
 
 
@@ -38,7 +38,7 @@ class Channels:
 
     @property
     def lost(self) -> str:
-        """Why there is no connection any more; see `Transport`."""
+        """Why the connection is gone; see `Transport`."""
         return self._connection.lost
 
     def ask(self, script: str, data: bytes = b"") -> bytes:
@@ -62,7 +62,7 @@ class Channels:
         """Run a bash script there, with these streams; see `Transport`."""
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
         words = clean_shell.command(script, modules)
-        # A command reads nothing; it shall not take what a loop around it reads line by line.
+        # A command reads nothing; it must not consume what a loop around it reads line by line.
         return session.run(self._connection, words, tty=interactive, reads_input=interactive)
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
@@ -78,9 +78,9 @@ class Channels:
         except paramiko.ChannelException as error:
             # The codes of RFC 4254, section 5.1.
             if error.code == 1:
-                why = "sshd there forwards no ports (AllowTcpForwarding); ask the site"
+                why = "sshd there does not forward ports (AllowTcpForwarding); ask the site"
             else:
-                why = f"nothing takes connections at port {port} of {host}, as {self._host} sees it"
+                why = f"nothing accepts connections on port {port} of {host} from {self._host}"
             raise UserError(f"{host}:{port}: {why}") from None
         except BROKEN as error:
             raise self._ended(str(error)) from None
@@ -96,7 +96,7 @@ class Channels:
     def _ended(self, why: str) -> UserError:
         return UserError(
             f"{self._host}: the connection was lost: {self.lost or why}; make status shows what "
-            "became of a job"
+            "happened to a job"
         )
 
 
@@ -105,7 +105,7 @@ class _Channel:
 
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
-        # Whoever reads these lines reads no others; both would wait for each other's room.
+        # Only these lines are read here; with two streams, each could block the other.
         channel.set_combine_stderr(True)
         self._lines = channel.makefile("rb")
 
@@ -124,6 +124,6 @@ class _Channel:
 
 
 def _close(channel: paramiko.Channel) -> None:
-    # With a connection that is gone there is nobody to tell.
+    # If the connection is gone, there is nobody to tell.
     with contextlib.suppress(*BROKEN):
         channel.close()

@@ -1,4 +1,4 @@
-"""What the configuration of OpenSSH says of a host: as `ssh -G` resolves it."""
+"""What the configuration of OpenSSH says about a host, as `ssh -G` resolves it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.login.settings import Settings, Values, by_ssh
 from cluster.login.transport import OPENSSH
 from runfolder.errors import UserError, printable
 
-# ServerAliveInterval 0 means never, and a laptop that was moved would wait for ever.
+# ServerAliveInterval 0 means never, and a laptop that was moved would wait forever.
 ALIVE_INTERVAL_S = 15
 METHODS = ("publickey", "keyboard-interactive", "password")
 IDENTITIES = ("~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519")
@@ -24,15 +24,15 @@ USER_KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 PUBKEYS = "pubkeyacceptedalgorithms"
 ALGORITHMS = ("kexalgorithms", "hostkeyalgorithms", "ciphers", "macs", PUBKEYS)
-# As ssh takes it: user@host, or a URI; and as ProxyJump does, with a port.
+# As ssh accepts it: user@host, or a URI; and as ProxyJump does, with a port.
 DESTINATION = re.compile(
     r"(?:ssh://)?(?:(?P<user>.+)@)?(?P<host>\[[^\[\]]+\]|[^\[\]:@/]+)(?::(?P<port>[0-9]{1,5}))?/?"
 )
-# What a shell would take for more than a name, in a ProxyCommand's %h, %n and %r (valid_hostname
-# and valid_ruser of OpenSSH 9.6, which older releases lack).
+# What a shell would interpret as more than a name, in %h, %n and %r of a ProxyCommand
+# (valid_hostname and valid_ruser of OpenSSH 9.6, which older releases lack).
 BAD_HOST = re.compile(r"^-|[\s\x00-\x1f\x7f'`\"$\\;&<>|(){}]")
 BAD_USER = re.compile(r"^-|[\x00-\x1f\x7f'`\";&<>|(){}]|\s-|\\\Z")
-# What would change whom we trust, or which way we go, and is not done here.
+# Keywords that change whom to trust, or how to connect, and are not supported here.
 REFUSED = dict.fromkeys(
     ("knownhostscommand", "revokedhostkeys", "bindaddress", "bindinterface"), "none"
 )
@@ -41,7 +41,7 @@ REFUSED |= {"proxyusefdpass": "no"}
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A host, with all that decides how it is reached and whom it is believed to be."""
+    """A host, with all that decides how it is reached and identified."""
 
     alias: str
     hostname: str
@@ -56,11 +56,11 @@ class Host:
     identity_agent: str = ""
     """The agent's socket; empty without an agent."""
     methods: tuple[str, ...] = METHODS
-    """Of publickey, keyboard-interactive and password those that may be used, in this order."""
+    """Those of publickey, keyboard-interactive and password that may be used, in this order."""
     batch_mode: bool = False
 
     proxy_jump: tuple[str, ...] = ()
-    """[user@]host[:port], the first first."""
+    """[user@]host[:port], in order."""
     proxy_command: str = ""
 
     user_known_hosts_files: tuple[str, ...] = ()
@@ -83,25 +83,25 @@ class Host:
     send_env: tuple[str, ...] = ()
     set_env: Mapping[str, str] = field(default_factory=dict)
     algorithms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By ssh_config's name in lower case: those that ssh would use."""
+    """By ssh_config's keyword in lower case: those that ssh would use."""
     remote_command: str = ""
 
     @property
     def known_as(self) -> str:
-        """The name under which known_hosts has it: host, [host]:port or the alias for its key."""
+        """Its name in known_hosts: host, [host]:port or the alias for its key."""
         if self.host_key_alias:
             return self.host_key_alias.lower()
         name = self.hostname.lower()
         return name if self.port == 22 else f"[{name}]:{self.port}"
 
     def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
-        """Return what of `ours` SendEnv lets pass, and SetEnv's; the server may take none."""
+        """Return what SendEnv allows of `ours`, and SetEnv's; the server may accept none."""
         sent = {x: y for x, y in ours.items() if any(fnmatchcase(x, p) for p in self.send_env)}
         return sent | dict(self.set_env)
 
 
 def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> Host:
-    """Return what OpenSSH's configuration says of a host.
+    """Return what OpenSSH's configuration says about a host.
 
     Args:
         alias: a Host of ssh_config, a name, an address; user@host, ssh://user@host:port too.
@@ -109,16 +109,16 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
         config: a file instead of ~/.ssh/config and /etc/ssh/ssh_config.
 
     Raises:
-        UserError: the configuration is wrong, or says what we cannot do.
+        UserError: the configuration is wrong, or not supported.
     """
     if found := DESTINATION.fullmatch(alias):
         alias, user = found["host"].strip("[]"), user or found["user"] or ""
         port = port or int(found["port"] or 0)
     elif "@" in alias and not alias.startswith("ssh://"):
-        # An address of IPv6 without its brackets.
+        # An IPv6 address without its brackets.
         before, _, alias = alias.rpartition("@")
         user = user or before
-    # Before ssh -G sees them, too: a Match exec would have them in its command.
+    # Before ssh -G sees them, too: a Match exec would put them in its command.
     _refuse_unsafe(alias, user)
     if config and not Path(config).is_file():
         raise UserError(f"{config}: there is no such ssh_config; see config in [ssh] of site.toml")
@@ -137,11 +137,11 @@ def resolve(alias: str, *, user: str = "", port: int = 0, config: str = "") -> H
 def _refuse_unsafe(name: str, user: str) -> None:
     if not name or BAD_HOST.search(name) or name.startswith("ssh://"):
         raise UserError(
-            f"'{printable(name)}' is not a host; make it a name, an address, or a Host of ssh"
+            f"'{printable(name)}' is not a host; use a name, an address, or a Host of ssh"
         )
     if BAD_USER.search(user):
         raise UserError(
-            f"'{printable(user)}' is not a user; a shell would take it for more than a name"
+            f"'{printable(user)}' is not a user; a shell would interpret it as more than a name"
         )
 
 
@@ -182,7 +182,7 @@ def _host(alias: str, settings: Settings, config: str) -> Host:
         required_rsa_size=said.number("requiredrsasize", 1024),
         forwards_agent=said.is_on("forwardagent"),
         server_alive_interval_s=alive_interval_s or ALIVE_INTERVAL_S,
-        # Without an interval of the user's the count means nothing.
+        # If the user sets no interval, the count means nothing.
         server_alive_count_max=said.number("serveralivecountmax", 3) if alive_interval_s else 3,
         connect_timeout_s=said.number("connecttimeout", 0) or None,
         address_family=said.one("addressfamily", "any").lower(),
@@ -211,5 +211,5 @@ def _methods(said: Values) -> tuple[str, ...]:
 def _strictness(value: str) -> str:
     if value.lower() in ("yes", "true"):
         return "yes"
-    # "no" would go on with a changed key. Only what is new is let pass.
+    # "no" would accept a changed key. Only new keys are accepted.
     return "accept-new" if value.lower() in ("no", "false", "off", "accept-new") else "ask"

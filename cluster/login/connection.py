@@ -20,10 +20,10 @@ from cluster.login.transport import OPENSSH, to_stderr
 from cluster.login.watchdog import Watchdog
 from runfolder.errors import UserError, printable
 
-# The servers of busy login nodes take their time before the first word.
+# The servers of busy login nodes take their time before they send anything.
 FIRST_WORDS_S, PROXY_WORDS_S = 60, 600
 SESSION_TIMEOUT_S = 60.0
-# As many as a chain of login nodes can need; a host that is its own jump has no end.
+# As many as a chain of login nodes can need; a host that is its own jump would never end.
 MOST_HOPS = 8
 CLOSE_S = 1.0
 
@@ -49,8 +49,8 @@ class Connection:
 
     @property
     def lost(self) -> str:
-        """Why the connection is gone ("no answer from NAME for 45 s"); empty while it stands."""
-        # The hop that fell first took those behind it along.
+        """Why the connection is gone ("no answer from NAME for 45 s"); empty while it is up."""
+        # The hop that failed first took down those after it.
         for hop in self._hops:
             if hop.watchdog is not None and hop.watchdog.verdict:
                 return hop.watchdog.verdict
@@ -64,15 +64,15 @@ class Connection:
             return self.transport.open_session(timeout=SESSION_TIMEOUT_S)
         except paramiko.ChannelException as error:
             raise UserError(
-                f"{self.host.alias}: no session was granted ({printable(error.text)}); too many "
-                "may be open (MaxSessions), or the account may not have any"
+                f"{self.host.alias}: the server refused a session ({printable(error.text)}); too "
+                "many may be open (MaxSessions), or the account may not open any"
             ) from None
         except BROKEN as error:
             why = self.lost or printable(str(error)) or "the connection ended"
             raise UserError(f"{self.host.alias}: no session: {why}; try again") from None
 
     def close(self) -> None:
-        """End all hops; takes two seconds at most, also with a dead peer. May be called twice."""
+        """End all hops; takes two seconds at most, even with a dead peer. May be called twice."""
         _close(self._hops)
 
     def __enter__(self) -> Self:
@@ -89,11 +89,11 @@ def connect(
 
     Args:
         host: as `config.resolve` returned it; its jumps are resolved in the same way.
-        prompts: who answers questions; the terminal.
-        say: takes banners and notes, free of control characters; stderr.
+        prompts: asks the user; None: on the terminal.
+        say: shows banners and notes, free of control characters; None: on stderr.
 
     Raises:
-        UserError: a host cannot be reached, is not the one that is known, or lets nobody in.
+        UserError: a host cannot be reached, has the wrong host key, or refuses the sign-in.
     """
     hops: list[Hop] = []
     try:
@@ -106,10 +106,10 @@ def connect(
 
 
 def route(host: Host) -> list[Host]:
-    """Return the hosts on the way, the target last; a `UserError` where it has no end.
+    """Return the hosts on the way, the target last; a `UserError` if they never end.
 
     As with ssh, the first jump is reached as its own configuration says, and may have jumps of
-    its own; each further one through those before it.
+    its own; each of the others is reached through those before it.
     """
     way = [host]
     while way[0].proxy_jump:
@@ -123,7 +123,7 @@ def route(host: Host) -> list[Host]:
         way = [jumps[0], *rest, *way]
         if len(way) > MOST_HOPS:
             raise UserError(
-                f"{host.alias}: its ProxyJump leads through more than {MOST_HOPS} hosts "
+                f"{host.alias}: its ProxyJump goes through more than {MOST_HOPS} hosts "
                 f"({', '.join(stop.alias for stop in way[-4:])}); is a host its own jump?"
             )
     return way
@@ -151,23 +151,23 @@ def _add_hop(hops: list[Hop], host: Host, prompts: Prompts, say: Callable[[str],
     options.key_types = check.preferred(options.key_types)
     hop = Hop(host=host, link=link, proxy=proxy)
     hops.append(hop)
-    # A ProxyCommand may ask the user something before it lets a byte through.
+    # A ProxyCommand may ask the user something before any data passes.
     usual_s = PROXY_WORDS_S if proxy is not None else FIRST_WORDS_S
     link.banner_timeout = float(host.connect_timeout_s or usual_s)
     try:
-        # Paramiko returns when the time is up, too.
+        # Paramiko also returns when the time is up.
         link.start_client(timeout=link.banner_timeout)
         if not link.initial_kex_done:
-            raise EOFError(f"no keys were agreed on in {link.banner_timeout:.0f} s")
+            raise EOFError(f"the key exchange did not finish in {link.banner_timeout:.0f} s")
         key = link.get_remote_server_key()
     except BROKEN as error:
         said = link.last_words or str(error) or "the other side closed it"
-        # Paramiko's sentence runs into what follows.
+        # Paramiko's sentence runs into the text that follows.
         said = printable(said.replace("SSH protocol banner", "the server's first words: "))
         why = (proxy.ended() if proxy is not None else "") or said
-        step = "is that an SSH server, and are you let through to it?"
+        step = "is that an SSH server, and may you connect to it?"
         if "Incompatible" in why:
-            step = f"the server wants other algorithms; {OPENSSH}"
+            step = f"the server requires other algorithms; {OPENSSH}"
         raise UserError(f"{host.alias}: no SSH connection: {why}; {step}") from None
     check.check(key, prompts, say)
     sign_in(link, host, prompts, say)
@@ -185,14 +185,14 @@ def _end(hop: Hop) -> str:
 
 
 def _close(hops: list[Hop]) -> None:
-    """End the hops, the first first: what is left of the others cannot hold anything up then."""
+    """End the hops in order: after the first, the others cannot hold anything up."""
     for hop in hops:
         if hop.watchdog is not None:
             hop.watchdog.is_over.set()
-        # Else the timer of a first exchange that failed holds up the end of this process.
+        # Otherwise the timer of a failed first key exchange delays the exit of this process.
         hop.link.packetizer.complete_handshake()
         if isinstance(hop.link.sock, socket.socket):
-            # Wakes the thread that reads; a mere close does not.
+            # Wakes the thread that reads; close() alone does not.
             with contextlib.suppress(OSError):
                 hop.link.sock.shutdown(socket.SHUT_RDWR)
         hop.link.close()

@@ -1,10 +1,10 @@
-"""What the user types to the client itself: ~. at the start of a line ends it."""
+"""What the user types for the client itself: ~. at the start of a line ends it."""
 
 from __future__ import annotations
 
 
 class Escapes:
-    """Parts what is typed to the server from what is meant for us."""
+    """Separates what is typed for the server from what is meant for us."""
 
     def __init__(self, character: str = "~") -> None:
         """Watch for `character`: one, or ^X for a control character, or "none"."""
@@ -15,12 +15,12 @@ class Escapes:
         self._is_pending = False
         self.name = character
         self.has_ended = False
-        """The user has asked for the end."""
+        """The user has asked to disconnect."""
 
     def pass_on(self, typed: bytes) -> bytes:
-        """Return what of `typed` goes to the server; an escape character may wait for its next.
+        """Return the part of `typed` for the server; an escape character waits for the next one.
 
-        Twice, it is itself; before another character both go to the server.
+        Typed twice, it is sent once; before another character, both are sent.
         """
         if not self._escape:
             return typed

@@ -1,4 +1,4 @@
-"""Is this server the one that is known? Asked before anything secret is sent."""
+"""Is this server the one that is known? Checked before anything secret is sent."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from runfolder.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What is known of a host, to compare its key with."""
+    """What is known about a host, to compare its key with."""
 
     host: Host
     keys: list[Entry]
     portless: list[Entry]
-    """Of its name without the port, of which ssh thinks only where `keys` has none."""
+    """For its name without the port, which ssh uses only if `keys` has none."""
     marked: list[Entry]
-    """Revoked keys, and authorities."""
+    """Revoked keys, and certificate authorities."""
 
     @classmethod
     def of(cls, host: Host) -> Check:
-        """Return the check for a host; a `UserError` where a file cannot be read."""
+        """Return the check for a host; a `UserError` if a file cannot be read."""
         files = host.user_known_hosts_files + host.global_known_hosts_files
         named = known_hosts.find(files, host.known_as)
         plain = host.hostname.lower()
@@ -43,25 +43,25 @@ class Check:
         )
 
     def preferred(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Return host key algorithms, those first whose keys can be compared."""
+        """Return host key algorithms, those of known keys first."""
         kinds = {entry.kind for entry in self.keys or self.portless}
-        # A key of RSA signs in two ways.
+        # An RSA key signs in two ways.
         kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
         return tuple(sorted(names, key=lambda name: name not in kinds))
 
     def check(self, key: paramiko.PKey, prompts: Prompts, say: Callable[[str], None]) -> None:
-        """Return if the key that the server has shown is to be trusted, or raise a `UserError`."""
+        """Return if the server's key is to be trusted, or raise a `UserError`."""
         name = self.host.known_as
         for entry in self.marked:
             if entry.marker == "REVOKED" and entry.blob == key.asbytes():
                 raise UserError(
-                    f"{name}: its host key is revoked ({entry.where}); whoever answers may have "
-                    "stolen it. Ask the site"
+                    f"{name}: its host key is revoked ({entry.where}); the server may be "
+                    "using a stolen key. Ask the site"
                 )
         least = self.host.required_rsa_size
         if key.get_name() == "ssh-rsa" and key.get_bits() < least:
             raise UserError(
-                f"{name}: its host key is of RSA with {key.get_bits()} bits, and RequiredRSASize "
+                f"{name}: its RSA host key has {key.get_bits()} bits, and RequiredRSASize "
                 f"is {least}; ask the site for a longer one"
             )
         if any(entry.blob == key.asbytes() for entry in self.keys or self.portless):
@@ -72,13 +72,13 @@ class Check:
         for entry in self.marked:
             if entry.marker == "CA":
                 raise UserError(
-                    f"{name}: its host key ({seen}) is not known, and the certificate by which "
-                    f"{entry.where} would know it is not supported; {OPENSSH}"
+                    f"{name}: its host key ({seen}) is not known, and host certificates "
+                    f"({entry.where}) are not supported; {OPENSSH}"
                 )
         if self.host.strict_host_key_checking == "yes":
             raise UserError(
                 f"{name}: its host key is not known ({seen}), and StrictHostKeyChecking is on; "
-                f"add the line that the site gives to {self._file or 'known_hosts'}"
+                f"add the site's line to {self._file or 'known_hosts'}"
             )
         if self.host.strict_host_key_checking == "ask":
             self._ask(seen, key.fingerprint, prompts)
@@ -91,13 +91,13 @@ class Check:
     def _changed(self, seen: str, kind: str) -> UserError:
         same = [entry for entry in self.keys if entry.kind == kind]
         entry = (same or self.keys)[0]
-        what = f"its host key is not the one of {entry.where}"
+        what = f"its host key is not the one in {entry.where}"
         if not same:
-            what = f"it has shown no host key of a type that is known ({entry.where})"
+            what = f"it offered no host key of a known type ({entry.where})"
         file = entry.where.rpartition(":")[0] or entry.where
         return UserError(
-            f"{self.host.known_as}: {what} but {seen}; someone may be listening in, or the server "
-            f"was set up anew. Ask the site; if it is right: ssh-keygen -R "
+            f"{self.host.known_as}: {what} but {seen}; someone may be eavesdropping, or the host "
+            f"key was changed. Ask the site; if it is right: ssh-keygen -R "
             f"'{self.host.known_as}' -f '{file}'"
         )
 
@@ -106,7 +106,7 @@ class Check:
         if self.host.batch_mode:
             raise UserError(f"{name}: its host key is not known ({seen}), and BatchMode is on")
         question = (
-            f"The host {name} is not known. It has shown the {seen}.\n"
+            f"The host {name} is not known. It has the {seen}.\n"
             "Is that the one that the site has published? (yes/no/[fingerprint]) "
         )
         while True:
@@ -120,11 +120,11 @@ class Check:
     def _remember(self, key: paramiko.PKey, say: Callable[[str], None]) -> None:
         name = self.host.known_as
         if not self._file:
-            say(f"note: the key of {name} is not kept; UserKnownHostsFile names no file")
+            say(f"note: the key of {name} is not saved; UserKnownHostsFile names no file")
             return
         done = "was added"
         try:
             known_hosts.add(self._file, name, key, is_hashed=self.host.hash_known_hosts)
         except OSError as error:
-            done = f"is not kept: {error.strerror}"
+            done = f"is not saved: {error.strerror}"
         say(f"note: {self._file}: the key of {name} {done}")

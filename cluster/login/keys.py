@@ -1,6 +1,6 @@
-"""The keys that may prove who the user is: in files and in ssh-agent, with their certificates.
+"""The user's keys for authentication, in files and in ssh-agent, with their certificates.
 
-Paramiko signs at once and cannot ask first whether a key would do, so that those which want a
+Paramiko signs at once and cannot ask first whether a key would be accepted, so keys that need a
 passphrase come last.
 """
 
@@ -23,31 +23,31 @@ from runfolder.errors import UserError
 
 PASSPHRASE_TRIES = 3
 CERTIFICATE = "-cert-v01@openssh.com"
-# What Paramiko and the library below it raise at a file that they cannot read, or not so.
+# What Paramiko and the library below it raise for a key file that they cannot load.
 UNREADABLE = (ValueError, SSHException, UnknownKeyType, InvalidTag, UnsupportedAlgorithm)
 
 
 @dataclass(kw_only=True)
 class Keys:
-    """What a host's configuration names."""
+    """The keys that a host's configuration names."""
 
     host: Host
     prompts: Prompts
     problems: list[str] = field(default_factory=list)
-    """What stood in the way of keys, for the message if nobody is let in."""
+    """Problems with keys, for the message if the sign-in fails."""
 
     def candidates(self) -> Iterator[tuple[str, paramiko.PKey]]:
         """Yield the keys, each with a name for messages.
 
-        The agent's, those first that the configuration names; then files, sealed ones last. A key
-        that has a certificate comes with it before it comes without.
+        The agent's keys, those that the configuration names first; then files, encrypted ones last.
+        A key that has a certificate is offered with it first, then without.
         """
         paths = [Path(name) for name in self.host.identity_files]
         named = {blob for path in paths if (blob := _public_blob(path)) is not None}
         held = sorted(self._in_agent(), key=lambda key: key.asbytes() not in named)
         for key in held:
             self._let_it_refuse(key)
-            # IdentitiesOnly: what the agent holds beside is not offered.
+            # IdentitiesOnly: other keys in the agent are not offered.
             if not self.host.identities_only or key.asbytes() in named:
                 yield from self._forms(f"ssh-agent: {key.comment}", key)
         in_agent = {key.asbytes() for key in held}
@@ -64,7 +64,7 @@ class Keys:
             else:
                 if key.asbytes() not in in_agent:
                     yield from self._forms(str(path), key)
-        # Asked for nothing, nobody can give a passphrase.
+        # In batch mode nobody is asked for a passphrase.
         for path in [] if self.host.batch_mode else sealed:
             if (key := self._unsealed(path)) is not None:
                 yield from self._forms(str(path), key)
@@ -82,9 +82,9 @@ class Keys:
             os.environ["SSH_AUTH_SOCK"] = before
 
     def _let_it_refuse(self, key: paramiko.AgentKey) -> None:
-        """Have an empty signature, which no server takes, where the agent gives none.
+        """Use an empty signature, which no server accepts, if the agent gives none.
 
-        Paramiko would end the connection: a key may want to be touched, or confirmed by the user.
+        Paramiko would end the connection: a key may need to be touched, or confirmed by the user.
         """
         sign = key.sign_ssh_data
 
@@ -104,12 +104,12 @@ class Keys:
             except UserError as error:
                 self.problems.append(str(error))
                 return None
-            # As with ssh, nothing typed means: not this key.
+            # As with ssh, an empty passphrase skips the key.
             if not given:
                 break
             with contextlib.suppress(*UNREADABLE):
                 return _load(path, given.encode(errors="surrogateescape"))
-        self.problems.append(f"{path}: its passphrase was not given")
+        self.problems.append(f"{path}: the correct passphrase was not given")
         return None
 
     def _forms(self, name: str, key: paramiko.PKey) -> Iterator[tuple[str, paramiko.PKey]]:
@@ -122,13 +122,13 @@ class Keys:
             with contextlib.suppress(OSError, ValueError):
                 text = file.read_text()
                 certificate = PublicBlob.from_string(text)
-                # It holds what the key consists of, behind the name of its type.
+                # A certificate contains the public key, after the name of its type.
                 part = key.asbytes()[4 + len(key.get_name()) :]
                 if certificate.key_type.endswith(CERTIFICATE) and part in certificate.key_blob:
                     key.load_certificate(text)
                     if self._is_allowed(key):
                         yield str(file), key
-        # One that the agent holds is a certificate already.
+        # A key in the agent may be a certificate already.
         is_certificate = key.get_name().endswith(CERTIFICATE)
         blob = PublicBlob(key.get_name(), key.blob) if is_certificate else None
         key.public_blob = blob
@@ -136,7 +136,7 @@ class Keys:
             yield name, key
 
     def _is_allowed(self, key: paramiko.PKey) -> bool:
-        """Return whether PubkeyAcceptedAlgorithms has a way to sign with a key, as it is now."""
+        """Return whether PubkeyAcceptedAlgorithms allows a way to sign with a key, as it is now."""
         allowed = self.host.algorithms.get(PUBKEYS)
         kind = key.public_blob.key_type if key.public_blob else key.get_name()
         ways = {kind}
@@ -144,12 +144,12 @@ class Keys:
             ways = {kind.replace("ssh-rsa", way) for way in ("rsa-sha2-256", "rsa-sha2-512")}
         if allowed is None or ways & set(allowed):
             return True
-        self.problems.append(f"PubkeyAcceptedAlgorithms leaves out a key of type {kind}")
+        self.problems.append(f"PubkeyAcceptedAlgorithms does not allow a key of type {kind}")
         return False
 
 
 def _load(path: Path, passphrase: bytes | None) -> paramiko.PKey:
-    """Return a private key; raises TypeError where a passphrase is missing, and `UNREADABLE`."""
+    """Return a private key; raises TypeError if a passphrase is missing, and `UNREADABLE`."""
     found = path.stat()
     if found.st_uid == os.getuid() and found.st_mode & 0o077:
         raise ValueError(f"others may read it; chmod 600 {path}")
@@ -158,7 +158,7 @@ def _load(path: Path, passphrase: bytes | None) -> paramiko.PKey:
 
 
 def _public_blob(path: Path) -> bytes | None:
-    """Return the public key of a file of either kind, as far as one without a secret tells it."""
+    """Return the public key of a private or public key file, if it can be read without a secret."""
     for file in (path, Path(f"{path}.pub")):
         with contextlib.suppress(OSError, ValueError, SSHException):
             blob: bytes = PublicBlob.from_string(file.read_text()).key_blob

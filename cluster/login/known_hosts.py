@@ -1,6 +1,6 @@
-"""What the files of known hosts say of a host: as `ssh-keygen -F` finds it, and one line more.
+"""What the known_hosts files say about a host, as `ssh-keygen -F` finds it; and adding a line.
 
-Without ssh-keygen Paramiko reads plain lines; one that it would take otherwise is refused.
+Without ssh-keygen Paramiko reads plain lines; a line that it would misread is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Entry:
     """A line that names the host."""
 
     where: str
-    """FILE:LINE; the file alone where Paramiko has read it."""
+    """FILE:LINE; only the file if Paramiko has read it."""
     marker: str = ""
     """CA or REVOKED, if it has one."""
     kind: str
@@ -40,7 +40,7 @@ def find(files: Iterable[str], name: str) -> list[Entry]:
     """Return the lines for a host, whose name is in lower case: a name, or [name]:port.
 
     Raises:
-        UserError: a file is there and cannot be read, or understood without ssh-keygen.
+        UserError: a file exists and cannot be read, or cannot be parsed without ssh-keygen.
     """
     found: list[Entry] = []
     for file in dict.fromkeys(files):
@@ -64,7 +64,7 @@ def _by_keygen(file: str, name: str) -> list[Entry]:
         timeout=TIMEOUT_S,
         check=False,
     )
-    # It says nothing where it finds nothing.
+    # It prints nothing if it finds nothing.
     if done.returncode and (said := done.stderr.strip()):
         raise UserError(f"ssh-keygen -F {name} -f {file}: {said}")
     lines = done.stdout.splitlines()
@@ -85,20 +85,20 @@ def _by_paramiko(file: str, name: str) -> list[Entry]:
             names = line.split(maxsplit=1)[0] if line.strip() else "#"
             if names.startswith("@") or re.search(r"[*?!]", names):
                 raise UserError(
-                    f"{file}:{number}: markers and patterns are not understood without ssh-keygen; "
-                    "install OpenSSH's client"
+                    f"{file}:{number}: markers and patterns are not supported without ssh-keygen; "
+                    "install the OpenSSH client"
                 )
     keys = paramiko.HostKeys()
     try:
         keys.load(file)
     except (paramiko.hostkeys.InvalidHostKey, ValueError):
-        raise UserError(f"{file}: a line is not understood without ssh-keygen") from None
+        raise UserError(f"{file}: a line cannot be parsed without ssh-keygen") from None
     found = keys.lookup(name) or {}
     return [Entry(where=file, kind=kind, blob=key.asbytes()) for kind, key in dict(found).items()]
 
 
 def add(file: str, name: str, key: paramiko.PKey, *, is_hashed: bool) -> None:
-    """Append a host's key to a file, or raise an OSError; what is in it stays as it is."""
+    """Append a host's key to a file, or raise an OSError; the rest of it is unchanged."""
     path = Path(file)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     named = paramiko.HostKeys.hash_host(name) if is_hashed else name

@@ -1,4 +1,4 @@
-"""Paramiko's transport: what is offered to a server, and its last words."""
+"""Paramiko's transport: what is offered to a server, and its last message."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from runfolder.errors import UserError
 # What Paramiko raises, in any thread, when the connection or the other side gives up.
 BROKEN = (paramiko.SSHException, EOFError, OSError)
 # As OpenSSH's own for AES; Paramiko's are far lower, and it may lose a connection whose session
-# ends while new keys are made.
+# ends while keys are exchanged again.
 REKEY_BYTES, REKEY_PACKETS = 1 << 36, 1 << 31
 # Fewer and larger packets than Paramiko's, which cost it time; OpenSSH goes up to 256 KiB.
 PACKET_BYTES = 128 << 10
-# By the words of ssh_config.
+# By the keywords of ssh_config.
 OPTIONS = {"kexalgorithms": "kex", "hostkeyalgorithms": "key_types", "macs": "digests"}
 OPTIONS |= {"ciphers": "ciphers"}
 WEAK = ("cbc", "md5", "sha1")
 
-# Paramiko logs errors that are told here in one line; with no handler, Python prints them.
+# Paramiko logs errors that we report in one line; with no handler, Python prints them.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 logging.getLogger("paramiko").propagate = False
 
 
 class Link(paramiko.Transport):  # type: ignore[misc]
-    """Paramiko's transport, with the last words of the server."""
+    """Paramiko's transport, with the last message of the server."""
 
     def __init__(self, sock: Any, host: Host) -> None:
-        """Prepare; a `UserError` where none of the algorithms that are allowed is known."""
+        """Prepare; a `UserError` if none of the allowed algorithms is supported."""
         super().__init__(sock, default_max_packet_size=PACKET_BYTES)
         self.last_words = ""
         self.packetizer.REKEY_BYTES, self.packetizer.REKEY_PACKETS = REKEY_BYTES, REKEY_PACKETS
@@ -39,15 +39,15 @@ class Link(paramiko.Transport):  # type: ignore[misc]
         for key, kind in OPTIONS.items():
             known = [x for x in getattr(options, kind) if not any(weak in x for weak in WEAK)]
             allowed = host.algorithms.get(key, known)
-            # The quickest in Python first: authenticated encryption needs no second pass.
+            # The fastest in Python first: authenticated encryption needs no second pass.
             known.sort(key=lambda name: "gcm" not in name)
             if not (found := [name for name in known if name in allowed]):
                 raise UserError(
-                    f"{host.alias}: {key} {','.join(allowed)}: none of them is known here; allow "
-                    f"another in ssh_config, such as {known[0]}"
+                    f"{host.alias}: {key} {','.join(allowed)}: none of them is supported here; "
+                    f"allow another in ssh_config, such as {known[0]}"
                 )
             setattr(options, kind, found)
-        # How a key of RSA may sign; keys of other types that are not allowed, keys.py leaves out.
+        # How an RSA key may sign; keys.py leaves out other types of keys that are not allowed.
         signs = host.algorithms.get(PUBKEYS, self.preferred_pubkeys)
         unwanted = [name for name in self.preferred_pubkeys if name not in signs]
         self.disabled_algorithms["pubkeys"] = unwanted

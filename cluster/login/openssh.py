@@ -1,7 +1,7 @@
-"""The way to a login node by the `ssh` command, wherever it is installed.
+"""Commands on a login node with the `ssh` command, if it is installed.
 
-One process signs in and stays (ControlMaster); all else goes through it. A master that the user has
-already is used as it is, if it answers.
+One process signs in and stays (ControlMaster); all else goes through it. A master that the user
+already has is used as it is, if it answers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from cluster.login.transport import LOST, Running, Stream, to_stderr
 from cluster.site.settings import Ssh
 from runfolder.errors import UserError
 
-# What a script there gets to end once its input has.
+# How long a script there may take to end once its input has.
 END_S = 60
-# What a master of the user's gets to answer.
+# How long the user's own master may take to answer.
 MASTER_S = 15
-# What ssh says on this side when it has signed in, so that no login file there has a part in it.
+# What ssh prints on this side after signing in, so that no remote login file is involved.
 SIGNED_IN = "-- sluice --"
-# Once there is a master nothing asks anything, even if it should be lost.
+# Once there is a master, nothing prompts, even if the master is lost.
 QUIET = ["-o", "ControlMaster=no", "-o", "BatchMode=yes"]
-# Of ssh_config, what is meant for people and would keep a command from running, or from its input.
-# Only what ssh_config sets otherwise is named: releases before 8.7 do not know these.
+# Settings of ssh_config for people, which would keep a command from running, or from its input.
+# Only those that ssh_config changes are passed: releases before 8.7 do not know them.
 FOR_COMMANDS = {"sessiontype": "default", "stdinnull": "no", "forkafterauthentication": "no"}
 
 
 def words_of(settings: Ssh) -> list[str]:
-    """Return the ssh command of a site, as far as the host; a `UserError` if there is none."""
+    """Return the ssh command of a site, up to the host; a `UserError` if there is none."""
     if shutil.which("ssh") is None:
         raise UserError('ssh.backend = "openssh": ssh is not on the PATH')
     words = ["ssh", *(["-F", settings.config] if settings.config else [])]
@@ -46,7 +46,7 @@ def words_of(settings: Ssh) -> list[str]:
 
 
 def for_commands(words: Sequence[str], host: str) -> list[str]:
-    """Return `words` (`words_of`) with the options without which a command is not run as it is."""
+    """Return `words` (`words_of`) with the options that are needed to run a command as it is."""
     words = [*words, "-o", "RemoteCommand=none"]
     settings = by_ssh(words[1:], host, "exit")
     for name, plain in FOR_COMMANDS.items():
@@ -56,19 +56,19 @@ def for_commands(words: Sequence[str], host: str) -> list[str]:
 
 
 def master_of(words: Sequence[str], host: str) -> Literal["none", "alive", "dead"]:
-    """Return what there is of a master that the user has; says it if that is to be left aside.
+    """Return the state of the user's own master; says so if it is not used.
 
-    Its process may well be there when its connection has died: a laptop that was moved.
+    Its process may still run when its connection is dead, as on a laptop that was moved.
     """
     state = _outcome([*words, "-O", "check", host])
     if state == "alive":
-        # Whatever the far side does with it: that it ends shows that the connection stands.
+        # Whatever the remote side does with it: if it ends, the connection works.
         state = _outcome([*for_commands(words, host), "-T", *QUIET, host, "exit"])
         state = "alive" if state == "none" else state
     if state == "dead":
         to_stderr(
-            f"note: {host}: the open connection (ControlMaster) has not answered for {MASTER_S} s, "
-            f"and is left aside; to end it: ssh -O exit {host}"
+            f"note: {host}: the open connection (ControlMaster) did not answer in {MASTER_S} s, "
+            f"and is not used; to end it: ssh -O exit {host}"
         )
     return state
 
@@ -87,12 +87,12 @@ class OpenSsh:
 
     def __init__(self, settings: Ssh) -> None:
         self._host = settings.host
-        # Nor ports that are meant for a terminal.
+        # Nor port forwardings that are meant for a terminal.
         self._words = for_commands(words_of(settings), self._host)
         self._words += ["-o", "ClearAllForwardings=yes"]
         self._master: subprocess.Popen[bytes] | None = None
         self._is_ending = False
-        # In /tmp, because the path of a socket may not be long.
+        # In /tmp, because the path of a socket must be short.
         self._folder = Path(tempfile.mkdtemp(prefix="sluice-", dir="/tmp"))
 
     def __enter__(self) -> OpenSsh:
@@ -108,7 +108,7 @@ class OpenSsh:
 
     @property
     def lost(self) -> str:
-        """Why there is no connection any more; see `Transport`."""
+        """Why the connection is gone; see `Transport`."""
         if self._master is not None:
             stands = self._master.poll() is None
         else:
@@ -136,7 +136,7 @@ class OpenSsh:
                 break
         else:
             self._master.wait()
-            raise UserError(f"{self._host}: ssh could not sign in; its own words are above")
+            raise UserError(f"{self._host}: ssh could not sign in; its own message is above")
         self._words += QUIET
 
     def _end(self) -> None:
@@ -158,7 +158,7 @@ class OpenSsh:
             assert given and output and errors
 
             def send() -> None:
-                # It may end, or be closed as the answer is complete; who reads finds out why.
+                # It may end, or be closed as the answer is complete; the reader finds out why.
                 with contextlib.suppress(OSError, ValueError):
                     view = memoryview(data)
                     while view:
@@ -187,7 +187,7 @@ class OpenSsh:
         return _Process([*self._words, "-T", self._host, clean_shell.command(script, modules)])
 
     def dial(self, host: str, port: int) -> Stream:
-        """Return a stream to a port there; that nothing listens there is said afterwards."""
+        """Return a stream to a port there; if nothing listens there, that is reported later."""
         ours, theirs = socket.socketpair()
         words = [*self._words, "-W", f"[{host}]:{port}", self._host]
         process = subprocess.Popen(
@@ -195,12 +195,12 @@ class OpenSsh:
         )
 
         def wait() -> None:
-            # The stream ends when that is said.
+            # The stream ends when that is reported.
             with theirs:
                 if process.wait() and not self._is_ending:
                     to_stderr(
-                        f"error: {host}:{port}: nothing takes connections at port {port} of "
-                        f"{host}, as {self._host} sees it, or sshd there forwards no ports"
+                        f"error: {host}:{port}: nothing accepts connections on port {port} of "
+                        f"{host} from {self._host}, or sshd there does not forward ports"
                     )
 
         threading.Thread(target=wait, daemon=True).start()
@@ -212,7 +212,7 @@ class _Process:
 
     def __init__(self, words: list[str]) -> None:
         pipe = subprocess.PIPE
-        # Whoever reads these lines reads no others.
+        # Only these lines are read here.
         self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
 
     def read_line(self) -> str:

@@ -1,7 +1,7 @@
-"""ssh_config without the ssh command: Paramiko's reader for plain files, and all else refused.
+"""ssh_config without the ssh command: Paramiko's parser for plain files; all else is refused.
 
-Paramiko takes a Match that it does not know for true, leaves Include out, keeps one of several
-SendEnv lines, and reads a comment behind a value as a part of it. So each line is looked at first.
+Paramiko treats a Match that it does not know as true, ignores Include, keeps one of several SendEnv
+lines, and reads a comment after a value as part of it. So each line is checked first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runfolder.errors import UserError
 
 OWN = "~/.ssh/config"
 FILES = (OWN, "/etc/ssh/ssh_config")
-# What config.py makes something of.
+# The keywords that config.py uses.
 HONOURED = """
 addressfamily batchmode certificatefile ciphers connecttimeout escapechar forwardagent
 globalknownhostsfile hashknownhosts host hostkeyalgorithms hostkeyalias hostname identitiesonly
@@ -26,8 +26,8 @@ port preferredauthentications proxycommand proxyjump pubkeyauthentication remote
 requiredrsasize sendenv serveralivecountmax serveraliveinterval setenv stricthostkeychecking user
 userknownhostsfile
 """
-# What is about other things than the way to a host and who it is: forwardings, sharing, looks.
-# Or what makes OpenSSH trust more than we do without it.
+# Keywords that do not affect how a host is reached or identified: forwardings, sharing, appearance.
+# Or those that make OpenSSH trust more than we do without them.
 OF_NO_MATTER = """
 addkeystoagent canonicaldomains canonicalizefallbacklocal canonicalizemaxdots checkhostip
 clearallforwardings compression connectionattempts controlmaster controlpath controlpersist
@@ -39,10 +39,10 @@ pkcs11provider rekeylimit remoteforward requesttty securitykeyprovider streamloc
 streamlocalbindunlink syslogfacility tcpkeepalive tunnel tunneldevice updatehostkeys
 verifyhostkeydns visualhostkey xauthlocation
 """
-# Of which each line adds to the ones before, and Paramiko keeps one.
+# Keywords whose lines add up, while Paramiko keeps one of them.
 ONCE = ("certificatefile", "sendenv", "setenv")
 LINE = re.compile(r"([A-Za-z0-9]+)(?:[ \t]*=[ \t]*|[ \t]+)([^=].*)")
-# Neither a comment behind it, nor quotes but around all of it, nor a backslash.
+# No comment after it, no quotes except around all of it, no backslash.
 PLAIN = re.compile(r"\"[^\"\\]+\"|[^\"'\\#\0]+")
 
 
@@ -52,10 +52,10 @@ def read(alias: str, config: str) -> Settings:
     for file in [config] if config else FILES:
         path = Path(file).expanduser()
         try:
-            # As ssh, which looks at this file only: what it says runs as the user.
+            # As ssh does, for this file only: its commands run as the user.
             if file == OWN and not config and _is_writable_by_others(path.stat()):
                 raise UserError(
-                    f"{path}: others may write it; it has to be yours alone: chmod go-w {path}"
+                    f"{path}: others can write to it, and only you should: chmod go-w {path}"
                 )
             text = path.read_text(errors="surrogateescape")
         except FileNotFoundError:
@@ -67,7 +67,7 @@ def read(alias: str, config: str) -> Settings:
             if key in ("identityfile", *ONCE):
                 values = value if isinstance(value, list) else [value]
                 found.setdefault(key, []).extend(values)
-            # One that it puts in itself is no word of the file.
+            # A value that it adds itself is not from the file.
             elif (key, value) != ("hostname", alias):
                 found.setdefault(key, ["none" if value is None else value])
     return found
@@ -87,12 +87,12 @@ def _refuse_what_is_not_plain(path: Path, text: str) -> None:
         found = LINE.fullmatch(line)
         key, value = (found[1].lower(), found[2]) if found else (line, "")
         is_known = key in known and key not in seen
-        # These are for a shell, as they are.
+        # These are passed to a shell as they are.
         is_plain = key in ("proxycommand", "remotecommand", *of_no_matter) or PLAIN.fullmatch(value)
         if not is_known or not is_plain:
             raise UserError(
-                f"{path}:{number}: '{line}' is not understood without the ssh command; install it, "
-                "which reads it, or leave the line out"
+                f"{path}:{number}: '{line}' is not supported without the ssh command; install it, "
+                "or leave the line out"
             )
         if key in ONCE:
             seen.add(key)

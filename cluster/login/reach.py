@@ -1,4 +1,4 @@
-"""The stream to a host's sshd: over TCP, through a ProxyCommand, or through the hop before."""
+"""The stream to a host's sshd: over TCP, through a ProxyCommand, or through the previous hop."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from runfolder.errors import UserError, printable
 
 FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 FORWARD_TIMEOUT_S = 60
-# For a ProxyCommand to end by itself once its stream is closed, and after SIGTERM.
+# How long a ProxyCommand may take to end once its stream is closed, and after SIGTERM.
 GRACE_S = 0.5
 
 
 def tcp(host: Host) -> socket.socket:
-    """Return a connection to the first of the host's addresses that takes one.
+    """Return a connection to the first of the host's addresses that accepts one.
 
     Raises:
-        UserError: none does; says what became of each.
+        UserError: none does; says why for each.
     """
     family = FAMILIES.get(host.address_family, socket.AF_UNSPEC)
     try:
         addresses = socket.getaddrinfo(host.hostname, host.port, family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"{host.alias}: the name {host.hostname} has no address "
-            f"({getattr(error, 'strerror', None) or error}); is it spelt right, and the network "
-            "(or VPN) up?"
+            f"{host.alias}: could not resolve hostname {host.hostname} "
+            f"({getattr(error, 'strerror', None) or error}); is it spelled correctly, and is the "
+            "network (or VPN) up?"
         ) from None
     failures = []
     for kind, *_, address in addresses:
@@ -60,7 +60,7 @@ class Proxy:
         self._command = host.proxy_command
         ours, theirs = socket.socketpair()
         try:
-            # As ssh runs it: by the user's shell, which it replaces; stderr stays the user's.
+            # As ssh runs it: by the user's shell, with exec; stderr stays the user's.
             self._process = subprocess.Popen(
                 [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {host.proxy_command}"],
                 stdin=theirs.fileno(),
@@ -74,7 +74,7 @@ class Proxy:
         self.socket = ours
 
     def ended(self) -> str:
-        """Return how the command ended; empty if it runs."""
+        """Return how the command ended; empty if it is running."""
         try:
             code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -83,14 +83,14 @@ class Proxy:
         return f"the ProxyCommand '{printable(self._command)}' ended ({how})"
 
     def close(self) -> None:
-        """Close the stream and see the command end; takes a second at most."""
+        """Close the stream and wait for the command to end; takes a second at most."""
         self.socket.close()
         for end in (self._process.terminate, self._process.kill):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
                 return
             end()
-        # Or it stays as a zombie.
+        # Otherwise it stays as a zombie.
         self._process.wait()
 
 
@@ -105,7 +105,7 @@ def through(link: Link, before: Host, host: Host) -> paramiko.Channel:
         )
     except paramiko.ChannelException as error:
         prohibited = error.code == 1
-        why = "does not allow jumps" if prohibited else "does not reach it"
+        why = "does not allow jumps" if prohibited else "cannot reach it"
         step = "AllowTcpForwarding is off there; ask the site" if prohibited else "is it up?"
         raise UserError(
             f"{host.alias}: the jump host {before.alias} {why} "
@@ -113,5 +113,6 @@ def through(link: Link, before: Host, host: Host) -> paramiko.Channel:
         ) from None
     except BROKEN as error:
         raise UserError(
-            f"{host.alias}: no way through the jump host {before.alias}: {printable(str(error))}"
+            f"{host.alias}: could not connect through the jump host {before.alias}: "
+            f"{printable(str(error))}"
         ) from None

@@ -1,7 +1,7 @@
-"""A shell or a command on the far side, with this process's terminal or streams.
+"""A remote shell or command, with this process's terminal or streams.
 
-One loop waits for what is typed and for signals; threads move the streams (streams.py). Bytes all
-the way, nothing is decoded.
+One loop waits for what is typed and for signals; threads move the streams (streams.py). All data
+are bytes; nothing is decoded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from runfolder.errors import UserError, printable
 
 # A connection that has ended says so a moment after its channels.
 LAST_WORDS_S = 1.0
-# What a remote program that could not end may have left on: a mouse that types, bracketed paste,
-# colors, a cursor that is not seen. Where they are off, it does nothing.
+# Turns off what an interrupted remote program may have left on: mouse reports, bracketed paste,
+# colors, a hidden cursor. If they are off, it does nothing.
 AT_REST = b"\x1b[?1000;1002;1003;1006;2004l\x1b[?25h\x1b[m"
 
 
@@ -39,11 +39,11 @@ def run(
     """Run a command, or the login shell, and return its exit code.
 
     It is 128 + n if signal n ended this process; 255 if the connection was lost, the user ended
-    it, or a signal ended the command, as with ssh. What happened is said on stderr.
+    it, or a signal ended the command, as with ssh. What happened is reported on stderr.
 
     Args:
         connection: signed in; stays open.
-        command: for the shell of the far side; None is a login shell.
+        command: for the remote shell; None is a login shell.
         tty: whether it has a terminal; None: if there is one here for it.
         reads_input: whether it gets this process's standard input; otherwise it gets none.
 
@@ -62,7 +62,7 @@ def run(
 
 
 class _Session:
-    """One run of a command: its streams, and the end that it comes to."""
+    """One run of a command: its streams, and how it ends."""
 
     def __init__(self, connection: Connection, alarm: Alarm, *, tty: bool) -> None:
         self._connection = connection
@@ -81,7 +81,7 @@ class _Session:
         with self._alarm.watches(resize=self._tty) as ended_by:
             try:
                 with terminal.raw(0) if self._tty else contextlib.nullcontext():
-                    # Not before: a terminal that is not raw yet shows lines in its own way.
+                    # Not before: a terminal that is not raw yet changes the output.
                     self._streams.start()
                     # It may have changed since the request.
                     self._resize()
@@ -105,7 +105,7 @@ class _Session:
             else:
                 channel.exec_command(os.fsencode(command))
         except BROKEN:
-            why = self._connection.lost or f"the server does not run {what} for you; ask the site"
+            why = self._connection.lost or f"the server does not let you run {what}; ask the site"
             raise UserError(f"{self._name}: {why}") from None
 
     def _request_terminal(self) -> None:
@@ -113,7 +113,7 @@ class _Session:
             self._channel.get_pty(os.fsencode(os.environ.get("TERM", "dumb")), *terminal.size(0))
         except BROKEN:
             why = self._connection.lost or (
-                "the server gives no terminal (PermitTTY in its sshd_config, or no-pty with your "
+                "the server refuses a terminal (PermitTTY in its sshd_config, or no-pty for your "
                 'key); a command needs none: make ssh CMD="..." </dev/null'
             )
             raise UserError(f"{self._name}: {why}") from None
@@ -138,7 +138,7 @@ class _Session:
         try:
             data = os.read(0, BLOCK_BYTES)
         except BlockingIOError:
-            return True  # Who else has this input was quicker, and has set it so.
+            return True  # Another reader was faster, and made it non-blocking.
         except OSError:
             data = b""  # The terminal is gone.
         if not data:
@@ -155,7 +155,7 @@ class _Session:
     # ---- how it ended -----------------------------------------------------------------------
 
     def _ending(self, ended_by: list[int]) -> int:
-        """Say how it ended where that needs saying; return the exit code."""
+        """Say how it ended, if necessary; return the exit code."""
         if self._streams.is_broken:
             raise BrokenPipeError
         if not self._streams.is_over:
@@ -174,13 +174,13 @@ class _Session:
         if self._tty:
             to_stderr(f"Connection to {self._name} closed.")
         if channel.exit_status == -1:
-            to_stderr(f"{self._name}: it ended without an exit code, as by a signal")
+            to_stderr(f"{self._name}: it ended without an exit code, as if killed by a signal")
             return LOST
         return int(channel.exit_status)
 
     def _calm(self) -> None:
         """Turn off in the terminal what the remote program no longer can."""
-        # Never where it stands still: this would wait with it.
+        # Not if the terminal is stopped: this would block, too.
         is_shown = self._tty and self._streams.has_drawn and os.isatty(1)
         if is_shown and select.select([], [1], [], 0)[1]:
             os.write(1, AT_REST)

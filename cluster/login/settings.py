@@ -1,4 +1,4 @@
-"""Settings of ssh_config in the words of `ssh -G`, asked for by their kind."""
+"""Settings of ssh_config as `ssh -G` prints them, read by type."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from runfolder.errors import UserError, printable
 
 Settings = dict[str, list[str]]
-"""Keywords in lower case, each with its values in their order."""
-# `Match exec` and the names of a canonical host may ask the network.
+"""Keywords in lower case, each with its values in order."""
+# `Match exec` and the canonicalization of host names may use the network.
 TIMEOUT_S = 60
 
 
 def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
-    """Return what `ssh -G` says of a host, or raise a `UserError`; a command may be given."""
+    """Return what `ssh -G` says about a host, or raise a `UserError`; a command may be given."""
     try:
         done = subprocess.run(
             ["ssh", *options, "-T", "-G", "--", alias, *command],
@@ -30,11 +30,11 @@ def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"ssh -G {alias} had no answer for {TIMEOUT_S} s; a Match exec in ssh_config may hang"
+            f"ssh -G {alias} did not finish in {TIMEOUT_S} s; a Match exec in ssh_config may hang"
         ) from None
     if done.returncode != 0:
         said = done.stderr.strip().partition("\n")[0] or f"exit code {done.returncode}"
-        raise UserError(f"ssh -G {alias}: {said.strip()}; put ssh_config right")
+        raise UserError(f"ssh -G {alias}: {said.strip()}; fix ssh_config")
     found: Settings = {}
     for line in done.stdout.splitlines():
         key, _, value = line.partition(" ")
@@ -43,7 +43,7 @@ def by_ssh(options: Sequence[str], alias: str, *command: str) -> Settings:
 
 
 class Values:
-    """What is said of one host."""
+    """The settings of one host."""
 
     def __init__(self, alias: str, settings: Settings) -> None:
         self._alias = alias
@@ -52,16 +52,16 @@ class Values:
         """What %h and the like stand for (man ssh_config, TOKENS)."""
 
     def one(self, key: str, default: str = "") -> str:
-        """Return a value; "none" is the default."""
+        """Return a value; "none" counts as the default."""
         value = self._settings.get(key, [default])[0]
         return default if value.lower() == "none" else value
 
     def all(self, key: str, default: Sequence[str] = ()) -> list[str]:
-        """Return what all lines of a keyword say."""
+        """Return the values of all lines of a keyword."""
         return [value for value in self._settings.get(key, default) if value.lower() != "none"]
 
     def is_on(self, key: str, default: str = "no") -> bool:
-        """Return whether a setting is there that is not switched off."""
+        """Return whether a setting is set and not off."""
         return self.one(key, default).lower() not in ("no", "false")
 
     def number(self, key: str, default: int) -> int:
@@ -72,11 +72,11 @@ class Values:
         return int(value)
 
     def files(self, key: str, default: str) -> tuple[str, ...]:
-        """Return the files of a line, in which `ssh -G` has left out the quotes."""
+        """Return the files of a line, from which `ssh -G` has removed the quotes."""
         names = self._settings.get(key, [default])[0].split()
         names = [self.path(name) for name in names if name.lower() != "none"]
         if relative := [name for name in names if not name.startswith("/")]:
-            raise self.wrong(key, relative[0], "name a file without blanks, from the root or ~")
+            raise self.wrong(key, relative[0], "use a path without spaces that starts with / or ~")
         return tuple(names)
 
     def agent(self) -> str:
@@ -89,7 +89,7 @@ class Values:
     def path(self, value: str) -> str:
         """Return a path with ~, ${NAME} and tokens replaced."""
         if value.startswith("~/"):
-            # By the account, as ssh does, not by $HOME.
+            # From the account, as ssh does, not from $HOME.
             value = f"%d{value[1:]}"
         return self.expand(
             re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), value)
@@ -106,5 +106,5 @@ class Values:
         return re.sub(r"%(.?)", meaning, value, flags=re.DOTALL)
 
     def wrong(self, key: str, value: str, why: str) -> UserError:
-        """Return the error for a value that cannot be honoured."""
+        """Return the error for a value that cannot be used."""
         return UserError(f"ssh_config for {self._alias}: {key} {printable(value)}: {why}")

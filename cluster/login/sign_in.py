@@ -1,4 +1,4 @@
-"""Who we are, proven in the ways that the server takes, in the order that the user prefers."""
+"""Authentication, by the methods that the server accepts, in the order that the user prefers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.login.transport import OPENSSH
 from runfolder.errors import UserError, printable
 
 TRY_AGAIN = "Permission denied, please try again."
-# A push code is answered on a telephone that has to be found first.
+# A push notification is answered on a phone that has to be found first.
 PATIENCE_S, LAST_WORDS_S = 600.0, 1.0
 # Of a password, or of a round of questions, as ssh by default.
 TRIES = 3
@@ -40,11 +40,11 @@ class _SignIn:
         self._prompts = prompts
         self._say = say
         self._keys = Keys(host=host, prompts=prompts)
-        # Asked for nothing, nobody can give a password or a code.
+        # In batch mode nobody is asked for a password or a code.
         self._order = ("publickey",) if host.batch_mode else host.methods
         self._tried: list[str] = []
         self._takes: tuple[str, ...] = ()
-        """The methods that can go on, as the server said last."""
+        """The methods that can continue, according to the server's last answer."""
 
     def run(self) -> None:
         self._attempt(lambda: self._link.auth_none(self._host.user))
@@ -62,7 +62,7 @@ class _SignIn:
                 raise self._refused()
 
     def _attempt(self, method: Callable[[], list[str]]) -> bool:
-        """Ask the server; return whether it was content, be it with one factor of several."""
+        """Ask the server; return whether it accepted this, even as one factor of several."""
         error: Exception | None = None
         more: list[str] = []
         try:
@@ -81,7 +81,7 @@ class _SignIn:
             self._takes = tuple(more)
         return error is None
 
-    # ---- the methods; each returns whether the server was content ----
+    # ---- the methods; each returns whether the server accepted it ----
 
     def _by_key(self) -> bool:
         for name, key in self._keys.candidates():
@@ -106,7 +106,7 @@ class _SignIn:
         return self._repeated("keyboard-interactive", self._converse)
 
     def _repeated(self, method: str, attempt: Callable[[], bool | None]) -> bool:
-        """Have a few tries; None of one: it has asked nothing, and would not the next time."""
+        """Try a few times; None from a try: it asked nothing, and would not ask the next time."""
         self._tried += [method] if method not in self._tried else []
         for _ in range(TRIES):
             if (is_content := attempt()) is not False:
@@ -153,8 +153,8 @@ class _SignIn:
         return True if found else False if was_asked else None
 
     def _answer(self, question: str, is_shown: bool) -> bytes:
-        # As ssh does, so that it is known who asks; and on each line, as the last of them could
-        # look like a question of ours.
+        # As ssh does, to show who asks; and on each line, because the last of them could look like
+        # our own question.
         name = f"({self._host.user}@{self._host.hostname})"
         whole = "\n".join(f"{name} {line}" for line in re.split(r"\r\n|\r|\n", question))
         ask = self._prompts.ask if is_shown else self._prompts.secret
@@ -163,28 +163,28 @@ class _SignIn:
     def _refused(self) -> UserError:
         host = self._host
         takes = ", ".join(self._takes) or "nothing"
-        tried = ", ".join(self._tried) or "nothing was there to try"
-        said = [f"{host.alias}: {host.user} was not let in; the server takes {takes}"]
+        tried = ", ".join(self._tried) or "nothing was available"
+        said = [f"{host.alias}: permission denied for {host.user}; the server accepts {takes}"]
         said += [f"tried: {tried}", *self._keys.problems]
         if more := {"gssapi-with-mic", "hostbased"} & set(self._takes):
-            said.append(f"for {' or '.join(sorted(more))} {OPENSSH}")
+            said.append(f"for {' or '.join(sorted(more))}, {OPENSSH}")
         return UserError(printable("; ".join(said)))
 
     def _lost(self, error: Exception | None) -> UserError:
-        # The thread that reads may still be at the server's last words.
+        # The thread that reads may still be reading the server's last message.
         self._link.join(LAST_WORDS_S)
         words, hint = printable(self._link.last_words or "the connection ended"), ""
         if "too many authentication failures" in words.lower():
-            hint = "; name the one key: IdentityFile and IdentitiesOnly yes in ssh_config"
+            hint = "; offer only one key: IdentityFile and IdentitiesOnly yes in ssh_config"
         elif "Illegal info request" in str(error):
-            # In the place of an answer to a password: the server wants a new one.
+            # Instead of an answer to a password: the server wants a new one.
             user = f"{self._host.user}@{self._host.hostname}"
             words = f"the password of {self._host.user} has expired; change it: ssh {user}"
         elif isinstance(error, paramiko.SSHException) and not self._link.last_words:
             words = printable(str(error))
-        return UserError(f"{self._host.alias}: the sign-in was broken off: {words}{hint}")
+        return UserError(f"{self._host.alias}: the sign-in failed: {words}{hint}")
 
 
 def lines(text: str) -> str:
-    """Return a server's words with its lines, and nothing that could steer the terminal."""
+    """Return a server's text with its lines, without terminal control characters."""
     return "\n".join(printable_line(line) for line in text.rstrip("\r\n").splitlines())

@@ -1,8 +1,8 @@
-"""The streams of a program on the far side, each moved by a thread of its own.
+"""The streams of a remote program, each moved by a thread of its own.
 
-The session's loop waits for none of them, so that ~. and signals are heeded although a terminal
-stands still or a server takes nothing. What was not written yet stays in the channel, and its
-window bounds it.
+The session's loop waits for none of them, so ~. and signals work even if the terminal is stopped or
+the server accepts nothing. What was not written yet stays in the channel, and is limited by its
+window.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import paramiko
 from cluster.login.link import BROKEN
 
 BLOCK_BYTES = 1 << 18
-# What may wait to be sent before no more is read: ~. is seen although the server takes nothing.
+# How much may wait to be sent before reading stops: ~. is seen even if the server accepts nothing.
 PENDING_BYTES = 1 << 20
 
 
@@ -31,23 +31,23 @@ class Streams:
         self._channel = channel
         self._wake = wake
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Each is counted by one thread alone.
+        # Each is updated by only one thread.
         self._given_bytes = self._sent_bytes = 0
         self._is_stopped = False
         self.is_over = False
-        """The program has ended, and all that it wrote is written."""
+        """The program has ended, and all its output is written."""
         self.is_broken = False
         """Nobody reads standard output any more."""
         self.has_drawn = False
         """There were control sequences in its output."""
 
     def start(self) -> None:
-        """Begin to move what comes and what is given."""
+        """Start moving output and input."""
         for target in (self._send_all, self._follow):
             threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
-        """Drop what still comes."""
+        """Drop further output."""
         self._is_stopped = True
 
     @property
@@ -56,7 +56,7 @@ class Streams:
         return self._given_bytes - self._sent_bytes < PENDING_BYTES
 
     def send(self, data: bytes) -> None:
-        """Have `data` sent."""
+        """Queue `data` for sending."""
 
         def job() -> None:
             self._channel.sendall(data)
@@ -69,26 +69,26 @@ class Streams:
         self._jobs.put(job)
 
     def send_eof(self) -> None:
-        """Have its input end after what is still to be sent."""
+        """Close its input after what is still to be sent."""
         self._jobs.put(self._channel.shutdown_write)
 
     def resize(self, size: os.terminal_size) -> None:
-        """Have its terminal resized."""
+        """Resize its terminal."""
 
         def job() -> None:
-            # One that has closed its output may not be told, and has nothing to draw.
+            # A program that has closed its output cannot be told, and has nothing to draw.
             with contextlib.suppress(paramiko.SSHException):
                 self._channel.resize_pty(*size)
 
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Have the channel closed; not waited for, as the other side may be dead."""
+        """Close the channel, without waiting, because the other side may be dead."""
         self._jobs.put(self._channel.close)
         self._jobs.put(None)
 
     def _send_all(self) -> None:
-        # A link that breaks is seen by who receives; a program that ended needs no more.
+        # The receiving thread notices a broken link; a program that has ended needs no more input.
         with contextlib.suppress(*BROKEN):
             while job := self._jobs.get():
                 job()
@@ -126,5 +126,5 @@ def _write_all(fd: int, data: bytes) -> None:
         try:
             data = data[os.write(fd, data) :]
         except BlockingIOError:
-            # Who shares the descriptor has set it so.
+            # A process that shares the descriptor has made it non-blocking.
             select.select([], [fd], [])

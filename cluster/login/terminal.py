@@ -1,4 +1,4 @@
-"""The user's terminal: raw while a session has it, and given back however the session ends."""
+"""The user's terminal: raw during a session, and restored however the session ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """Have a terminal pass each byte on as it is, within; then it is as it was."""
+    """Put a terminal in raw mode, and restore it afterwards."""
     before = termios.tcgetattr(fd)
-    # At once: else it would wait while the terminal is held by Ctrl+S. One that is gone, as its
-    # window was closed, is no error: reading will tell.
+    # At once: otherwise it would wait while Ctrl+S holds the terminal. A terminal that is gone,
+    # because its window was closed, is not an error here: reading will show it.
     try:
         with contextlib.suppress(termios.error):
             tty.setraw(fd, termios.TCSANOW)
@@ -25,7 +25,7 @@ def raw(fd: int) -> Iterator[None]:
 
 
 def size(fd: int) -> os.terminal_size:
-    """Return a terminal's size now, in characters; a usual one where it is gone."""
+    """Return a terminal's size now, in characters; a usual one if it is gone."""
     with contextlib.suppress(OSError):
         return os.get_terminal_size(fd)
     return os.terminal_size((80, 24))

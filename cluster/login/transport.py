@@ -1,7 +1,7 @@
-"""The way to a login node from a laptop: commands over one connection, with one sign-in.
+"""From a laptop to a login node: commands over one connection, with one sign-in.
 
-A script runs in a clean shell there (cluster/clean_shell.py). All that is wanted of the far side is
-sshd, bash and the usual small commands; no SFTP, which some sites have switched off.
+A script runs in a clean shell there (cluster/clean_shell.py). The remote side needs only sshd, bash
+and the usual small commands; not SFTP, which some sites have disabled.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-# As ssh has it; a command's own 255 cannot be told from it.
+# As with ssh; it cannot be told from a command's own 255.
 LOST = 255
-OPENSSH = 'set backend = "openssh" in [ssh] of site.toml, which takes the ssh command'
+OPENSSH = 'set backend = "openssh" in [ssh] of site.toml, which uses the ssh command'
 
 
 def to_stderr(text: str) -> None:
@@ -24,7 +24,7 @@ class Running(Protocol):
     """A script that runs there beside others, and ends at the latest with the connection."""
 
     def read_line(self) -> str:
-        """Return the next line that it prints; an empty text when there are no more."""
+        """Return the next line that it prints; an empty string when there are no more."""
 
     def is_over(self) -> bool:
         """Return whether it has ended."""
@@ -47,7 +47,7 @@ class Transport(Protocol):
 
     @property
     def lost(self) -> str:
-        """Why there is no connection any more; empty as long as there is."""
+        """Why the connection is gone; empty as long as it is up."""
 
     def __enter__(self) -> Transport: ...
     def __exit__(self, *_: object) -> None: ...
@@ -56,14 +56,14 @@ class Transport(Protocol):
         """Run a bash script with `data` as its standard input; return what it prints.
 
         Raises:
-            UserError: it failed, with the last line that it said; or the connection was lost.
+            UserError: it failed, with its last line of output; or the connection was lost.
         """
 
     def run(self, script: str, modules: Sequence[str] = ()) -> int:
         """Run a bash script with this terminal, or these streams; return its exit code.
 
-        `modules` are loaded before, in the login shell; one that is not there is said: 2.
-        Without a terminal it has no input. 255: the connection was lost, and that was said.
+        `modules` are loaded first, in the login shell; one that is missing is reported: 2.
+        Without a terminal it has no input. 255: the connection was lost, which was reported.
         """
 
     def start(self, script: str, modules: Sequence[str] = ()) -> Running:
@@ -72,5 +72,5 @@ class Transport(Protocol):
     def dial(self, host: str, port: int) -> Stream:
         """Return a stream to a port as the login node sees it.
 
-        Where nothing listens, or sshd allows it not, that is a `UserError`, or is said later.
+        If nothing listens, or sshd does not allow it, that is a `UserError`, or is reported later.
         """

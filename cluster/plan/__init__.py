@@ -1,1 +1,1 @@
-"""A job, resolved: sizes, settings, image and container, and the launch that comes of them."""
+"""A job, resolved: sizes, settings, image and container, and the launch that results."""

@@ -1,4 +1,4 @@
-"""The apptainer command of this machine, and what to do where there is none."""
+"""The apptainer command of this machine, and what to do if there is none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from runfolder.errors import UserError
 
 
 def find_apptainer() -> str | None:
-    """Return the command: $APPTAINER, site.toml's, that on the PATH, or a private copy; or None.
+    """Return the command: $APPTAINER, site.toml's, the one on the PATH, a private copy, or None.
 
     Raises:
-        UserError: $APPTAINER or site.toml names none.
+        UserError: $APPTAINER or site.toml names something that is not a command.
     """
     given = os.environ.get("APPTAINER")
     if not given and (named := site_of_this_machine().container.apptainer):

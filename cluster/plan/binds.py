@@ -1,8 +1,8 @@
 """Which folders of the host a container sees, and where.
 
-A run's own container sees a few folders at fixed places (slurm/node.sh). What comes before and
-after a run reads what its user names, so that the host's folders are read-only at their own paths
-and a path means inside what it means outside.
+A run's own container sees a few folders at fixed paths (slurm/node.sh). Commands before and after
+a run read what the user names, so the host's folders are bound read-only at their own paths, and a
+path means the same inside and outside.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import yaml
 
 from runfolder.errors import UserError
 
-# Of the root of a file system, what the image brings itself. /tmp is the container's own.
+# The folders in / that the image has itself. /tmp is the container's own.
 SYSTEM = {"boot", "dev", "etc", "lost+found", "opt", "proc", "run", "sys", "tmp", "usr", "var"}
 SYSTEM |= {"bin", "sbin", "lib", "lib32", "lib64", "libx32"}
-# A folder bound on one of these, or above, would hide a part of the image.
+# A folder bound on one of these, or above, would hide part of the image.
 OF_THE_IMAGE = [Path("/", name) for name in SYSTEM - {"opt", "tmp", "var", "run"}]
 OF_THE_IMAGE.append(Path("/opt/sluice"))
 # What slurm/node.sh binds.
@@ -30,10 +30,10 @@ OF_THE_RUN = [Path("/workspace"), Path("/datasets"), Path("/run-folder"), Path("
 
 
 def own_places(read: Iterable[Path], write: Iterable[Path]) -> list[str]:
-    """Return binds that show these paths, and most of the host, where they are on the host.
+    """Return binds for these paths, and for most of the host, at their paths on the host.
 
     Raises:
-        UserError: a path lies where the image has its own.
+        UserError: a path is one that the image has itself.
     """
     modes: dict[Path, str] = {}
     for path in _top_level():
@@ -41,7 +41,7 @@ def own_places(read: Iterable[Path], write: Iterable[Path]) -> list[str]:
     for path, mode in [(path, "ro") for path in read] + [(path, "rw") for path in write]:
         real = path.resolve()
         for place in (real, path.absolute()):
-            # A link is seen where its folder is.
+            # A link is visible if its folder is.
             if place == real or not any(parent in modes for parent in place.parents):
                 _check_place(place)
                 modes[place] = "rw" if "rw" in (mode, modes.get(place)) else "ro"
@@ -66,12 +66,12 @@ def _check_place(path: Path) -> None:
         hides = own.is_relative_to(path) or (inside and (path.is_dir() or own.name == "sluice"))
         if hides and path.parts[:2] != ("/", "dev"):
             raise UserError(
-                f"{path}: lies where the image has its own {own}; move it, or take RUNTIME=host"
+                f"{path}: conflicts with the image's own {own}; move it, or use RUNTIME=host"
             )
 
 
 def bind(source: Path, target: Path, mode: str) -> str:
-    """Return a line of binds, as slurm/container.sh takes them.
+    """Return a line of binds, as slurm/container.sh expects them.
 
     Raises:
         UserError: it would not be one line of three parts.
@@ -79,14 +79,14 @@ def bind(source: Path, target: Path, mode: str) -> str:
     for path in (source, target):
         if ":" in str(path) or "\n" in str(path):
             raise UserError(
-                f"{str(path)!r}: a path with a colon cannot be bound; rename it, or take "
+                f"{str(path)!r}: a path with a colon cannot be bound; rename it, or use "
                 "RUNTIME=host"
             )
     return f"{source}:{target}:{mode}"
 
 
 def named_paths(arguments: Iterable[str]) -> list[Path]:
-    """Return the paths that exist among the words of a command and in its files of settings."""
+    """Return the existing paths in the words of a command and in its settings files."""
     found = []
     for word in arguments:
         if word.startswith(("--prompt=", "--question=")):
@@ -104,7 +104,7 @@ def _in_settings(path: Path) -> list[Path]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        # Whoever reads it for its settings says what is wrong with it.
+        # The script that reads the settings says what is wrong with them.
         return []
     return [found for text in _strings(content) if (found := _existing(text))]
 
@@ -123,7 +123,7 @@ def _existing(text: str) -> Path | None:
         path = Path(text).expanduser()
         return path if path.exists() else None
     except (OSError, ValueError, RuntimeError):
-        # Too long for a name, or not one at all: a prompt, for instance.
+        # Too long for a path, or not one at all: a prompt, for instance.
         return None
 
 
@@ -144,8 +144,8 @@ def _check_free(target: Path) -> None:
     for own in OF_THE_RUN:
         if target.is_relative_to(own):
             raise UserError(
-                f"{target}: lies where the container of a run has its own {own}; move it, or "
-                "take RUNTIME=host"
+                f"{target}: conflicts with {own} in the container of a run; move it, or "
+                "use RUNTIME=host"
             )
 
 
@@ -156,16 +156,16 @@ def certificates(environment: Mapping[str, str]) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-# ---- what a run reads besides its folders ---------------------------------------------------
+# ---- what else a run reads ------------------------------------------------------------------
 
 
 def extra_binds(config: Any, datasets: Path) -> list[str]:
     """Return binds for what a resolved config reads from outside the datasets folder.
 
-    That is a model's folder of the user's own, at its own path, and the targets of links.
+    These are the user's own model folders, at their own paths, and the targets of links.
 
     Raises:
-        UserError: it lies where a run's container has something else.
+        UserError: one is at a path where a run's container has something else.
     """
     staged = config.get("staged") if isinstance(config, dict) else None
     binds: dict[Path, Path] = {}
@@ -175,7 +175,7 @@ def extra_binds(config: Any, datasets: Path) -> list[str]:
         path = datasets / name
         if Path(name).is_absolute():
             binds[path] = path.resolve()
-            # The hub's cache has its files as links to another folder.
+            # In the hub's cache, files are links to another folder.
             for file in path.iterdir() if path.is_dir() else ():
                 target = (
                     Path(os.path.normpath(path / file.readlink())) if file.is_symlink() else path

@@ -1,4 +1,4 @@
-"""A module of the training side beside a run, such as an export: in a container, or on the host."""
+"""A training module outside a run, such as an export: in a container, or on the host."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def call(
     writable: Iterable[Path] = (),
     online: bool = False,
 ) -> int:
-    """Run a module of the training side with the code of `code`; return its exit code.
+    """Run a training module with the code of `code`; return its exit code.
 
-    Inside it may write to `writable`, folders that exist, and read what `arguments` and the files
-    of settings among them name.
+    In the container it may write to `writable`, folders that exist, and read what `arguments` and
+    the settings files among them name.
 
     Raises:
-        UserError: a path that it needs cannot be shown to it, or the container does not start.
+        UserError: a path that it needs cannot be bound, or the container does not start.
     """
     # -P: the code of `code`, not that of the current folder.
     words = ["-P", "-m", module, *arguments]
     if runtime.image is None:
-        # Of the caller's Python variables none gets through but this one; as in the image.
+        # No Python variable of the caller is passed on, only this one; as in the image.
         start = ["slurm/isolated.sh", "env", f"PYTHONPATH={code}", sys.executable]
         return _call([*start, *words], environment)
     needed = [Path.cwd(), code, *(certificates(environment) if online else [])]
@@ -49,7 +49,7 @@ def call(
     home = environment.get("HOME", "/tmp/home")
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         code_inside = code.resolve()
-        # `~` means the user's own home, also in a file of settings.
+        # `~` means the user's own home, also in a settings file.
         inside = ["env", f"HOME={home}", f"PYTHONPATH={code_inside}", "python", *words]
         device = environment.get("SLUICE_DEVICE") or ("cuda" if machine.gpus() else "cpu")
         options = [
@@ -66,19 +66,19 @@ def call(
     if exit_code == NOT_STARTED:
         raise UserError(
             f"{runtime.image.path}: apptainer could not start it, the reason is above; "
-            "RUNTIME=host goes without"
+            "RUNTIME=host runs without a container"
         )
     return exit_code
 
 
 def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Return the exit code of a command, which ends in its own time when it is interrupted.
+    """Return the exit code of a command, which takes its time to exit when it is interrupted.
 
-    Ctrl+C reaches it, too, and it puts away what is half done; `subprocess.call` would kill it
+    Ctrl+C reaches it, too, and it cleans up what is half done; `subprocess.call` would kill it
     after a quarter of a second.
     """
-    # A KeyboardInterrupt between the end of the child and the note of its code would lose the code,
-    # and Python would say 0. This handler is not handed down.
+    # A KeyboardInterrupt between the child's exit and the recording of its code would lose the
+    # code, and Python would report 0. The child does not inherit this handler.
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         return subprocess.Popen(command, env=environment).wait()

@@ -1,6 +1,6 @@
-"""Is this image whole, and of this checkout's lock? Asked before anything starts in it.
+"""Is this image intact, and built from this checkout's lock? Checked before anything starts in it.
 
-Beside `sluice-cpu.sif` lies its manifest `sluice-cpu.json`, which `make build-image` writes.
+Next to `sluice-cpu.sif` is its manifest `sluice-cpu.json`, which `make build-image` writes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 from cluster.site import places
 from runfolder.errors import UserError, did_you_mean
 
-# What each variant is made of, in the order in which the build joins the files.
+# The lock files of each variant, in the order in which the build joins them.
 LOCKS = {"cpu": ("pip", "torch-cpu", "cpu"), "cuda": ("pip", "cuda")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image that was found to be what its manifest says."""
+    """An image that matches its manifest."""
 
     path: Path
     variant: str
@@ -36,7 +36,7 @@ def images_folder() -> Path:
 
 
 def image_path(variant: str) -> Path:
-    """Return the place of the image of a variant, where `make build-image` puts it."""
+    """Return the path where `make build-image` puts the image of a variant."""
     return images_folder() / f"sluice-{variant}.sif"
 
 
@@ -49,7 +49,7 @@ def lock_sha256(variant: str) -> str:
             digest.update(path.read_bytes())
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}); is the checkout whole?"
+                f"{path}: cannot be read ({error.strerror}); is the checkout complete?"
             ) from None
     return digest.hexdigest()
 
@@ -67,7 +67,7 @@ def check_bytes(path: Path) -> tuple[Image, dict[str, Any]]:
         )
     if sha256_of(path, size) != manifest["sha256"]:
         raise UserError(
-            f"{path}: its bytes are not those of its manifest {manifest_path(path)}: "
+            f"{path}: its checksum does not match its manifest {manifest_path(path)}: "
             f"{_damaged(path)}"
         )
     variant, lock = manifest["variant"], manifest["lock_sha256"]
@@ -89,7 +89,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     kinds = {"variant": str, "sha256": str, "size_bytes": int, "lock_sha256": str}
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise UserError(f"{beside}: is not an image's manifest: no '{key}'; {_remedy(path)}")
+            raise UserError(f"{beside}: is not an image manifest: no '{key}'; {_remedy(path)}")
     if content["variant"] not in LOCKS:
         raise UserError(
             f"{beside}: variant '{content['variant']}' is unknown"
@@ -132,4 +132,4 @@ def _remedy(path: Path) -> str:
 def _damaged(path: Path) -> str:
     if unfinished_manifest_path(path).exists():
         return f"signing it was interrupted; finish it: make sign-image IMAGE={path}"
-    return f"the file is damaged or another; copy it again, or {_remedy(path)}"
+    return f"the file is damaged or not the right one; copy it again, or {_remedy(path)}"

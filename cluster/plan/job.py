@@ -1,4 +1,4 @@
-"""An experiment: what a job file says beside the script's own settings."""
+"""An experiment: what a job file says besides the script's own settings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load_job(name: str) -> Job:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML: {error}") from None
+        raise UserError(f"{path}: is not valid YAML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
@@ -140,7 +140,7 @@ def _script(path: Path, named: str) -> Path:
     if script.is_dir():
         raise UserError(f"{path}: script: {script} is a folder; name the file that is started")
     if not script.is_file():
-        raise UserError(f"{path}: script: {script} does not exist; mind the spelling")
+        raise UserError(f"{path}: script: {script} does not exist; check the spelling")
     if script.suffix != ".py":
         raise UserError(f"{path}: script: {script} is not a .py file; for others take command:")
     return script

@@ -25,21 +25,21 @@ from cluster.site.settings import Site
 from runfolder import files, launch, lock, records, settings
 from runfolder.errors import UserError
 
-# Seconds to save in, where no limit is near.
+# Seconds for saving, if there is no time limit.
 SAVE_S = 120
 MB = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is to run: a job as a new run, or a run that goes on with its own code and settings."""
+    """What is to run: a job as a new run, or a run to continue with its own code and settings."""
 
     folder: Path
     record: dict[str, Any]
-    """The run.json of a new run, or of the one that goes on."""
+    """The run.json of a new run, or of the one to continue."""
     accel: str
     settings: Path
-    """The file of settings that it begins with."""
+    """The settings file that it starts with."""
     code: Path
     is_new: bool
     program: Program | None = None
@@ -70,10 +70,10 @@ class Launch:
         return self.source.folder
 
     def write(self) -> None:
-        """Make the run's folder, or put the new settings into it; and launch.env.
+        """Create the run's folder, or write its new settings; and launch.env.
 
         Raises:
-            UserError: it cannot be written; a run that goes on has its settings of before.
+            UserError: it cannot be written; a run to continue keeps its previous settings.
         """
 
         def fill(folder: Path) -> None:
@@ -89,14 +89,14 @@ class Launch:
             )
             return
         try:
-            # Last what matters to others: each launch writes the other file anew.
+            # The settings last, because each launch rewrites the other file.
             launch.write(self.folder, self.values, self.exported)
             settings.replace(self.folder, self.config)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
 
     def record(self) -> dict[str, Any]:
-        """Return what run.json says of a new run."""
+        """Return what run.json says about a new run."""
         return {
             **self.source.record,
             "accel": self.source.accel,
@@ -107,7 +107,7 @@ class Launch:
 
 
 def new_run(job_name: str, *, name: str, accel: str) -> Source:
-    """Return a job as a run that begins; nothing is written.
+    """Return a job as a new run; nothing is written.
 
     Raises:
         UserError: there is no such job, or no place for its run.
@@ -131,8 +131,7 @@ def new_run(job_name: str, *, name: str, accel: str) -> Source:
 
 
 def run_that_goes_on(name: str, *, accel: str) -> Source:
-    """Return a run that goes on.
-
+    """Return a run to continue.
     Raises:
         UserError: there is none, or its code is older than launch.env.
     """
@@ -140,10 +139,10 @@ def run_that_goes_on(name: str, *, accel: str) -> Source:
     record = records.read(folder)
     if not (folder / "code/runfolder/launch.py").is_file():
         made_of = record.get("git_commit")
-        where = f"a checkout of {made_of[:12]}" if made_of else "the Sluice that began it"
+        where = f"a checkout of {made_of[:12]}" if made_of else "the Sluice that started it"
         raise UserError(
-            f"RUN={name}: was begun by an earlier Sluice, and this one cannot start its code; go "
-            f"on with it in {where}"
+            f"RUN={name}: was started by an older Sluice, and this one cannot start its code; "
+            f"continue it in {where}"
         )
     return Source(
         folder=folder,
@@ -166,12 +165,12 @@ def resolve_launch(
     site: Site | None = None,
     is_terminal: bool = False,
 ) -> Launch | int:
-    """Return the launch of a run, or the exit code of its script's refusal.
+    """Return the launch of a run, or its script's exit code if the script refuses the settings.
 
     `site`: where its nodes are; None is this machine.
 
     Raises:
-        UserError: anything that can be known to be wrong before it starts.
+        UserError: anything that can be found to be wrong before it starts.
     """
     strategy_file(source.accel)
     if not source.is_new:
@@ -189,7 +188,7 @@ def resolve_launch(
     }
     told = {"HF_HUB_OFFLINE": "1", **exported}
     if request.device == "cpu":
-        # Or torch would use the GPUs that there are.
+        # Otherwise torch would use the GPUs that it finds.
         told["CUDA_VISIBLE_DEVICES"] = ""
     if source.program:
         config: str | int = _program_config(source, runtime, script_arguments, environment | told)
@@ -269,7 +268,7 @@ def _values(
         binds += [_site_bind(site, text) for text in site.container.binds] if site else []
         values["binds"] = "\n".join(binds)
         for path in (source.folder, source.code, datasets, cache):
-            # A path that cannot be bound is said now, not on the nodes.
+            # A path that cannot be bound is reported now, not on the nodes.
             bind(path, path, "ro")
     return values | (_of_site(site, source, runtime, config) if site else {})
 
@@ -302,19 +301,19 @@ def _site_bind(site: Site, text: str) -> str:
     mode = parts.pop() if parts[-1] in ("ro", "rw") else "ro"
     if len(parts) not in (1, 2) or not all(part.startswith("/") for part in parts):
         raise UserError(
-            f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro, paths from the root"
+            f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro with absolute paths"
         )
     for own in OF_THE_RUN:
         if Path(parts[-1]).is_relative_to(own):
             raise UserError(
-                f"{site.source}: container.binds: '{text}' would hide what a run has at {own}; "
+                f"{site.source}: container.binds: '{text}' would hide the run's own {own}; "
                 "bind it elsewhere"
             )
     return bind(Path(parts[0]), Path(parts[-1]), mode)
 
 
 def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:
-    """Return the make command that begins such a run once more, for its record."""
+    """Return the make command that starts such a run again, for its record."""
     is_ours = source.settings.parent == JOBS
     job = source.record["job"] if is_ours else source.settings.absolute()
     words = ["make", target, f"JOB={job}", f"ACCEL={source.accel}"]

@@ -1,4 +1,4 @@
-"""What the machine at hand has: GPUs, the Python environment of the host."""
+"""What this machine has: GPUs, the Python environment of the host."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def gpus() -> list[str]:
 
 
 def environment_variant() -> str | None:
-    """Return which build of torch this environment is for, cpu or cuda; None if it is no .venv.
+    """Return which build of torch this environment is for, cpu or cuda; None if unknown.
 
-    That is one that containers/venv.sh did not make, and whose contents we do not know.
+    That is an environment that containers/venv.sh did not create.
     """
     stamp, lock = (Path(sys.prefix) / name for name in (".sluice-stamp", ".sluice-lock"))
     if stamp.is_file():
@@ -32,9 +32,9 @@ def environment_variant() -> str | None:
 
 
 def complete_environment() -> None:
-    """Put what trains into the environment at hand, if only the commands are there yet.
+    """Install the training packages in this environment, if it has only those of the commands.
 
-    Where that fails, containers/venv.sh has said why, and this process ends with its code.
+    If that fails, containers/venv.sh has said why, and this process exits with its code.
     """
     variant = environment_variant()
     if variant is None:

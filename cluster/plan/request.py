@@ -14,13 +14,13 @@ from cluster.slurm import notation
 from cluster.slurm.reasons import duration
 from runfolder.errors import UserError
 
-# How much earlier than asked for Slurm may send the signal before the limit: man sbatch, --signal.
+# How much earlier than requested Slurm may send the signal: man sbatch, --signal.
 SIGNAL_EARLY_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the command line says: NODES, GPUS, NPROC and TIME; empty where it says nothing."""
+    """What the command line says: NODES, GPUS, NPROC and TIME; empty if it says nothing."""
 
     nodes: str = ""
     gpus: str = ""
@@ -62,7 +62,7 @@ class Request:
         )
 
     def __str__(self) -> str:
-        """How it is said: 2 nodes x 4 GPUs, 4:00:00."""
+        """For messages: 2 nodes x 4 GPUs, 4:00:00."""
         gpus = f"{self.gpus_per_node} GPU{'s' if self.gpus_per_node != 1 else ''}"
         each = f"{gpus}, " if self.gpus_per_node else ""
         many = "es" if self.processes_per_node != 1 else ""
@@ -73,7 +73,7 @@ class Request:
 
 
 def in_words(time: str) -> str:
-    """Return a time limit as one says it: of 24:00 not everybody expects 24 minutes."""
+    """Return a time limit in words: not everybody reads 24:00 as 24 minutes."""
     seconds = notation.seconds(time)
     if seconds is None:
         return "without limit"
@@ -88,10 +88,10 @@ def in_words(time: str) -> str:
 def resolve_request(
     site: Site, sizes: Sizes, *, asked: dict[str, Any], origin: str, on_cpu: bool
 ) -> Request:
-    """Return the sizes of a job, of which `asked` are those that it has by itself.
+    """Return the sizes of a job, of which `asked` are its own.
 
-    `asked` has the keys num_nodes, gpus_per_node, time and, for a run that goes on,
-    processes_per_node; `origin` says where they stand. `on_cpu`: a dry run.
+    `asked` has the keys num_nodes, gpus_per_node, time and, for a run to continue,
+    processes_per_node; `origin` says where they are set. `on_cpu`: a dry run.
 
     Raises:
         UserError: a node of the site's partition does not have what is asked for.
@@ -102,29 +102,29 @@ def resolve_request(
         gpus = 0 if on_cpu else asked["gpus_per_node"]
         if gpus > site.slurm.gpus_per_node:
             raise UserError(
-                f"{origin}: asks for {gpus} GPUs of a node, which has {_has_gpus(site)}; choose "
-                "with GPUS=, or train on CPUs with GPUS=0"
+                f"{origin}: asks for {gpus} GPUs per node, but a node has {_has_gpus(site)}; "
+                "choose with GPUS=, or train on CPUs with GPUS=0"
             )
     elif gpus > site.slurm.gpus_per_node:
         raise UserError(f"GPUS={gpus}: a node has {_has_gpus(site)}")
     given = _number("NPROC", sizes.nproc, 1)
     before = asked.get("processes_per_node") if gpus == asked["gpus_per_node"] else None
-    # With GPUs there is one for each, whatever it was before.
+    # With GPUs there is one process per GPU, whatever it was before.
     processes = given or gpus or before or 1
     if gpus and processes != gpus:
         raise UserError(
-            f"NPROC={processes}: a node's processes have one GPU each, and {gpus} are asked for; "
-            f"give GPUS={processes}, or leave NPROC out"
+            f"NPROC={processes}: each process uses one GPU, and the job asks for {gpus} per node; "
+            f"set GPUS={processes}, or leave NPROC out"
         )
     cpus = _share(site.slurm.cpus_per_node, gpus, site.slurm.gpus_per_node)
     memory = _share(site.slurm.memory_per_node_mb, gpus, site.slurm.gpus_per_node)
     if on_cpu and not gpus:
-        # Small, and so that it fits beside others.
+        # Small, so that it fits beside others.
         cpus, memory = min(cpus, processes), 0
     if processes > cpus:
         raise UserError(
-            f"NPROC={processes}: a job gets {cpus} CPUs of a node here, one for each process at "
-            "least"
+            f"NPROC={processes}: a job gets {cpus} CPUs per node here, and each process needs at "
+            "least one"
         )
     return Request(
         num_nodes=num_nodes,
@@ -138,10 +138,10 @@ def resolve_request(
 
 
 def is_dry_run(script_arguments: list[str]) -> bool:
-    """Return whether it is a dry run, for which other sizes are asked.
+    """Return whether it is a dry run, which asks for other sizes.
 
     Raises:
-        UserError: it says so in a way that only the script would understand.
+        UserError: --dry_run is written in a way that only the script would understand.
     """
     for word, value in itertools.pairwise([*script_arguments, ""]):
         if word.startswith("--dry_run=") or (word == "--dry_run" and value in ("true", "false")):
@@ -165,9 +165,9 @@ def sbatch_command(site: Site, request: Request, *, name: str, folder: Path) -> 
     if request.memory_per_node_mb:
         command.append(f"--mem={request.memory_per_node_mb}M")
     command += [f"--time={request.time}", f"--signal=B:USR1@{site.slurm.save_s}"]
-    # --export=ALL: of a command that cluster/commands/plan.py gives few variables.
+    # --export=ALL: that is the few variables that cluster/commands/plan.py gives the command.
     command += ["--requeue", "--open-mode=append", "--export=ALL"]
-    # To Slurm a % in the name of a folder would begin a pattern, as the %j does.
+    # Slurm would read a % in the name of a folder as the start of a pattern such as %j.
     pattern = str(folder).replace("%", "%%")
     command += [f"--chdir={folder}", f"--output={pattern}/slurm-%j.log"]
     return [*command, *site.slurm.sbatch_flags]
@@ -205,7 +205,7 @@ def _time(site: Site, time: str) -> str:
         where = site.source or "the private cluster"
         raise UserError(
             f"TIME={time} ({in_words(time)}): leaves no time to train, because the job begins to "
-            f"save {site.slurm.save_s} s before ({where}: slurm.save_s), and Slurm may tell it up "
-            f"to {SIGNAL_EARLY_S} s early; give {duration(least)} or more"
+            f"save {site.slurm.save_s} s before its end ({where}: slurm.save_s), and Slurm may "
+            f"signal it up to {SIGNAL_EARLY_S} s early; give {duration(least)} or more"
         )
     return time

@@ -22,7 +22,7 @@ def settings(
     environment: dict[str, str],
     code_folder: Path,
 ) -> str | int:
-    """Return the job's settings as the script resolves them, or the exit code of its refusal."""
+    """Return the job's settings as its script resolves them, or the script's exit code."""
     datasets_missing = not folders.datasets_folder().exists()
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         resolved = Path(scratch) / "config.yaml"
@@ -35,14 +35,14 @@ def settings(
             writable=[Path(scratch), *_writable_folders(environment)] if runtime.image else [],
         )
         if datasets_missing and not resolved.exists() and _is_empty(folders.datasets_folder()):
-            # It was made for the container alone.
+            # It was created only for the container.
             folders.datasets_folder().rmdir()
-        # --help was asked for: everything is said.
+        # With --help, or settings that it refuses, the script has said everything.
         return resolved.read_text(encoding="utf-8") if resolved.exists() else code
 
 
 def _writable_folders(environment: dict[str, str]) -> list[Path]:
-    """Return the datasets folder, made where it is missing, and the cache if there is one."""
+    """Return the datasets folder, created if it is missing, and the cache if there is one."""
     writable = [_made(folders.datasets_folder(), "SLUICE_DATASETS")]
     home = Path(environment["HF_HOME"]).absolute()
     return [*writable, home] if home.is_dir() else writable
@@ -62,7 +62,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def caches(environment: dict[str, str]) -> list[Path]:
-    """Return the folders that a download writes to, made where they are missing."""
+    """Return the folders that a download writes to, created if they are missing."""
     names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
     places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
     return [
@@ -76,13 +76,13 @@ def _made(folder: Path, variable: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{variable}: {folder} cannot be made: {error.strerror}; choose another place"
+            f"{variable}: {folder} cannot be created: {error.strerror}; choose another place"
         ) from None
     return folder
 
 
 def environment() -> dict[str, str]:
-    """Return the environment for the training side, with the places of what it reads."""
+    """Return the environment of the training modules, with the places of their data."""
     cache = cache_folder()
     # Where `hf auth login` puts the token, which is not part of the cache.
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
@@ -90,7 +90,7 @@ def environment() -> dict[str, str]:
     defaults = {
         "HF_HUB_DISABLE_PROGRESS_BARS": no_bars,
         "HF_DATASETS_DISABLE_PROGRESS_BARS": no_bars,
-        # Requests for statistics alone; without a network each would wait on its own.
+        # Requests only for statistics; without a network each would wait for its timeout.
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     }
@@ -106,6 +106,6 @@ def cache_folder() -> Path:
 
 
 def short(path: Path) -> str:
-    """Return a path as it is said: below the checkout without the checkout's own."""
+    """Return a path for messages: relative to the checkout, if it is below it."""
     here = places.here()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -19,18 +19,18 @@ RUNTIMES = ("apptainer", "host")
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The image and the command to run it with; neither of them on the host."""
+    """The image and the command to run it with; on the host, neither."""
 
     image: Image | None = None
     apptainer: str = ""
     why_host: str = "no container"
 
     def __str__(self) -> str:
-        """How it is said: in images/sluice-cpu.sif."""
+        """For messages: in images/sluice-cpu.sif."""
         return f"in {self.image.path}" if self.image else f"on the host, {self.why_host}"
 
     def record(self) -> dict[str, Any]:
-        """Return what run.json says of it."""
+        """Return what run.json says about it."""
         if self.image is None:
             variant = machine.environment_variant()
             lock = lock_sha256(variant) if variant else None
@@ -43,12 +43,12 @@ class Runtime:
 
 
 def choose_runtime(runtime: str, image: str, variants: Sequence[str]) -> Runtime:
-    """Return where to run: in `image`, or in the first of `variants` that is there, or the host.
+    """Return where to run: in `image`, in the first of `variants` that exists, or on the host.
 
-    On the host, its environment is made or completed. With `runtime` empty an image decides.
+    On the host, its environment is completed. If `runtime` is empty, an image decides.
 
     Raises:
-        UserError: what was asked for is not there, or the image must not be used.
+        UserError: what was asked for does not exist, or the image must not be used.
     """
     if runtime not in ("", *RUNTIMES):
         raise UserError(f"RUNTIME={runtime}: is unknown{did_you_mean(runtime, RUNTIMES)}")
@@ -59,7 +59,7 @@ def choose_runtime(runtime: str, image: str, variants: Sequence[str]) -> Runtime
     if path is None and (image or runtime == "apptainer"):
         raise UserError(
             f"{f'IMAGE={image}' if image else 'RUNTIME=apptainer'}: there is no {places[0]}; "
-            f"build it: make build-image VARIANT={variants[0]}, or take RUNTIME=host"
+            f"build it: make build-image VARIANT={variants[0]}, or use RUNTIME=host"
         )
     if path is None:
         return _host("no container")
@@ -77,14 +77,14 @@ def _host(why: str) -> Runtime:
 
 
 def variants(*, gpus: bool, strict: bool) -> list[str]:
-    """Return the variants of the image that serve, the better first; `strict`: no CPU on GPUs."""
+    """Return the usable variants of the image, best first; `strict`: no CPU variant with GPUs."""
     if gpus:
         return ["cuda"] if strict else ["cuda", "cpu"]
     return ["cpu", "cuda"]
 
 
 def runtime_values(runtime: Runtime) -> dict[str, str]:
-    """Return what launch.env says of a runtime."""
+    """Return what launch.env says about a runtime."""
     image = runtime.image
     return {
         "image": str(image.path.absolute()) if image else "",

@@ -1,4 +1,4 @@
-"""Is this image signed, and by whom; and how it gets a signature."""
+"""Check who signed an image, and sign one."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from cluster.plan.image import (
 from cluster.site.file import load_site, site_of_this_machine
 from runfolder.errors import UserError
 
-# The key that is none: Apptainer's own ring of PGP keys.
+# Stands for Apptainer's own keyring of PGP keys, instead of a key file.
 KEYRING = "keyring"
 
 
 def check_image(path: Path) -> Image:
-    """Return what `path` is, after a look at every byte, its lock, and its signature if one is due.
+    """Return the image, after checking every byte, its lock, and its signature if one is required.
 
     Raises:
-        UserError: it must not be used.
+        UserError: the image must not be used.
     """
     image, manifest = check_bytes(path)
     if image.lock_sha256 != lock_sha256(image.variant):
         raise UserError(
-            f"{path}: was built from another lock (containers/locks) than this checkout's; build "
-            f"it anew: make build-image VARIANT={image.variant}"
+            f"{path}: was built from a different lock (containers/locks) than this checkout's; "
+            f"build it again: make build-image VARIANT={image.variant}"
         )
     if key := os.environ.get("SLUICE_VERIFY_KEY"):
         check_signature(path, key, "SLUICE_VERIFY_KEY", manifest)
@@ -45,34 +45,32 @@ def check_image(path: Path) -> Image:
 
 
 def check_signature(path: Path, key: str, asked: str, manifest: dict[str, Any]) -> None:
-    # --local: a key that is not on the ring is not looked for on a server.
+    # --local: do not look on a server for a key that is not in the keyring.
     options = ["--local"] if key == KEYRING else ["--key", key]
     if key != KEYRING and not Path(key).is_file():
-        raise UserError(
-            f"{asked}={key}: is neither the file of a public key nor the word '{KEYRING}'"
-        )
+        raise UserError(f"{asked}={key}: is neither a public key file nor the word '{KEYRING}'")
     apptainer = need_apptainer(f"{asked}={key}")
     done = subprocess.run(
         [apptainer, "verify", *options, str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        signer = f", which {manifest['signed_by']} signed" if manifest.get("signed_by") else ""
+        signer = f" by {manifest['signed_by']}" if manifest.get("signed_by") else ""
         raise UserError(
-            f"{path}: {asked}={key} does not vouch for it{signer} ({last_words(done.stderr)}); "
-            "take the key of who signed it, or an image from whom you trust"
+            f"{path}: {asked}={key} does not verify its signature{signer} "
+            f"({last_words(done.stderr)}); use the signer's key, or an image from someone you trust"
         )
 
 
 def sign(path: Path, key: str) -> str:
-    """Sign an image that is whole, with a private key or one of Apptainer's ring; return by whom.
+    """Sign an intact image, with a private key or one of Apptainer's keyring; return by whom.
 
-    An image bears one signature, the last.
+    An image has one signature, the last.
 
-    The signature is added to a copy, which then takes the image's place: whenever this is
-    interrupted, the image is the old one or the new one.
+    The signature is added to a copy, which then replaces the image: whenever this is interrupted,
+    the image is the old one or the new one.
 
     Raises:
-        UserError: it is not whole, or cannot be signed.
+        UserError: the image is damaged, or cannot be signed.
     """
     copy, signed = path.with_name(f".{path.name}.unsigned"), unfinished_manifest_path(path)
     apptainer = need_apptainer("sign-image")
@@ -90,8 +88,8 @@ def sign(path: Path, key: str) -> str:
         signed.rename(manifest_path(path))
     except OSError as error:
         raise UserError(
-            f"{path}: could not be signed: {error.filename}: {error.strerror}; it needs room for "
-            "a second copy in a folder that you can write"
+            f"{path}: could not be signed: {error.filename}: {error.strerror}; signing needs "
+            "space for a second copy in a folder that you can write to"
         ) from None
     finally:
         copy.unlink(missing_ok=True)
@@ -99,7 +97,7 @@ def sign(path: Path, key: str) -> str:
 
 
 def _finish_signing(path: Path) -> None:
-    """Put in place the manifest that an interrupted signing left, if it is the image's."""
+    """Install the manifest that an interrupted signing left, if it matches the image."""
     signed = unfinished_manifest_path(path)
     if not signed.exists() or not path.exists():
         return
@@ -111,7 +109,7 @@ def _finish_signing(path: Path) -> None:
 
 
 def _remove_signatures(apptainer: str, copy: Path) -> None:
-    """Take off the signatures of others: with one that it does not know, a key vouches for none."""
+    """Remove other signatures: if there is one from another key, no key verifies the image."""
     command = [apptainer, "sif", "list", str(copy)]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -137,8 +135,8 @@ def _add_signature(apptainer: str, copy: Path, key: str) -> None:
     else:
         if not Path(key).is_file():
             raise UserError(
-                f"KEY={key}: there is no such file; make a key: openssl genpkey -algorithm ed25519 "
-                "-out key.pem, or leave KEY out for Apptainer's PGP keyring"
+                f"KEY={key}: there is no such file; create a key: openssl genpkey -algorithm "
+                "ed25519 -out key.pem, or leave KEY out for Apptainer's PGP keyring"
             )
         done = subprocess.run(
             [apptainer, "sign", "--key", key, str(copy)],
@@ -148,11 +146,13 @@ def _add_signature(apptainer: str, copy: Path, key: str) -> None:
         )
         code, reason = done.returncode, last_words(done.stderr)
     if code:
-        raise UserError(f"KEY={key}: apptainer could not sign with it ({reason}); see its `sign`")
+        raise UserError(
+            f"KEY={key}: apptainer could not sign with it ({reason}); see `apptainer sign`"
+        )
 
 
 def _signer(key: str) -> str:
-    # Of a private key only the name is recorded.
+    # Only the name of a private key is recorded.
     return "a key of the PGP keyring" if key == KEYRING else f"the key {Path(key).name}"
 
 

@@ -1,1 +1,1 @@
-"""Commands given on a laptop: the checkout is brought to the cluster, and they run there."""
+"""Commands given on a laptop: the checkout is copied to the cluster, and they run there."""

@@ -1,7 +1,7 @@
-"""Commands that are given on a laptop and carried out on the cluster.
+"""Commands that are given on a laptop and run on the cluster.
 
-The checkout is brought there, and the same command runs in it, with its output, its questions and
-its exit code here: what holds on the login node holds on the laptop.
+The checkout is copied there, and the same command runs in it, with its output, its questions and
+its exit code here: it works on the laptop as on the login node.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ def carry_out(site: Site, words: list[str]) -> int:
     """Run `python -m cluster WORDS...` on the login node; return its exit code.
 
     Raises:
-        UserError: the login node cannot be reached, or the checkout not be brought there.
+        UserError: the login node cannot be reached, or the checkout cannot be copied there.
     """
-    # What the login node itself has no use for.
+    # The login node itself does not need this.
     from cluster.login.backends import connect
 
     with connect(site) as login:
         code = login.run(script(site, checkout(login, site), words), site.ssh.modules)
     if code == LOST:
-        print("what was begun there goes on or was not begun: make status", file=sys.stderr)
+        print(
+            "the command there is still running, or never started: make status shows it",
+            file=sys.stderr,
+        )
     return code
 
 
@@ -37,8 +40,8 @@ def checkout(login: Transport, site: Site) -> str:
 
     if not site.is_private:
         return sync.bring(login, site)
-    # Its login node is on this machine. What the login files do to a script is found out before
-    # one that would have no place to tell it.
+    # Its login node is on this machine. This script reports problems with the login files, because
+    # the next one could not report them.
     folder = str(Path.cwd())
     login.ask(f"cd -- {shlex.quote(folder)}")
     return folder
@@ -46,7 +49,7 @@ def checkout(login: Transport, site: Site) -> str:
 
 def script(site: Site, folder: str, words: list[str]) -> str:
     """Return a bash script that runs a command of ours in a checkout on the cluster."""
-    # A link, to what outlives this checkout.
+    # A link to an environment that outlives this checkout.
     venv = shlex.quote(os.environ.get("VENV", ".venv")) if site.is_private else ".venv"
     lines = [
         f"cd -- {shlex.quote(folder)} || exit 2",

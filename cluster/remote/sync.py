@@ -1,9 +1,9 @@
-"""The checkout, brought from a laptop to the cluster: whole, verified, and once.
+"""The checkout, copied from a laptop to the cluster: complete, verified, and only once.
 
-On the cluster it lies at FOLDER/checkouts/KEY, where KEY is a hash of all that is in it. It is
-filled under another name and gets this one when every file has the right hash, so that nothing ever
-runs from a half of it; what an interrupted transfer left there already is not sent again.
-FOLDER/current leads to the newest, for what is done there by hand.
+On the cluster it is in FOLDER/checkouts/KEY, where KEY is a hash of its content. It is filled under
+another name and renamed when every file has the right hash, so nothing ever runs from an incomplete
+copy; what an interrupted transfer left there is not sent again. FOLDER/current links to the newest,
+for work by hand there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from cluster.runs import checkout
 from cluster.site.settings import FOLDERS, Site
 from runfolder.errors import UserError
 
-# How many checkouts stay there: somebody may still follow a log with the code of an older one.
+# How many checkouts to keep there: somebody may still follow a log with the code of an older one.
 KEPT = 10
-# What the environment of a command there is made from (containers/venv.sh).
+# The lock files of the commands' environment there (containers/venv.sh).
 LOCKS = ("pip", "base", "torch-cpu", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """What is brought: the bytes of each file by its path, and which of them may be executed."""
+    """What is copied: the bytes of each file by its path, and which files are executable."""
 
     contents: dict[str, bytes]
     executable: frozenset[str]
@@ -47,23 +47,23 @@ class Parcel:
 
     @property
     def key(self) -> str:
-        """A name for just these files."""
+        """A name for exactly these files."""
         text = self.manifest + "\0".join(sorted(self.executable))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def environment(self) -> str:
-        """A name for the Python environment that these files want: another lock, another one."""
+        """A name for the Python environment that these files need: another lock, another one."""
         locks = [self.contents.get(f"containers/locks/{name}.txt", b"") for name in LOCKS]
         return hashlib.sha256(b"".join(locks)).hexdigest()[:16]
 
     def packed(self, names: set[str]) -> bytes:
-        """Return these of its files as a tar file, compressed."""
+        """Return these files as a compressed tar file."""
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as archive:
             for name in sorted(names):
                 entry = tarfile.TarInfo(name)
-                # Not of 1970, which a file system that is cleaned by age would take away.
+                # Not 1970: a file system that purges old files would delete them.
                 entry.mtime = int(time.time())
                 entry.size = len(self.contents[name])
                 entry.mode = 0o755 if name in self.executable else 0o644
@@ -72,10 +72,10 @@ class Parcel:
 
 
 def pack(site: Site) -> Parcel:
-    """Return the checkout in the current folder, with the site's file, as it is brought.
+    """Return the checkout in the current folder, with the site's file, as it is copied.
 
     Raises:
-        UserError: a file cannot be read, or has a name that sha256sum would write otherwise.
+        UserError: a file cannot be read, or has a name that sha256sum would escape.
     """
     assert site.source is not None
     state = checkout.state()
@@ -85,10 +85,10 @@ def pack(site: Site) -> Parcel:
         for file in state.files:
             name = file.as_posix()
             if file.parts[0] in FOLDERS:
-                # There, this is a link to a folder that stays.
+                # On the cluster this is a link to a folder that is kept.
                 continue
             if "\n" in name or "\\" in name or not _is_utf_8(name):
-                raise UserError(f"{name!r}: a file of this name cannot be brought along; rename it")
+                raise UserError(f"{name!r}: a file with this name cannot be copied; rename it")
             contents[name] = file.read_bytes()
             if file.stat().st_mode & 0o100:
                 executable.add(name)
@@ -109,13 +109,13 @@ def _is_utf_8(name: str) -> bool:
 
 
 def bring(transport: Transport, site: Site) -> str:
-    """Have the checkout on the cluster as it is here; return its folder there, from the root.
+    """Copy the checkout to the cluster as it is here; return its absolute path there.
 
     Raises:
         UserError: it cannot be written there, or the connection was lost.
     """
     parcel = pack(site)
-    # Two commands at once have folders of their own until one of them is whole.
+    # Two commands at once have folders of their own until one of them is complete.
     token = secrets.token_hex(4)
     said = transport.ask(_script(BEGIN, site, parcel, token), parcel.manifest.encode()).decode()
     folder, _, has = said.partition("\n")
@@ -137,16 +137,16 @@ def bring(transport: Transport, site: Site) -> str:
 
 
 def home(site: Site) -> str:
-    """Return the folder of Sluice on the cluster as a word of a bash script."""
+    """Return Sluice's folder on the cluster as a word of a bash script."""
     folder = site.ssh.folder
     if folder == "~" or folder.startswith("~/"):
         folder = folder[2:]
-    # From the home folder, in which the script may not be: a profile can go elsewhere.
+    # Relative to the home folder, where the script may not be: a profile can go elsewhere.
     return shlex.quote(folder) if folder.startswith("/") else f'"$HOME"/{shlex.quote(folder)}'
 
 
 def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
-    # What the site keeps in another place has no folder here.
+    # Folders that the site has elsewhere are not created here.
     own = [kind for kind in FOLDERS if not getattr(site.paths, kind)]
     values = {
         "key": parcel.key,
@@ -158,12 +158,12 @@ def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
     return f"top={home(site)} {' '.join(words)}\n{text}"
 
 
-# Prints the folder, then "complete", or what is there of it already.
+# Prints the folder, then "complete", or which files are there already.
 BEGIN = """
 set -eu
 mkdir -p -- "$top/checkouts"
 cd -- "$top/checkouts"
-# A site's file may have what others should not read.
+# A site's file may contain what others should not read.
 chmod 700 .
 printf '%s/%s\\n' "$(pwd -P)" "$key"
 manifest=".$key.$token.manifest" partial=".$key.$token.partial"
@@ -181,7 +181,7 @@ if [ -d "$key" ]; then
   echo "changed $key.changed-$token"
 fi
 mkdir -- "$partial"
-# What another transfer has left, or still brings: as far as it is right, it is not sent again.
+# What another transfer has left, or is still copying: files that are right are not sent again.
 for other in ".$key."*.partial; do
   if [ "$other" != "$partial" ] && ! cp -rp -- "$other/." "$partial/" 2>/dev/null; then
     echo "$other goes on, or has just ended"
@@ -202,14 +202,14 @@ for name in $shared; do
 done
 mkdir -p -- "../environments/$environment"
 ln -sfn -- "../../environments/$environment" "$partial/.venv"
-# The same, brought at the same time by another command, is as good.
+# The same, copied at the same time by another command, will do.
 if [ -d "$key" ] || ! mv -T -- "$partial" "$key"; then
   [ -d "$key" ]
   rm -rf -- "$partial"
 fi
 rm -- "$manifest"
 ln -sfn -- "checkouts/$key" ../current
-# Of ours alone, and never half of one under its own name.
+# Only our own, and never half of one under its own name.
 ls -1t | grep -xE '[0-9a-f]{{16}}' | tail -n +{KEPT + 1} | while IFS= read -r old; do
   mv -T -- "$old" ".$old.gone.partial"
   rm -rf -- ".$old.gone.partial"

@@ -1,4 +1,4 @@
-"""Code that goes into a run: the checkout's, or a script's folder; and where it stands in git."""
+"""The code of a run: which files of the checkout, or of a script's folder; its state in git."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cluster.site import places
 from cluster.site.settings import FOLDERS
 from runfolder.errors import UserError
 
-# What a checkout that was brought from a laptop says of the one that it was made from.
+# What a checkout that was copied from a laptop says about the original.
 ORIGIN = Path(".origin.json")
 ORIGIN_DIFF = Path(".origin.diff")
 # A checkout without git (a tarball): what is not code.
 NOT_CODE = {".git", ".apptainer", ".cluster", ".venv", *FOLDERS, "site.toml"}
 NOT_CODE |= {"__pycache__", str(ORIGIN), str(ORIGIN_DIFF)}
-# What must not lie in a run folder, which others may read; unless it is committed.
+# What must not be in a run folder, which others may read; unless it is committed.
 SECRETS = [".env", ".env.*", ".netrc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*"]
 SECRETS += ["id_ecdsa*", "secrets.*"]
 SECRETS += ["*token", "*token.txt", "*credentials*", "site-*.toml", "site_*.toml"]
@@ -43,11 +43,11 @@ class State:
 
     files: list[Path]
     commit: str | None
-    """None: there is no git, or no commit yet; the files are the record all the same."""
+    """None: there is no git, or no commit yet; the files are recorded all the same."""
     diff: bytes
 
     def record(self) -> dict[str, str | None]:
-        """Return what run.json says of it."""
+        """Return what run.json says about it."""
         return {
             "git_commit": self.commit,
             "git_diff_sha256": hashlib.sha256(self.diff).hexdigest() if self.diff else None,
@@ -60,7 +60,7 @@ def state(root: Path = Path()) -> State:
     With `root` that of a script's folder; files are seen from there.
 
     Raises:
-        UserError: what was brought along from a laptop is damaged.
+        UserError: the state that was copied from a laptop is damaged.
     """
     if root == Path() and ORIGIN.exists():
         return _origin()
@@ -74,7 +74,7 @@ def state(root: Path = Path()) -> State:
             return without_git()
         if not _succeeds(root, "rev-parse", "--verify", "HEAD"):
             return State(files=_code_of(root, untracked, tracked), commit=None, diff=b"")
-        # What was added and not committed is looked at as if git did not have it yet.
+        # Files that were added but not committed are treated as untracked.
         words = ["diff", "--relative", "--cached", "--name-only", "--diff-filter=A", "HEAD"]
         added = _files(root, *words)
         left_out = [f":(exclude,literal){file}" for file in added if _is_secret(root / file)]
@@ -92,7 +92,7 @@ def state(root: Path = Path()) -> State:
         said = error.stderr.decode(errors="replace").strip()
         if "not a git repository" in said:
             return without_git()
-        # Without git's word all files would be taken, also those that it is told to ignore.
+        # Without git's answer all files would be copied, even the ignored ones.
         raise UserError(f"git: {said.splitlines()[0] if said else error}") from None
 
 
@@ -129,14 +129,14 @@ def _origin() -> State:
         diff = ORIGIN_DIFF.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, the next command "
-            "from the laptop makes it anew"
+            f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, and the next command "
+            "from the laptop copies it again"
         ) from None
     return State(files=_code_of(Path(), _code_below(Path())), commit=commit, diff=diff)
 
 
 def _git(root: Path, *arguments: str) -> bytes:
-    # In English, for the one answer that is looked at.
+    # In English, because one of the messages is parsed.
     environment = os.environ | {"LC_ALL": "C"}
     words = ["git", *arguments]
     return subprocess.run(words, cwd=root, capture_output=True, check=True, env=environment).stdout
@@ -148,7 +148,7 @@ def _succeeds(root: Path, *arguments: str) -> bool:
 
 
 def _files(root: Path, *arguments: str) -> list[Path]:
-    """Return those files that exist of the names that git lists."""
+    """Return the files that git lists and that exist."""
     names = _git(root, arguments[0], "-z", *arguments[1:]).split(b"\0")
     paths = (Path(os.fsdecode(name)) for name in names if name)
     return [path for path in paths if (root / path).is_file()]
@@ -179,7 +179,7 @@ def _code_below(root: Path) -> list[Path]:
 
 
 def _code_of(root: Path, unknown: list[Path], staged: Iterable[Path] = ()) -> list[Path]:
-    """Return those that are no secrets, and of what git does not know those that are no data."""
+    """Return the files that are not secrets and, if git does not know them, not data."""
     large = [file for file in unknown if (root / file).stat().st_size > MAX_UNTRACKED_BYTES]
     small = [*staged, *(file for file in unknown if file not in large)]
     secret = [file for file in small if _is_secret(root / file)]

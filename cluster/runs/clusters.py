@@ -1,4 +1,4 @@
-"""Several clusters on one accounting: which one a job goes to, and where a run's job is."""
+"""Several clusters with one accounting database: where a job goes, and where a run's job is."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def chosen(site: Site) -> Slurm:
         if not name and os.environ.get(variable):
             name, where = os.environ[variable], variable
     if name and (not re.fullmatch(r"[\w.-]+", name) or name == "all"):
-        raise UserError(f"{where}: '{name}' is not the name of one cluster; choose one of them")
+        raise UserError(f"{where}: '{name}' is not the name of one cluster; choose one")
     return replace(Slurm.from_site(site), cluster=name)
 
 
 def at(queue: Slurm, name: str) -> Slurm:
-    """Return Slurm on the cluster of that name, as jobs.jsonl has it; "" is the one at hand.
+    """Return Slurm on the cluster of that name, as in jobs.jsonl; "" is the local one.
 
     Raises:
-        SlurmError: it does not tell which one is at hand.
+        SlurmError: it does not show which one is local.
     """
     here = replace(queue, cluster="")
-    # Asked by its name, even the one at hand would have the database answer first.
+    # With --clusters, even a call to the local one would ask the database first.
     return here if not name or name == here.name() else replace(queue, cluster=name)
 
 
 def look(
     there: Slurm, runs: Mapping[Path, Submission], *, old: Container[Path] = ()
 ) -> dict[Path, QueuedJob]:
-    """Return the jobs of these runs of one cluster, where they are in its queue or ended lately.
+    """Return the jobs of these runs of one cluster, if they are in its queue or ended recently.
 
-    What the queue has forgotten the accounting may know; of `old` runs it is not asked.
+    The accounting may know what the queue has forgotten; it is not asked about `old` runs.
 
     Raises:
         SlurmError: the cluster does not answer.
@@ -62,7 +62,7 @@ def look(
 def jobs_of(
     queue: Slurm, wanted: Mapping[Path, Submission], *, old: Container[Path] = ()
 ) -> tuple[dict[Path, QueuedJob], dict[str, SlurmError]]:
-    """Return the jobs of runs of any cluster, each asked once, and which did not answer.
+    """Return the jobs of runs of any cluster, each asked once, and which clusters did not answer.
 
     Raises:
         SlurmError: none of them answers.

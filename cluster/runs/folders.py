@@ -23,14 +23,14 @@ def runs_folder() -> Path:
 
 
 def datasets_folder() -> Path:
-    """Return the folder of what runs read: $SLUICE_DATASETS, site.toml's, or `datasets` here."""
+    """Return the folder of the runs' data: $SLUICE_DATASETS, site.toml's, or `datasets` here."""
     return places.here() / places.folder("datasets")
 
 
 def find(name: str) -> Path:
     """Return the folder of a run: a path, JOB/STAMP, STAMP or its start, NAME, or JOB.
 
-    Of several, as with JOB, it is the newest.
+    If there are several, as with JOB, it is the newest.
 
     Raises:
         UserError: there is none.
@@ -39,7 +39,7 @@ def find(name: str) -> Path:
     for candidate in (Path(name), root / name):
         if name and (candidate / "run.json").is_file():
             return Path(os.path.normpath(places.here() / candidate))
-    # A name begins with its time, so that the last is the newest.
+    # A name begins with its time, so the last is the newest.
     below = [path.parent for path in root.glob("*/*/run.json") if path.parent.name[0] != "."]
     below.sort(key=lambda folder: folder.name)
     for folder in reversed(below):
@@ -58,7 +58,7 @@ def new_folder(job: str, name: str) -> Path:
     """Return the folder for a run that starts now: JOB/STAMP[-NAME] below the runs folder.
 
     Raises:
-        UserError: the name has other characters than a path wants, or nobody can write there.
+        UserError: the name has characters that are not allowed, or the place cannot be written.
     """
     if name and not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"NAME={name}: use letters, digits, '.', '_' and '-'")
@@ -67,7 +67,7 @@ def new_folder(job: str, name: str) -> Path:
     existing = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"{places.folder_setting('runs')}: {existing} is not a folder that you can write; "
+            f"{places.folder_setting('runs')}: {existing} is not a folder that you can write to; "
             "choose another place"
         )
     return folder
@@ -82,8 +82,8 @@ def create(
 ) -> None:
     """Make the run folder: run.json with `content`, the code as it is now, and what `fill` writes.
 
-    It appears whole, by a rename. `script_folder`: of a script outside the checkout, which becomes
-    code/script.
+    It appears complete, by a rename. `script_folder`: of a script outside the checkout, which
+    becomes code/script.
 
     Raises:
         UserError: the place cannot be written.
@@ -108,6 +108,6 @@ def create(
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"{places.folder_setting('runs')}: the run folder cannot be made: {error.filename}: "
+            f"{places.folder_setting('runs')}: the run folder cannot be created: {error.filename}: "
             f"{error.strerror}; choose another place"
         ) from None

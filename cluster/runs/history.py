@@ -1,4 +1,4 @@
-"""How the jobs of a run ended: what its folder tells, together with what Slurm still knows."""
+"""How the jobs of a run ended: what its folder shows, together with what Slurm still knows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runfolder.attempts import OUTCOMES, Attempt
 from runfolder.files import last_lines, number, text
 from runfolder.records import Submission
 
-# How Slurm says that the batch script did not even begin: in the queue, and in the accounting,
+# How Slurm shows that the batch script did not even start: in the queue, and in the accounting,
 # which keeps no reason but an exit code.
 CANNOT_LAUNCH = {"JobLaunchFailure", "0:53"}
 
@@ -35,7 +35,7 @@ class Ending:
 
 
 def name_of(folder: Path) -> str:
-    """Return a run's name as RUN= takes it: JOB/STAMP, or its path outside the runs folder."""
+    """Return a run's name as RUN= accepts it: JOB/STAMP, or its path outside the runs folder."""
     inside = folder.parent.parent == folders.runs_folder()
     return shlex.quote(text(str(folder.relative_to(folder.parent.parent) if inside else folder)))
 
@@ -47,28 +47,28 @@ def submitted_runs() -> list[Path]:
 
 
 def job_of(folder: Path, job_id: int, queue: Mapping[int, QueuedJob]) -> QueuedJob | None:
-    """Return the run's job, if it is in the queue: a new cluster counts its jobs from 1 again."""
+    """Return the run's job, if it is in the queue: a new cluster starts job IDs from 1 again."""
     job = queue.get(job_id)
-    # The same folder may have been named by another path, over a link.
+    # The same folder may have been named by another path, through a link.
     same = job is not None and Path(job.folder).resolve() == folder.resolve()
     return job if same else None
 
 
 def is_final(last: Submission, made: list[Attempt]) -> bool:
-    """Return whether the folder alone tells that the job is over, whatever Slurm says."""
+    """Return whether the folder alone shows that the job is over, whatever Slurm says."""
     return _outcome_of(last, made).get("outcome") in ("finished", "cancelled")
 
 
 def is_settled(last: Submission, made: list[Attempt]) -> bool:
     """Return whether the job is over unless Slurm says that it is not.
 
-    A batch script that ended for good may be queued again all the same, as after a preemption.
+    A batch script that ended for good may still be requeued, as after a preemption.
     """
     return is_final(last, made) or _outcome_of(last, made).get("next") == "stop"
 
 
 def ending(folder: Path, last: Submission, made: list[Attempt], job: QueuedJob | None) -> Ending:
-    """Return how a job ended that is over, `job` being what Slurm still knows of it."""
+    """Return how a job that is over ended; `job` is what Slurm still knows about it."""
     own = [attempt for attempt in made if attempt.is_of(last.job_id)]
     outcome = own[-1].outcome if own else None
     state = job.state if job is not None else ""
@@ -77,23 +77,23 @@ def ending(folder: Path, last: Submission, made: list[Attempt], job: QueuedJob |
         why, step = reason_of(outcome), number(outcome.get("step"))
         if outcome.get("next") == "requeue" and word != "finished":
             if state == "CANCELLED":
-                return Ending(word="cancelled", step=step, why="while it waited to go on")
-            why = f"{why + '; ' if why else ''}it was to be queued again, and is not in the queue"
+                return Ending(word="cancelled", step=step, why="while it waited to continue")
+            why = f"{why + '; ' if why else ''}it should be requeued, but is not in the queue"
         word = word if word in OUTCOMES else "?"
         return Ending(word=word, step=step, why=why, outcome=outcome)
     if outcome is not None:
         return Ending(word="?", step=None, why=f"{own[-1].folder / 'outcome.json'} is damaged")
     if state == "CANCELLED":
-        # Of the accounting, a time; of one that never began, None or Unknown.
+        # In the accounting, a time; for a job that never began, None or Unknown.
         began = own or (job is not None and job.exit_code and job.start[:1].isdecimal())
         began = began or slurm_log(folder, last.job_id).exists()
-        why = "without a save" if began else "before it started"
+        why = "without saving" if began else "before it started"
         return Ending(word="cancelled", step=None, why=why)
     last_words = "" if own else _last_words(folder, last.job_id)
     if state and state != "COMPLETED":
         why = _why_failed(folder, last.job_id, job) if job is not None else ""
         return Ending(word="failed", step=None, why=why + last_words)
-    why = "it ended without a word" if own or state else ""
+    why = "it ended without a message" if own or state else ""
     why += "" if state else f"{', and ' if why else ''}Slurm no longer knows it"
     if not (own or state or last_words):
         why += ", and it left no log: whether it ever started is unknown"
@@ -101,7 +101,7 @@ def ending(folder: Path, last: Submission, made: list[Attempt], job: QueuedJob |
 
 
 def slurm_log(folder: Path, job_id: int) -> Path:
-    """Return the log of a job's batch script, up to where its first attempt has its own."""
+    """Return the log of a job's batch script, until its first attempt has its own."""
     return folder / f"slurm-{job_id}.log"
 
 
@@ -114,8 +114,8 @@ def _why_failed(folder: Path, job_id: int, job: QueuedJob) -> str:
             why
             if log.exists()
             else (
-                f"{why}: most often that node cannot open {text(str(log))}, because it has no such "
-                "folder, or not under this path"
+                f"{why}: usually that node cannot open {text(str(log))}, because the folder does "
+                "not exist there, or has another path"
             )
         )
     why = OVER.get(job.state, text(job.state))
@@ -136,7 +136,7 @@ def _last_words(folder: Path, job_id: int) -> str:
 
 
 def command_of(outcome: dict[str, Any] | None, name: str) -> str:
-    """Return what the script of a finished run says to do with it; `name` is the run's.
+    """Return the command that the script of a finished run suggests; `name` is the run's.
 
     Empty for a script that is not ours.
     """
@@ -147,15 +147,15 @@ def command_of(outcome: dict[str, Any] | None, name: str) -> str:
 
 
 def next_start(folder: Path) -> str:
-    """Return from where a run goes on, in words; of a script that is not ours only it knows."""
+    """Return from where a run continues, in words; a script that is not ours decides itself."""
     if records.program(folder) is not None:
-        return "with what its script saved"
+        return "continues with what its script saved"
     saved = checkpoints.newest_step(folder)
-    return "from the start" if saved is None else f"from step {saved}"
+    return "starts over" if saved is None else f"continues from step {saved}"
 
 
 def reason_of(outcome: dict[str, Any]) -> str:
-    """Return why an attempt ended so, and what the batch script made of it."""
+    """Return why an attempt ended as it did, and what the batch script decided."""
     if outcome.get("outcome") == "finished":
         return ""
     parts = (text(outcome.get(key)) for key in ("reason", "why"))

@@ -1,4 +1,4 @@
-"""How far a run came, and what it still needs."""
+"""How far a run got, and what it still needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runfolder.files import json_object, last_lines, number
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run came; None is unknown."""
+    """How far a run got; None is unknown."""
 
     step: int | None
     max_steps: int | None
@@ -31,7 +31,7 @@ class Progress:
 
 
 def read_progress(folder: Path, newest: Attempt | None) -> Progress:
-    """Return how far the run came, by its newest logged step, checkpoint or outcome.
+    """Return how far the run got, by its newest logged step, checkpoint or outcome.
 
     Of a script that is not ours: the steps of its newest attempt, which it may have counted on.
     """
@@ -66,7 +66,7 @@ def _speed(lines: list[dict[str, Any]], unit: str) -> float | None:
 
 
 def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:
-    """Return what a step takes: a batch, in the unit that the script counts, over the speed."""
+    """Return the seconds per step: a batch, in the unit that the script counts, over the speed."""
     for unit in ("tokens", "rows"):
         batch, speed = _batch(lines, unit), _speed(lines, unit)
         if batch and speed:
@@ -75,7 +75,7 @@ def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:
 
 
 def _batch(lines: list[dict[str, Any]], unit: str) -> float | None:
-    """Return the size of a batch: of the last two lines, as it may differ between attempts."""
+    """Return the size of a batch, from the last two lines, as it may differ between attempts."""
     known = [(line["step"], _positive(line.get(unit))) for line in lines]
     counted = [(step, tokens) for step, tokens in known if tokens is not None]
     (step, tokens), (before, tokens_before) = (*reversed(counted), (0, 0.0), (0, 0.0))[:2]
@@ -87,7 +87,7 @@ def _max_steps(folder: Path) -> int | None:
 
     try:
         config = (folder / "config.yaml").read_text(encoding="utf-8")
-        # Every value as text: a strange one elsewhere in the file is not our concern.
+        # Every value as text: an odd one elsewhere in the file does not matter here.
         content = yaml.load(config, Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None

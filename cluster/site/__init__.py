@@ -1,1 +1,1 @@
-"""The site: what site.toml says of the cluster at hand."""
+"""The site: what site.toml says about the cluster."""

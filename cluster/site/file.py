@@ -1,4 +1,4 @@
-"""The site: site.toml as it is read and checked; without one, the private cluster."""
+"""The site: site.toml, read and checked; without one, the private cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runfolder import moments
 from runfolder.errors import UserError, did_you_mean
 
 EXAMPLE = Path("configs/site.example.toml")
-# What bash lets nobody set.
+# Variables that are read-only in bash.
 OF_BASH = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
 
 
@@ -23,7 +23,7 @@ def load_site() -> Site:
     """Return the site of site.toml, or of the file that $SLUICE_SITE names; else the private one.
 
     Raises:
-        UserError: the file is not as the example says.
+        UserError: the file does not follow the example.
     """
     given = os.environ.get("SLUICE_SITE")
     path = Path(given or "site.toml")
@@ -35,7 +35,7 @@ def load_site() -> Site:
         config = Path(os.environ.get("SLUICE_CLUSTER", ".cluster"), "ssh/client_config")
         return replace(PRIVATE, ssh=Ssh(host="login", config=str(config)))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not TOML: {error}; {EXAMPLE} shows how it looks") from None
+        raise UserError(f"{path}: is not valid TOML: {error}; {EXAMPLE} shows the format") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     parts: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def load_site() -> Site:
 
 
 def site_of_this_machine() -> Site:
-    """Return the site without what holds on the cluster alone, where this machine is a laptop."""
+    """Return the site; on a laptop, without the settings that apply only on the cluster."""
     site = load_site()
     if not site.is_elsewhere:
         return site
@@ -70,10 +70,8 @@ def _section(path: Path, section: str, kind: Any, table: dict[str, Any]) -> Any:
             _check_value(path, f"{section}.{name}", table[name], hints[name])
             values[name] = table[name]
         elif entry.default is MISSING and entry.default_factory is MISSING:
-            raise UserError(
-                f"{path}: {section}.{name} is missing; {EXAMPLE} says what belongs there"
-            )
-    # On the cluster nobody asks for it, and a variable may be the laptop's own.
+            raise UserError(f"{path}: {section}.{name} is missing; {EXAMPLE} explains it")
+    # On the cluster it is not used, and a variable may be set only on the laptop.
     if kind is Ssh and not os.environ.get(ARRIVED):
         values["config"] = expanded(path, f"{section}.config", values.get("config", ""))
     return kind(**values)
@@ -122,12 +120,12 @@ def check_variables(path: Path, table: dict[str, Any]) -> dict[str, str]:
     """
     for name, value in table.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"{path}: environment.{name}: is not the name of a variable")
+            raise UserError(f"{path}: environment.{name}: is not a valid variable name")
         is_ours = name.startswith("SLUICE_") and name != moments.VARIABLE
         if is_ours or name in OF_BASH:
-            raise UserError(f"{path}: environment.{name}: has a meaning of its own; leave it out")
+            raise UserError(f"{path}: environment.{name}: is reserved; leave it out")
         if not isinstance(value, str):
-            raise UserError(f"{path}: environment.{name}: {value!r} is not a string in quotes")
+            raise UserError(f"{path}: environment.{name}: {value!r} must be a string in quotes")
     return dict(table)
 
 
@@ -137,7 +135,7 @@ def expanded(path: Path | None, key: str, value: str) -> str:
     Raises:
         UserError: a variable is not set.
     """
-    expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 a "" stays one
+    expanded = os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111 "" stays ""
     if unknown := re.search(r"\$\{?(\w+)", expanded):
         raise UserError(f"{path}: {key}: ${unknown[1]} is not set in your environment")
     return expanded

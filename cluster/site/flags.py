@@ -1,12 +1,12 @@
-"""The options of sbatch that a site adds, read as sbatch reads them, and those that cannot work."""
+"""The sbatch options that a site adds, parsed as sbatch parses them, and those that are refused."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-# The names of short options, and the long options that take no value or may do without one: all
-# others take the next word as theirs (man sbatch).
+# The names of short options, and the long options that take no value or an optional one: all others
+# take the next word as their value (man sbatch).
 SHORT = {"A": "account", "a": "array", "B": "extra-node-info", "b": "begin", "C": "constraint"}
 SHORT |= {"c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "F": "nodefile"}
 SHORT |= {"G": "gpus", "H": "hold", "h": "help", "I": "immediate", "i": "input", "J": "job-name"}
@@ -18,7 +18,7 @@ ALONE = {"contiguous", "exclusive", "get-user-env", "help", "hold", "ignore-pbs"
 ALONE |= {"nice", "no-kill", "no-requeue", "overcommit", "oversubscribe", "parsable", "propagate"}
 ALONE |= {"quiet", "reboot", "requeue", "share", "spread-job", "stepmgr", "test-only", "usage"}
 ALONE |= {"use-min-nodes", "verbose", "version", "wait", "x11"}
-# The others, so that a shortened name can be told from a whole one.
+# The others, so that an abbreviated name can be told from a full one.
 LONG = {*SHORT.values(), *ALONE}
 LONG |= {"bb", "bbf", "cluster-constraint", "comment", "cores-per-socket", "cpu-freq", "deadline"}
 LONG |= {"delay-boot", "extra", "gid", "gpu-bind", "gpu-freq", "gres", "gres-flags", "hint"}
@@ -28,12 +28,12 @@ LONG |= {"profile", "reservation", "segment", "sockets-per-node", "switches"}
 LONG |= {"thread-spec", "threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task"}
 LONG |= {"uid", "wait-all-nodes", "wckey"}
 
-_SIZES = "sizes come from NODES=, GPUS=, NPROC= and the settings of a node in [slurm]"
-_LOG = "make logs reads what a job says from the run's folder"
+_SIZES = "sizes come from NODES=, GPUS=, NPROC= and the per-node settings in [slurm]"
+_LOG = "make logs reads a job's output from the run's folder"
 _OWN_SCRIPT = "the batch script is Sluice's own"
-_ANSWER = "make submit reads sbatch's answer, and then comes back"
-_REQUEUE = "a job queues itself again when it has saved"
-# What of sbatch Sluice decides itself: given once more, it would break what relies on it.
+_ANSWER = "make submit reads sbatch's output, and then returns"
+_REQUEUE = "a job requeues itself after it has saved"
+# Options that Sluice sets itself: setting them again would break what relies on them.
 REFUSED: Mapping[str, str] = {
     "array": "a run is one job; submit it several times",
     "wrap": _OWN_SCRIPT,
@@ -51,15 +51,15 @@ REFUSED: Mapping[str, str] = {
     "error": _LOG,
     "open-mode": _LOG,
     "job-name": "NAME= names a run",
-    "chdir": "a job runs in the folder of its run",
+    "chdir": "a job runs in its run's folder",
     "export": "variables of the training processes belong in [environment]",
     "export-file": "variables of the training processes belong in [environment]",
     "get-user-env": "variables of the training processes belong in [environment]",
     "requeue": _REQUEUE,
     "no-requeue": _REQUEUE,
-    "no-kill": "a job that has lost a node goes on in its next attempt, from its checkpoint",
-    "signal": "slurm.save_s says when a job saves",
-    "time": "TIME=, or the job's file, says how long it may take",
+    "no-kill": "a job that has lost a node continues in its next attempt, from its checkpoint",
+    "signal": "slurm.save_s sets when a job saves",
+    "time": "TIME=, or the job's file, sets the time limit",
     "clusters": "set slurm.cluster",
     "nodes": _SIZES,
     "ntasks": _SIZES,
@@ -76,16 +76,16 @@ REFUSED: Mapping[str, str] = {
     "gpus-per-socket": _SIZES,
     "ntasks-per-tres": _SIZES,
 }
-# Variables with which sbatch is told the same; a job sees but two (cluster/commands/plan.py).
+# Variables that set the same for sbatch; only two are passed on (cluster/commands/plan.py).
 PASSED_VARIABLES = ("SBATCH_ACCOUNT", "SBATCH_RESERVATION")
 CLUSTER_VARIABLES = ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")
 
 
 def options(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Return name and value of each option, as sbatch would read these words.
+    """Return name and value of each option, as sbatch would parse these words.
 
-    A shortened name is written out where it means one that is refused here. A word that belongs to
-    no option has the name "": sbatch would take it for the batch script, and ":" for another job.
+    An abbreviated name is written out if it means one that is refused here. A word that belongs to
+    no option has the name "": sbatch would take it as the batch script, and ":" as another job.
     """
     words = iter(flags)
     for word in words:
@@ -100,12 +100,12 @@ def options(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _short(letters: str, words: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """Return the options of a word such as -Hp; the last may have its value behind it, or next."""
+    """Return the options of a word such as -Hp; the last may be followed by its value."""
     for place, letter in enumerate(letters):
         name = SHORT.get(letter, letter)
         if name not in ALONE:
             rest = letters[place + 1 :]
-            # To sbatch -p=gpu means a partition "=gpu", which nobody wants.
+            # sbatch takes -p=gpu as a partition named "=gpu", which nobody wants.
             yield name, rest.removeprefix("=") or next(words, "")
             return
         yield name, ""
@@ -115,28 +115,26 @@ def _whole(name: str) -> str:
     if not name or name in LONG or name in REFUSED:
         return name
     meant = sorted(full for full in {*LONG, *REFUSED} if full.startswith(name))
-    # What may be several, sbatch refuses, too: then that is said of it which is to be said.
+    # sbatch refuses an ambiguous name, too: then the reason for a refused one is given.
     return next((full for full in meant if full in REFUSED), meant[0] if len(meant) == 1 else name)
 
 
 def problem(flags: Sequence[str]) -> str:
-    """Return why these flags cannot be a site's; empty if they can."""
+    """Return why these flags are not allowed; empty if they are."""
     for name, value in options(flags):
         if not name:
-            return f"'{value}' is not an option of sbatch; write each with its value: --NAME=VALUE"
+            return f"'{value}' is not an sbatch option; write each with its value: --NAME=VALUE"
         if name in REFUSED:
-            return f"--{name} cannot be a flag of a site: {REFUSED[name]}"
+            return f"--{name} is not allowed here: {REFUSED[name]}"
         # Slurm's other names for CPUs and GPUs: gpu:2, gres:gpu:a100:2, gres/gpu=2, cpu=4.
         counts = name == "gres" or name.startswith("tres-per-")
         if counts and re.search(r"(?i)(^|,)\s*(gres[:/])?(cpu|gpu)\b", value):
-            return (
-                f"--{name}={value} cannot be a flag of a site: {_SIZES}, slurm.gpu_type among them"
-            )
+            return f"--{name}={value} is not allowed here: {_SIZES}, such as slurm.gpu_type"
     return ""
 
 
 def ignored(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables of this environment that would tell sbatch something, and do not."""
+    """Return the variables in this environment that sbatch would read, but does not get."""
     passed = {*PASSED_VARIABLES, *CLUSTER_VARIABLES}
     told = (name for name in environment if re.fullmatch(r"SBATCH_\w+", name))
     return sorted(name for name in told if name not in passed)

@@ -1,4 +1,4 @@
-"""The folders that a site's nodes share, and the current one, by the names that nodes know."""
+"""The folders that a site's nodes share, and the current one, by paths that nodes know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def folder(kind: Folder) -> Path:
     """Return a shared folder: $SLUICE_RUNS and the like, else site.toml's, else the checkout's.
 
     Raises:
-        UserError: site.toml's has a variable in it that is not set.
+        UserError: the path in site.toml has a variable that is not set.
     """
     if given := os.environ.get(f"SLUICE_{kind.upper()}"):
         return Path(given)
@@ -23,16 +23,16 @@ def folder(kind: Folder) -> Path:
     own = Path(kind) if here() == Path.cwd() else here() / kind
     if not own.is_symlink():
         return own
-    # What is brought from a laptop has links to folders that stay, and its own place does not.
+    # A checkout copied from a laptop has links to folders that are kept; the checkout is not.
     stays = Path(os.path.normpath(here() / own.readlink()))
     return stays if _is_same(stays, own) else own.resolve()
 
 
 def here() -> Path:
-    """Return the current folder under the name by which the user came to it.
+    """Return the current folder by the path that the user took.
 
-    The nodes may know a file system by another path than the login node does, and links are how a
-    site evens that out: where /home/ada leads to /nfs7/ada here, a node may have the first alone.
+    The nodes may know a file system by another path than the login node does, and a site hides that
+    with links: if /home/ada links to /nfs7/ada here, a node may have only the first.
     """
     named = Path(os.environ.get("PWD", ""))
     is_plain = named.is_absolute() and ".." not in named.parts

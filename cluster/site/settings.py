@@ -1,4 +1,4 @@
-"""What site.toml may say of a cluster; configs/site.example.toml explains it line by line."""
+"""What site.toml may say about a cluster; configs/site.example.toml explains it line by line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Slurm:
     cpus_per_node: int
     gpus_per_node: int
     cluster: str = ""
-    """Of several on one accounting; empty: what SLURM_CLUSTERS says, or the one at hand."""
+    """If several share an accounting database; empty: that of SLURM_CLUSTERS, or the local one."""
     account: str = ""
     qos: str = ""
     gpu_type: str = ""
@@ -35,10 +35,10 @@ class Slurm:
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Folders; those that all nodes share are the checkout's own where nothing is said."""
+    """Folders; those that all nodes share default to the checkout's own."""
 
     scratch: str
-    """On each node; $NAME in it is that variable as the node has it."""
+    """On each node; $NAME in it is the node's own variable."""
     runs: str = ""
     datasets: str = ""
     cache: str = ""
@@ -49,7 +49,7 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """How Apptainer is had, and what a container of this site sees besides."""
+    """Where Apptainer comes from, and what else a container sees at this site."""
 
     variant: Literal["cuda", "cpu"] = "cuda"
     """The image of jobs; with "cpu" they train on CPUs, whatever GPUs they ask for."""
@@ -82,25 +82,25 @@ class Preflight:
 
 @dataclass(frozen=True, kw_only=True)
 class Ssh:
-    """How the cluster is reached from a machine that is no part of it."""
+    """How to reach the cluster from a machine outside it."""
 
     host: str = ""
-    """The login node, as `ssh` knows it; empty where commands are given on the login node."""
+    """The login node, as `ssh` knows it; empty if commands are given on the login node."""
     user: str = ""
     port: int = 0
-    """0: what `ssh` takes."""
+    """0: the default of `ssh`."""
     config: str = ""
     """A file to read instead of ~/.ssh/config."""
     folder: str = "sluice"
-    """Sluice's folder on the cluster, from the home folder there; all nodes share it."""
+    """Sluice's folder on the cluster, relative to the home folder; all nodes share it."""
     modules: list[str] = field(default_factory=list)
-    """What has to be loaded there before there is a Python that is new enough."""
+    """Modules to load there to get a Python that is new enough."""
     backend: Literal["paramiko", "openssh"] = "paramiko"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """All of it."""
+    """All settings of a site."""
 
     slurm: Slurm
     paths: Paths
@@ -120,7 +120,7 @@ class Site:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether this machine, a laptop, is no part of it, and commands go there by SSH."""
+        """Whether this machine is a laptop outside the cluster, so commands run there over SSH."""
         there = self.is_private or os.environ.get(ARRIVED) or shutil.which("sbatch")
         return bool(self.ssh.host) and not there
 

@@ -1,4 +1,4 @@
-"""My associations and QOS: which there are, what they limit, and how much of that is in use."""
+"""My associations and QOS: what they limit, and how much of that is in use."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from runfolder.errors import printable
 
 
 def read(queue: Slurm, config: Mapping[str, str], user: str) -> Accounting:
-    """Ask for what holds for `user`: the database for the limits, the controller for their use.
+    """Ask what applies to `user`: the database for the limits, the controller for their use.
 
-    What one of them does not tell is taken from the other where it has it, and else unknown.
+    What one of them does not show is taken from the other if it has it, and is otherwise unknown.
 
     Raises:
         ControllerUnreachable: nothing answers.
     """
     enforced = frozenset(config.get("AccountingStorageEnforce", "").lower().split(","))
     if not enforced & ENFORCING:
-        # Accounts are kept for the record alone: nobody needs one, and their limits do not bind.
+        # Accounts are only for the record: nobody needs one, and their limits are not enforced.
         return Accounting(user=user, enforced=enforced)
     unknown: list[str] = []
     layout = ["user", "defaultaccount", "account", "partition", "qos", "defaultqos"]
     where = [f"name={user}", "withassoc", f"cluster={config.get('ClusterName', '')}"]
     of_qos = ["name", "priority", "flags", "preempt", *OF_QOS]
-    # The database takes its time to open a connection: both at once.
+    # The database is slow to open a connection, so ask both at once.
     with ThreadPoolExecutor(2) as pool:
         users = pool.submit(_rows, queue, "user", where, [*layout, *OF_ASSOCIATION], unknown)
         all_qos = pool.submit(_rows, queue, "qos", [], of_qos, unknown)
@@ -56,14 +56,14 @@ def read(queue: Slurm, config: Mapping[str, str], user: str) -> Accounting:
             if record["UserName"].partition("(")[0] == user
         ]
         if associations:
-            unknown.append("which QOS you may use: sacctmgr shows no association of yours")
+            unknown.append("which QOS you may use: sacctmgr shows no association for you")
     if not qos and live:
         qos = {name: assoc_mgr.qos_alone(name, live, user, unknown) for name in live.qos}
         if qos:
             unknown.append("limits of a QOS for each user and account: sacctmgr shows no QOS")
     is_hidden = not associations and not (live and live.associations and qos)
     if is_hidden:
-        unknown.append(f"accounts of {user}, and all limits that come with them: none is shown")
+        unknown.append(f"accounts of {user}, and all limits that come with them: none are shown")
     default = mine[0]["defaultaccount"] if mine else ""
     return Accounting(
         user=user,
@@ -79,18 +79,18 @@ def read(queue: Slurm, config: Mapping[str, str], user: str) -> Accounting:
 def _rows(
     queue: Slurm, what: str, where: list[str], layout: list[str], unknown: list[str]
 ) -> list[dict[str, str]]:
-    # With a bar at the end too, so that a line that is cut off is known for one.
+    # With a bar at the end too, so that a truncated line is recognized.
     words = ["--noheader", "--parsable", "show", what, *where, f"format={','.join(layout)}"]
     try:
         shown = queue.call("sacctmgr", *words)
     except SlurmError as error:
-        # The database may be away while the controller goes on with what it knows.
+        # The database may be down while the controller works with what it has cached.
         unknown.append(f"{what}: sacctmgr says: {printable(str(error))}")
         return []
     rows = [line.split("|") for line in shown.splitlines() if line.strip()]
     whole = [row[:-1] for row in rows if len(row) == len(layout) + 1 and not row[-1]]
     if len(whole) < len(rows):
-        unknown.append(f"{what}: a line of sacctmgr's that is not understood")
+        unknown.append(f"{what}: a line of sacctmgr's output cannot be parsed")
     return [dict(zip(layout, row, strict=True)) for row in whole]
 
 
@@ -100,7 +100,7 @@ def _bounds(
     bounds = {}
     for column, name in names.items():
         values = list(_values(name, row[column]))
-        # What is written there limits something, even if we cannot read what.
+        # What is written there is a limit, even if we cannot parse it.
         if len(values) != len([word for word in row[column].split(",") if word]):
             unknown.append(f"{name} of {whose}: sacctmgr says: {printable(row[column])}")
         for kind, limit, text in values:
@@ -111,7 +111,7 @@ def _bounds(
 
 
 def _values(name: str, text: str) -> Iterator[tuple[str, int, str]]:
-    """Return of what, how much, and how Slurm writes it; nothing for a limit that is not set."""
+    """Return the resource, the limit, and how Slurm writes it; nothing for an unset limit."""
     if "TRES" in name:
         words = {word.partition("=")[0]: word.partition("=")[2] for word in text.split(",")}
         for kind, limit in tres(text).items():

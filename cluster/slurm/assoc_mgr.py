@@ -1,6 +1,6 @@
-"""What the controller goes by, with the use of the moment: `scontrol show assoc_mgr`.
+"""The limits that the controller applies, with current usage: `scontrol show assoc_mgr`.
 
-It has what the accounting database has, but for the flags of a QOS and which QOS who may use.
+It has what the accounting database has, except the flags of a QOS and who may use which QOS.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from cluster.slurm.call import Slurm
 from cluster.slurm.refusals import ControllerUnreachable, SlurmError
 from runfolder.errors import printable
 
-# Of what (cpu=), the limit (N: none), and how much is in use.
+# The resource (cpu=), the limit (N: none), and how much is in use.
 VALUE = re.compile(r"(?:([\w/:.-]+)=)?(N|\d{1,18})(?:\((\d{1,18})(?:\.\d+)?\))?")
 
-# Behind "Account Limits=" and "User Limits=".
+# After "Account Limits=" and "User Limits=".
 SHARES = re.compile(r"No (Accounts|Users)|(\S+=\{[^{}]*\}[\s,]*)+")
 
 
 @dataclass(frozen=True)
 class Live:
-    """What the controller has in memory: what it goes by, with the use of the moment."""
+    """What the controller has in memory: the limits that it applies, with current usage."""
 
     associations: list[dict[str, str]]
     qos: dict[str, str]
 
 
 def read(queue: Slurm, user: str, unknown: list[str]) -> Live | None:
-    """Ask the controller; None, and a word in `unknown`, if it does not tell.
+    """Ask the controller; None, and a note in `unknown`, if it does not show them.
 
     Raises:
         ControllerUnreachable: it does not answer.
@@ -90,7 +90,7 @@ def above(live: Live, account: str, unknown: list[str]) -> tuple[Holder, ...] | 
         if account not in accounts:
             return None
         whose = f"account {account} (all users)"
-        # Only its limits of the group hold for those below; the others are in theirs already.
+        # Only its group limits apply to those below; the others have been inherited already.
         chain.append(
             Holder(whose=whose, bounds=_live_bounds(whose, accounts[account], GROUP, unknown))
         )
@@ -101,7 +101,7 @@ def above(live: Live, account: str, unknown: list[str]) -> tuple[Holder, ...] | 
 def _live_bounds(
     whose: str, record: Mapping[str, str], names: Mapping[str, str], unknown: list[str]
 ) -> dict[Key, Bound]:
-    """Return the limits that are set in a record of the controller's."""
+    """Return the limits that are set in one of the controller's records."""
     for name in names.values():
         if name not in record or not all(VALUE.fullmatch(w) for w in record[name].split(",") if w):
             unknown.append(f"{name} of {whose}: scontrol says: {printable(record.get(name, ''))}")
@@ -115,7 +115,7 @@ def _live_bounds(
 
 
 def _live_values(record: Mapping[str, str]) -> dict[Key, tuple[int | None, int | None]]:
-    """Return limit and use of all in a record: GrpJobs=5(1), GrpTRES=cpu=N(2), MaxWallPJ=600."""
+    """Return the limits and usage in a record: GrpJobs=5(1), GrpTRES=cpu=N(2), MaxWallPJ=600."""
     values: dict[Key, tuple[int | None, int | None]] = {}
     for name in {*OF_ASSOCIATION.values(), *OF_QOS.values()}:
         for word in record.get(name, "").split(","):
@@ -134,7 +134,7 @@ def _text(name: str, limit: int) -> str:
 
 
 def with_use(whose: str, bounds: Mapping[Key, Bound], record: Mapping[str, str] | None) -> Holder:
-    """Return the limits of the database with the use that the controller tells."""
+    """Return the database's limits with the usage that the controller shows."""
     if record is None:
         return Holder(whose=whose, bounds=bounds)
     values = _live_values(record)
@@ -145,9 +145,9 @@ def with_use(whose: str, bounds: Mapping[Key, Bound], record: Mapping[str, str] 
 
 
 def qos_record(live: Live, name: str, user: str, mine: list[Association] | None) -> dict[str, str]:
-    """Return a QOS's record with what is in it of this user and of these accounts.
+    """Return a QOS's record with the usage of this user and of these accounts.
 
-    Whoever has not used it yet is not in it: nothing of it is in use by them.
+    Whoever has not used the QOS yet is not in it: their usage is 0.
     """
     own, _, rest = live.qos[name].partition(" Account Limits=")
     accounts, _, users = rest.partition(" User Limits=")
@@ -156,12 +156,12 @@ def qos_record(live: Live, name: str, user: str, mine: list[Association] | None)
     ours = {association.account for association in mine or []}
     for who, text, wanted in (("PA", accounts, ours), ("PU", users, _names(live, user))):
         if not SHARES.fullmatch(text.strip()):
-            # Cut off, or another release's: then it is unknown.
+            # Truncated, or from another release: then it is unknown.
             continue
         record |= {f"MaxJobs{who}": "N(0)", f"MaxSubmitJobs{who}": "N(0)", f"MaxTRES{who}": zero}
         for whom, content in re.findall(r"(\S+)=\{([^{}]*)\}", text):
             if whom in wanted or whom.partition("(")[0] in wanted:
-                # Of several accounts of mine the fullest: rather too much than too little.
+                # Of several accounts of mine the most used one: better too much than too little.
                 record |= _fuller(record, notation.fields_of(content))
     return record
 
@@ -188,7 +188,7 @@ def _names(live: Live, user: str) -> set[str]:
 
 
 def association_alone(record: Mapping[str, str], live: Live, unknown: list[str]) -> Association:
-    """Return an association of which the database says nothing."""
+    """Return an association about which the database says nothing."""
     whose = f"account {record['Account']}"
     return Association(
         account=record["Account"],
@@ -201,7 +201,7 @@ def association_alone(record: Mapping[str, str], live: Live, unknown: list[str])
 
 
 def qos_alone(name: str, live: Live, user: str, unknown: list[str]) -> Qos:
-    """Return a QOS of which the database says nothing; its flags are then unknown."""
+    """Return a QOS about which the database says nothing; its flags are then unknown."""
     record = qos_record(live, name, user, None)
     whose = f"QOS {name}"
     return Qos(
@@ -214,7 +214,7 @@ def qos_alone(name: str, live: Live, user: str, unknown: list[str]) -> Qos:
 
 
 def default_account(live: Live | None, user: str) -> str:
-    """Return the account of those who name none; empty: unknown."""
+    """Return the default account; empty: unknown."""
     for record in live.associations if live else []:
         is_mine = record["UserName"].partition("(")[0] == user
         if is_mine and record.get("DefAssoc") == "Yes":

@@ -1,4 +1,4 @@
-"""Whom limits belong to: a QOS, an association of user and account, the accounts above it."""
+"""What limits belong to: a QOS, an association of user and account, its parent accounts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OF_ASSOCIATION = {**GROUP, **JOB, "maxjobs": "MaxJobs", "maxsubmit": "MaxSubmitJ
 OF_QOS = {**GROUP, **JOB, "maxjobspu": "MaxJobsPU", "maxsubmitpu": "MaxSubmitJobsPU"}
 OF_QOS |= {"maxjobspa": "MaxJobsPA", "maxsubmitpa": "MaxSubmitJobsPA"}
 OF_QOS |= {"maxtrespu": "MaxTRESPU", "maxtrespa": "MaxTRESPA", "mintres": "MinTRESPJ"}
-# Enforcement by the controller: whether an account is needed, whether limits bind, whether QOS do.
+# What the controller enforces: that a job has an account, limits, QOS.
 ENFORCING = {"associations", "limits", "qos", "safe", "all"}
 
 Key = tuple[str, str]
-"""A limit's name as the controller has it, and of what: ("GrpTRES", "gres/gpu")."""
+"""A limit's name in the controller, and the resource: ("GrpTRES", "gres/gpu")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who limits: a QOS, an association, or an account above it."""
+    """What has limits: a QOS, an association, or a parent account."""
 
     whose: str
     bounds: Mapping[Key, Bound]
@@ -58,7 +58,7 @@ class Qos:
 
 @dataclass(frozen=True, kw_only=True)
 class Association:
-    """That I may use an account: in one partition, or in all where none is named."""
+    """An account that I may use: in one partition, or in all if none is named."""
 
     account: str
     partition: str
@@ -67,12 +67,12 @@ class Association:
     default_qos: str
     holder: Holder
     above: tuple[Holder, ...] | None
-    """The accounts above, the nearest first; None: unknown."""
+    """The parent accounts, nearest first; None: unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accounting:
-    """All that is known of it."""
+    """All that is known about accounts, QOS and their limits."""
 
     user: str
     enforced: frozenset[str]
@@ -80,7 +80,7 @@ class Accounting:
     default_account: str = ""
     qos: Mapping[str, Qos] = field(default_factory=dict)
     is_hidden: bool = False
-    """Whether I have no association that is shown, which need not mean that I have none."""
+    """Whether no association of mine is shown, which need not mean that I have none."""
     unknown: tuple[str, ...] = ()
 
     @property
@@ -90,10 +90,10 @@ class Accounting:
 
     @property
     def limits_bind(self) -> bool:
-        """Whether limits hold."""
+        """Whether limits are enforced."""
         return bool(self.enforced & {"limits", "safe", "all"})
 
     @property
     def qos_binds(self) -> bool:
-        """Whether only those QOS may be used that were given to me."""
+        """Whether I may use only the QOS that were granted to me."""
         return bool(self.enforced & {"qos", "all"})

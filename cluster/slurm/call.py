@@ -1,4 +1,4 @@
-"""Slurm's commands, their answers as Python values; text that all releases since 22.05 print."""
+"""Slurm's commands, their output as Python values; in formats of all releases since 22.05."""
 
 from __future__ import annotations
 
@@ -32,45 +32,45 @@ PASSED = re.compile(
     "|MODULEPATH|MODULESHOME|LMOD_(PKG|CMD|DIR)|SLUICE_(CLUSTER(_INSIDE)?|PAUSE_AT)"
     "|(NCCL|GLOO|TORCH_NCCL)_[A-Z0-9_]+|TORCH_DISTRIBUTED_DEBUG|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
-# Longer than Slurm's own patience with a controller that does not answer.
+# Longer than Slurm's own timeout for a controller that does not answer.
 TIMEOUT_S = 120
-# Those that act on another cluster if they are told so.
+# Those that take --clusters.
 TAKE_CLUSTER = {"sbatch", "squeue", "scancel", "scontrol", "sacct", "sshare", "srun"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedJob:
-    """What squeue says of a job."""
+    """What squeue says about a job."""
 
     job_id: int
     state: str
     """RUNNING, PENDING, COMPLETING, ...: Slurm's word."""
     folder: str
-    """Its working directory: that of its run."""
+    """Its working directory: its run's folder."""
     reason: str
-    """Why it waits, or failed, Slurm's word: Resources, JobLaunchFailure, ...; "None" else."""
+    """Why it waits, or failed, in Slurm's words: Resources, JobLaunchFailure, ...; or "None"."""
     nodes: str
     """Where it runs: node[1-2]; empty while it waits."""
     start: str
     """When it started or is expected to, local time in ISO format; "N/A" when unknown."""
     time_left: str
     cluster: str = ""
-    """Which one was asked, of several; empty: the one at hand."""
+    """Which one was asked, of several; empty: the local one."""
     exit_code: str = ""
-    """Of a job that ended, as the accounting has it: code:signal."""
+    """Of a job that ended, from the accounting: code:signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """The commands, where they run: here, or on the private cluster's login node."""
+    """Slurm's commands, run here or on the private cluster's login node."""
 
     prefix: tuple[str, ...] = ()
     cluster: str = ""
-    """Of several on one accounting the one to ask; empty: the one at hand."""
+    """The one to ask, if several share one accounting database; empty: the local one."""
 
     @classmethod
     def from_site(cls, site: Site) -> Slurm:
-        """Return Slurm as this site has it.
+        """Return the Slurm of this site.
 
         Raises:
             UserError: there is none here.
@@ -78,7 +78,7 @@ class Slurm:
         if site.is_private and os.environ.get("SLUICE_CLUSTER_INSIDE") != "1":
             if not private_folder().is_dir():
                 raise UserError(
-                    f"there is no site.toml, and no private cluster runs here: make cluster-up "
+                    f"there is no site.toml, and no private cluster is running: make cluster-up "
                     f"starts one; for a real one: cp {EXAMPLE} site.toml, and edit it"
                 )
             return cls(prefix=(str(PRIVATE_CLUSTER / "exec.sh"),))
@@ -87,7 +87,7 @@ class Slurm:
         return cls()
 
     def words(self, *command: str) -> list[str]:
-        """Return a command as it is given to this cluster."""
+        """Return a command's words for this cluster."""
         if self.cluster and command[0] in TAKE_CLUSTER:
             return [command[0], f"--clusters={self.cluster}", *command[1:]]
         return list(command)
@@ -119,20 +119,20 @@ class Slurm:
             raise SlurmError(f"{command[0]} is not on the PATH") from None
         except subprocess.TimeoutExpired:
             raise NoAnswer(
-                f"{command[0]} had no answer for {TIMEOUT_S} s; `scontrol ping` asks the controller"
+                f"{command[0]} got no answer in {TIMEOUT_S} s; `scontrol ping` asks the controller"
             ) from None
         if done.returncode == 0:
             return done.stdout + done.stderr if with_stderr else done.stdout
-        # scontrol says on stdout what it did not find.
+        # scontrol reports on stdout what it did not find.
         raise refusal(command[0], done.stderr or done.stdout, done.returncode)
 
     def jobs(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
-        """Return those of these jobs that Slurm still knows."""
+        """Return the jobs with these IDs that Slurm still knows."""
         known: dict[int, QueuedJob] = {}
         wanted = sorted(set(ids))
         if not wanted:
             return known
-        # Asked for one job that it has forgotten, squeue fails; a list it thins out silently.
+        # squeue fails for a single job that it has forgotten, but silently drops it from a list.
         several = ",".join(map(str, [*wanted, wanted[0]]))
         layout = "%i|%T|%N|%S|%L|%r|%Z"
         try:
@@ -158,9 +158,9 @@ class Slurm:
         return known
 
     def ended(self, ids: Iterable[int]) -> dict[int, QueuedJob]:
-        """Return what the accounting knows of jobs that the controller has forgotten.
+        """Return what the accounting knows about jobs that the controller has forgotten.
 
-        Nothing where the site keeps no accounting, or it does not answer.
+        Nothing if the site keeps no accounting, or it does not answer.
         """
         wanted = ",".join(map(str, sorted(set(ids))))
         if not wanted:
@@ -186,7 +186,7 @@ class Slurm:
                 exit_code=code,
             )
             for job_id, state, code, nodes, start, folder in _rows(listed, 6)
-            # What the database has not heard the end of is unknown.
+            # A job whose end has not reached the database is unknown.
             if state.split(" ")[0] in OVER
         }
 
@@ -196,14 +196,14 @@ class Slurm:
         return dict(re.findall(r"^(\w+)\s*= (.*?)\s*$", shown, re.MULTILINE))
 
     def name(self) -> str:
-        """Return the cluster's name; empty where it does not tell."""
+        """Return the cluster's name; empty if Slurm does not show it."""
         return self.config().get("ClusterName", "")
 
     def trial(self, sbatch: list[str], environment: Mapping[str, str]) -> Trial:
         """Ask when a job would start, without queueing it.
 
-        It lets limits pass that then hold the job for ever, and takes a node that is drained for
-        one that is not there: only its times are worth something.
+        Slurm accepts jobs here that a limit then holds forever, and treats a drained node as one
+        that does not exist: only its times are useful.
         """
         try:
             words = [sbatch[0], "--test-only", *sbatch[1:]]
@@ -222,9 +222,9 @@ class Slurm:
 
 
 def _rows(listed: str, columns: int) -> Iterator[tuple[Any, ...]]:
-    """Return the lines of a table whose first column is a job's number; the last may hold bars.
+    """Return the lines of a table whose first column is a job ID; the last may contain bars.
 
-    Of the task of an array (12_1) or of a part of a heterogeneous job (12+0) that of the whole.
+    For an array task (12_1) or a component of a heterogeneous job (12+0), the ID of the whole job.
     """
     for line in listed.splitlines():
         first, *rest = line.split("|", columns - 1)
@@ -234,11 +234,11 @@ def _rows(listed: str, columns: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _plain() -> dict[str, str]:
-    """Return the environment without the user's own filters and layouts of Slurm's commands."""
+    """Return the environment without the user's own filters and formats for Slurm's commands."""
     own = re.compile("(SLURM|SQUEUE|SINFO|SCONTROL|SACCT|SACCTMGR|SSHARE)_(?!CONF$).*")
     return {key: value for key, value in os.environ.items() if not own.fullmatch(key)}
 
 
 def private_folder() -> Path:
-    """Return the folder of the private cluster, which is there while it runs."""
+    """Return the folder of the private cluster, which exists while it runs."""
     return Path(os.environ.get("SLUICE_CLUSTER", ".cluster"))

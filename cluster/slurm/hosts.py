@@ -6,14 +6,14 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 
-# A list that a hostile or broken answer could name; no cluster has as many.
+# A limit for a hostile or broken answer; no cluster has as many nodes.
 MOST = 100_000
 
 
 def expand(text: str) -> list[str]:
-    """Return the names of a list of nodes; what is none is left out."""
+    """Return the names in a list of nodes; drop `(null)`, `N/A` and `None`."""
     names: list[str] = []
-    # A comma inside of brackets does not divide.
+    # A comma inside brackets does not separate names.
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         pieces = re.split(r"\[([^\[\]]*)\]", part)
         choices = [
@@ -28,7 +28,7 @@ def expand(text: str) -> list[str]:
 
 
 def compact(names: Iterable[str]) -> str:
-    """Return names as one list, numbers that follow each other as a range."""
+    """Return names as one list, consecutive numbers as a range."""
     stems: dict[tuple[str, int], list[int]] = {}
     plain = []
     for name in sorted(set(names)):
@@ -36,7 +36,7 @@ def compact(names: Iterable[str]) -> str:
         if found is None:
             plain.append(name)
             continue
-        # node01 and node1 are two nodes: those with a 0 in front have a width.
+        # node01 and node1 are two nodes: those with a leading 0 have a fixed width.
         width = len(found[2]) if found[2].startswith("0") else 0
         stems.setdefault((found[1], width), []).append(int(found[2]))
     for (stem, width), numbers in stems.items():

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster have, what of it is free, and which state each is really in."""
+"""What the nodes of a cluster have, how much is free, and the actual state of each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from cluster.slurm.call import Slurm
 from cluster.slurm.notation import fields_of
 
-# A state has several words (IDLE+DRAIN, MIXED+PLANNED, DOWN*): the first of these that is among
-# them tells what may come of the node.
+# A state may have several words (IDLE+DRAIN, MIXED+PLANNED, DOWN*): the first row here that has one
+# of them decides how the node can be used.
 STATES = (
     ("down", {"DOWN", "FAIL", "FAILING", "ERROR", "NO_RESPOND", "NOT_RESPONDING", "INVALID_REG"}),
     ("drained", {"DRAIN", "DRAINED", "DRAINING", "EXTERNAL"}),
@@ -27,17 +27,17 @@ STATES = (
     ("planned", {"PLANNED"}),
     ("idle", {"IDLE"}),
 )
-# From which Slurm gives to new jobs; "planned" until another job's time has come, and what is
-# powered down after some minutes, as it is booted for the job.
+# Nodes that Slurm gives to new jobs; a planned one until another job's planned start, and one that
+# is powered down after some minutes, because it is booted for the job.
 IN_SERVICE = {"idle", "mixed", "planned", "completing", "allocated", "powered down"}
-# Behind a state: does not answer, is rebooted, powers up or down, is planned for somebody.
+# After a state: does not respond, is rebooted, powers up or down, is planned for a job.
 MARKS = {"*": "NO_RESPOND", "@": "REBOOT", "^": "REBOOT", "~": "POWERED_DOWN", "#": "POWERING_UP"}
 MARKS |= {"!": "POWERING_DOWN", "%": "POWERING_DOWN", "$": "MAINT", "-": "PLANNED"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node; None is what Slurm does not tell."""
+    """A node; None is what Slurm does not show."""
 
     name: str
     state: str
@@ -58,21 +58,21 @@ class Node:
 
     @property
     def is_in_service(self) -> bool:
-        """Whether jobs start on it: it is neither down, drained nor kept for anything."""
+        """Whether jobs start on it: it is not down, drained or reserved."""
         return self.state in IN_SERVICE
 
     @property
     def is_whole_free(self) -> bool:
-        """Whether nothing of it is in use, and jobs may start on it."""
+        """Whether none of it is in use, and jobs may start on it."""
         return self.state in ("idle", "planned", "powered down") and not self.cpus_used
 
     @property
     def cpus_free(self) -> int:
-        """Those that a job could have now."""
+        """Those that a job could get now."""
         return max(0, self.cpus - self.cpus_used) if self.is_in_service else 0
 
     def gpus_free(self, kind: str | None = None) -> int | None:
-        """Return how many a job could have now, of one type or of all; None: unknown."""
+        """Return how many a job could get now, of one type or of all; None: unknown."""
         if not self.is_in_service:
             return 0
         if self.gpus_used is None:
@@ -85,14 +85,14 @@ def read(queue: Slurm) -> dict[str, Node]:
     """Ask Slurm for its nodes.
 
     Raises:
-        SlurmError: it does not tell.
+        SlurmError: it does not show them.
     """
-    # With -d also which GPUs are in use, where the site does not count them otherwise.
+    # --detail also shows which GPUs are in use, if the site does not count them otherwise.
     return parse(queue.call("scontrol", "--oneliner", "--detail", "show", "node"))
 
 
 def parse(shown: str) -> dict[str, Node]:
-    """Return the nodes of what scontrol shows; a line that is no node is left out."""
+    """Return the nodes in scontrol's output; other lines are left out."""
     nodes = {}
     for line in shown.splitlines():
         shows = fields_of(line)
@@ -114,7 +114,7 @@ def _node(name: str, shows: Mapping[str, str]) -> Node:
     if not gpus and configured.get("gres/gpu"):
         gpus = {"": configured["gres/gpu"]}
     if used is not None and set(used) - set(gpus):
-        # What is used has no type, or another: only where there is one type is that clear.
+        # The used GPUs have no type, or another: that is only clear if there is one type.
         used = {next(iter(gpus)): sum(used.values())} if len(gpus) == 1 else None
     if not gpus:
         used = {}
@@ -137,7 +137,7 @@ def _node(name: str, shows: Mapping[str, str]) -> Node:
 
 
 def state_of(text: str) -> str:
-    """Return the one word for a state of Slurm's, "unknown" for one that we do not know."""
+    """Return the one word for a state of Slurm's, or "unknown"."""
     first = text.split(" ")[0]
     words = {re.sub(r"[^A-Z_]", "", word) for word in first.upper().split("+")}
     words |= {MARKS[letter] for letter in first if letter in MARKS}

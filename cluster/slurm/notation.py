@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 
 def fields_of(line: str) -> dict[str, str]:
-    """Return the KEY=VALUE pairs of a line of `scontrol show --oneliner`; values have spaces.
+    """Return the KEY=VALUE pairs of a line of `scontrol show --oneliner`; values may have spaces.
 
-    Of a key that comes twice the first counts: what people write (a reason, a comment) is last,
-    and cannot pass for something else.
+    If a key occurs twice, the first counts: what people write (a reason, a comment) comes last, and
+    cannot pass for something else.
     """
     _, *parts = re.split(r"(?:^|\s+)([A-Z]\w*(?:/\w+)*)=", line)
     found: dict[str, str] = {}
@@ -37,7 +37,7 @@ def seconds(time: str) -> int | None:
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return None
     if not re.fullmatch(r"(\d+-\d+(:\d\d?){0,2}|\d+(:\d\d?){0,2})", time):
-        raise ValueError(f"'{time}' is no time limit")
+        raise ValueError(f"'{time}' is not a time limit")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:

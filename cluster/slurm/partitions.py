@@ -1,4 +1,4 @@
-"""The partitions: their state, what they give to a job, and to whom."""
+"""The partitions: their state, what they give to a job, and who may use them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cluster.slurm.call import Slurm
 from cluster.slurm.notation import fields_of, number
 
-# What every release tells, as it does: a limit that cannot be read is not the same as none.
+# What every release shows, and its format: a limit that cannot be read is not the same as none.
 READABLE = {
     "State": re.compile("UP|DOWN|DRAIN|INACTIVE"),
     "TotalNodes": re.compile(r"\d{1,15}"),
@@ -21,7 +21,7 @@ READABLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """What scontrol says of a partition."""
+    """What scontrol says about a partition."""
 
     name: str
     state: str
@@ -40,35 +40,35 @@ class Partition:
     allowed_groups: list[str] | None
     """None: all."""
     qos: str
-    """Its own QOS, whose limits hold for every job in it; empty without one."""
+    """Its own QOS, whose limits apply to every job in it; empty without one."""
     max_cpus_per_node: int | None
     max_memory_per_node_mb: int | None
     memory_per_cpu_mb: int | None
     memory_per_node_mb: int | None
     memory_per_gpu_mb: int | None
-    """What a job gets that asks for none; the last, where it is set, if the job has GPUs."""
+    """What a job gets that asks for no memory; the last, if set, applies to jobs with GPUs."""
     max_memory_per_cpu_mb: int | None
     """A job that asks for more gets more CPUs."""
     selects: str
-    """What is given out there, as SelectTypeParameters; empty: as everywhere."""
+    """Its own SelectTypeParameters; empty: the cluster's."""
     gives_whole_nodes: bool
     wants_reservation: bool
     is_for_root: bool
     unknown: tuple[str, ...]
-    """What of it Slurm does not tell."""
+    """What Slurm does not show."""
 
 
 def read(queue: Slurm) -> dict[str, Partition]:
     """Ask Slurm for the partitions that we may see.
 
     Raises:
-        SlurmError: it does not tell.
+        SlurmError: it does not show them.
     """
     return parse(queue.call("scontrol", "--oneliner", "show", "partition"))
 
 
 def parse(shown: str) -> dict[str, Partition]:
-    """Return the partitions of what scontrol shows; a line that is none is left out."""
+    """Return the partitions in scontrol's output; other lines are left out."""
     found = {}
     for line in shown.splitlines():
         shows = fields_of(line)
@@ -121,7 +121,7 @@ def memory_per_gpu(shows: Mapping[str, str]) -> int | None:
 
 def _untold(shows: Mapping[str, str]) -> tuple[str, ...]:
     missing = [key for key, form in READABLE.items() if not form.fullmatch(shows.get(key, ""))]
-    # It says who may, or who may not.
+    # It says who is allowed, or who is denied.
     missing += [
         f"Allow{what}"
         for what in ("Accounts", "Qos")

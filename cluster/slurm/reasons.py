@@ -1,4 +1,4 @@
-"""Slurm's words for what a job does and why it waits, in plain words with what to do.
+"""Slurm's job states, and its reasons why a job waits, in plain words with what to do.
 
 The codes are those of `man squeue` (JOB REASON CODES, JOB STATE CODES) and of Slurm's sources.
 """
@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 from runfolder.errors import printable
 
-# What squeue says of a job that is not over, and what that means. REQUEUED and the like appear for
-# moments only.
+# What squeue says about a job that is not over, and what that means. REQUEUED and the like appear
+# only for a moment.
 ACTIVE = {
     "PENDING": "waiting",
     "REQUEUED": "queued again",
@@ -37,10 +37,10 @@ OVER = {
     "COMPLETED": "it ended",
     "CANCELLED": "it was cancelled",
     "FAILED": "its batch script failed",
-    "TIMEOUT": "its time limit ended it before it could save",
+    "TIMEOUT": "it reached its time limit before it could save",
     "NODE_FAIL": "a node failed",
-    "PREEMPTED": "a job of higher priority took its nodes",
-    "OUT_OF_MEMORY": "a node's memory was used up",
+    "PREEMPTED": "a job of higher priority preempted it",
+    "OUT_OF_MEMORY": "a node ran out of memory",
     "BOOT_FAIL": "a node did not start",
     "DEADLINE": "its deadline passed",
     "REVOKED": "another cluster of the federation runs it",
@@ -48,42 +48,46 @@ OVER = {
     "RECONFIG_FAIL": "a node could not be set up for it",
 }
 
-RESUBMIT = "it never starts so: cancel it, and submit it with"
+RESUBMIT = "it will never start: cancel it, and submit it with"
 # The first that matches is taken, so exact names and narrow patterns stand above wide ones.
 REASONS = (
     ("None", "Slurm has not looked at it yet"),
-    ("Resources", "the nodes that it wants are busy; it is next in line"),
-    ("Priority", "others are before it in line; fewer NODES= or a shorter TIME= may start sooner"),
-    ("DependencyNeverSatisfied", "the job that it depends on did not end as wanted; cancel it"),
+    ("Resources", "the nodes that it needs are busy; it is next in the queue"),
+    (
+        "Priority",
+        "other jobs are ahead of it in the queue; with fewer NODES= or a shorter TIME= it may "
+        "start sooner",
+    ),
+    ("DependencyNeverSatisfied", "the job that it depends on did not end as required; cancel it"),
     ("Dependency", "another job must end first"),
     ("BeginTime", "waits for its begin time; after a requeue that is about two minutes"),
-    ("JobHeldUser", "you hold it; {release} lets it go on"),
-    ("JobHeldAdmin", "an administrator holds it; ask the site's support"),
+    ("JobHeldUser", "you put it on hold; {release} releases it"),
+    ("JobHeldAdmin", "an administrator put it on hold; ask the site's support"),
     (
         "launch?failed?requeued?held",
         "it could not be started and is held: a node may be broken; {release} tries again",
     ),
-    ("job?requeued?in?held?state", "it is held; {release} lets it go on"),
+    ("job?requeued?in?held?state", "it is on hold; {release} releases it"),
     ("PartitionTimeLimit", f"its TIME is above the partition's limit; {RESUBMIT} a shorter TIME="),
     (
         "Partition*Node*",
-        f"the partition does not give that many nodes to a job; {RESUBMIT} other NODES=",
+        f"the partition does not allow that many nodes per job; {RESUBMIT} other NODES=",
     ),
     ("PartitionDown", "the partition is down; wait, or ask the site's support"),
     ("PartitionInactive", "the partition starts no jobs at present; wait, or ask the site"),
-    ("PartitionConfig", f"the partition cannot give what it asks for; {RESUBMIT} less"),
+    ("PartitionConfig", f"the partition cannot provide what it asks for; {RESUBMIT} less"),
     (
         "ReqNodeNotAvail*",
         "nodes that it needs are down, drained or reserved ({code}); wait, or submit with a "
-        "shorter TIME= if a maintenance is near",
+        "shorter TIME= if maintenance is coming up",
     ),
     (
         "Nodes?required?for?job?are*",
-        "nodes that it needs are down, drained or kept for others; make check shows the free ones",
+        "nodes that it needs are down, drained or reserved for others; make check shows free ones",
     ),
     ("NodeDown", "a node that it needs is down; wait, or ask the site's support"),
-    ("ReservationDeleted", "its reservation was deleted; cancel it and submit it without"),
-    ("Reservation", "its reservation has not begun, or is full"),
+    ("ReservationDeleted", "its reservation was deleted; cancel it and submit it without one"),
+    ("Reservation", "its reservation has not started, or is full"),
     ("BadConstraints", f"no node has what it asks for; {RESUBMIT} other sbatch_flags in site.toml"),
     ("InvalidAccount", f"its account is no longer valid; {RESUBMIT} another slurm.account"),
     ("AccountNotAllowed", f"its account may not use the partition; {RESUBMIT} another account"),
@@ -100,36 +104,36 @@ REASONS = (
     ("AssocMaxWall*", f"its TIME is above your account's limit; {RESUBMIT} a shorter TIME="),
     ("*TimeLimit", f"its TIME is above a limit of yours ({{code}}); {RESUBMIT} a shorter TIME="),
     ("*Max*Minutes*PerJob*", f"NODES x TIME is above a limit ({{code}}); {RESUBMIT} less of both"),
-    ("*Max*PerJob*", f"one job may not have that much ({{code}}); {RESUBMIT} fewer NODES="),
-    ("*Max*PerNode*", f"a job may not have that much of a node ({{code}}); {RESUBMIT} fewer GPUS="),
+    ("*Max*PerJob*", f"it is more than one job may use ({{code}}); {RESUBMIT} fewer NODES="),
+    ("*Max*PerNode*", f"it is more than a job may use per node ({{code}}); {RESUBMIT} fewer GPUS="),
     ("QOSMin*", f"it is too small for its QOS ({{code}}); {RESUBMIT} more, or another slurm.qos"),
     (
         "*Max*PerUser*",
-        "you have all that one user may have ({code}); it starts when a job of yours ends",
+        "you have reached the limit per user ({code}); it starts when one of your jobs ends",
     ),
-    ("*Max*PerAccount*", "your account has all that it may ({code}); it starts when a job ends"),
-    ("AssocMax*", "you have all that you may have ({code}); it starts when a job of yours ends"),
+    ("*Max*PerAccount*", "your account has reached its limit ({code}); it starts when a job ends"),
+    ("AssocMax*", "you have reached your limit ({code}); it starts when one of your jobs ends"),
     (
         "*Grp*RunMin*",
-        "running jobs have taken all the time that may be taken at once ({code}); it starts when "
-        "they have run down",
+        "running jobs have used up the limit on their remaining time ({code}); it starts when they "
+        "have less left",
     ),
-    ("AssocGrp*Minutes*", "your account's time is used up ({code}); ask who manages the account"),
-    ("QOSGrp*Minutes*", "its QOS's time is used up ({code}); ask the site, or take another QOS"),
+    ("AssocGrp*Minutes*", "your account's time is used up ({code}); ask the account's coordinator"),
+    ("QOSGrp*Minutes*", "its QOS's time is used up ({code}); ask the site, or use another QOS"),
     (
         "AssocGrp*",
-        "your account's jobs have all that it may have ({code}); it starts when one ends",
+        "your account's jobs have reached its limit ({code}); it starts when one of them ends",
     ),
-    ("QOSGrp*", "the jobs of its QOS have all that it may have ({code}); it starts when one ends"),
-    ("*Limit", "a limit of yours is reached ({code}); it starts when a job of yours ends"),
+    ("QOSGrp*", "the jobs of its QOS have reached its limit ({code}); it starts when one ends"),
+    ("*Limit", "you have reached a limit ({code}); it starts when one of your jobs ends"),
     ("SystemFailure", "Slurm itself failed; ask the site's support"),
 )
 
 
 def why(code: str, job_id: int, cluster: str = "") -> str:
-    """Return in plain words why a job waits; a code that we do not know stays as it is.
+    """Return in plain words why a job waits; an unknown code stays as it is.
 
-    `cluster`: of several the one that has it; empty: the one at hand.
+    `cluster`: the one that has the job, of several; empty: the local one.
     """
     shown = printable(code)
     words = ["scontrol", *([f"--clusters={cluster}"] if cluster else []), "release", str(job_id)]
@@ -141,9 +145,9 @@ def why(code: str, job_id: int, cluster: str = "") -> str:
 
 
 def clock(moment: str, now: float | None = None) -> str:
-    """Return a local time of Slurm's as one says it: 10:05, Tue 10:05, 2026-12-01 10:05.
+    """Return one of Slurm's local times for people: 10:05, Tue 10:05, 2026-12-01 10:05.
 
-    `now`, in seconds since the epoch, is the moment it is said at, not this one.
+    `now`, in seconds since the epoch, is used instead of the current time.
     """
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d(:\d\d)?", moment):
         return ""

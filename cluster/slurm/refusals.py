@@ -1,4 +1,4 @@
-"""What Slurm's commands say when they fail, and what `sbatch --test-only` says of a job."""
+"""What Slurm's commands say when they fail, and what `sbatch --test-only` says about a job."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from runfolder.errors import UserError, printable
 
-# What any command says that wants the accounting database; behind it stands, as with a controller,
-# that the connection was refused.
+# What any command prints that needs the accounting database; as with a controller, "connection
+# refused" follows.
 NO_DATABASE = ("failed to open persistent connection", "problem talking to the database")
 UNREACHABLE = (
     "unable to contact slurm controller",
@@ -19,8 +19,8 @@ UNREACHABLE = (
     "could not establish a configuration source",
 )
 
-# Why sbatch --test-only finds no start for what sbatch would queue. All else (a rule of the site, a
-# licence, an account, a limit) sbatch says for real, too.
+# Why sbatch --test-only finds no start for a job that sbatch would queue. For all other reasons (a
+# rule of the site, a license, an account, a limit) sbatch itself refuses the job, too.
 FOR_NOW = (
     "requested node configuration is not available",
     "requested nodes are busy",
@@ -30,9 +30,9 @@ FOR_NOW = (
     "not available now",
     "temporarily unable",
 )
-# Beyond limits of the user's, of which that of how many jobs may be queued passes.
+# Above one of the user's limits, of which the one on the number of queued jobs is temporary.
 POLICY = "violates accounting/qos policy"
-# What a command begins its own lines with. Any other word with a colon is somebody's sentence.
+# Prefixes of a command's own lines. Any other word with a colon is part of a message.
 SPEAKER = re.compile(
     r"^((sbatch|squeue|scancel|scontrol|sacct|sacctmgr|sshare|sinfo|srun): ((error|fatal): )?"
     r"|(error|fatal): |slurm_\w+( error)?: |allocation failure: )?(Batch job submission failed: )?"
@@ -40,12 +40,12 @@ SPEAKER = re.compile(
 
 
 class SlurmError(UserError):
-    """Slurm refused a command; the text is its own, all of its lines in one."""
+    """Slurm refused a command; the text is Slurm's own, joined into one line."""
 
     def __init__(self, text: str, said: Sequence[str] = ()) -> None:
         super().__init__(text)
         self.said = tuple(said) or (text,)
-        """Its sentences; the last is the command's own, those before may be a plugin's."""
+        """Its messages; the last is the command's own, those before may be a plugin's."""
 
 
 class DatabaseUnreachable(SlurmError):
@@ -62,15 +62,15 @@ class NoAnswer(ControllerUnreachable):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What `sbatch --test-only` says of a job; a guess, as Slurm has it."""
+    """What `sbatch --test-only` says about a job: Slurm's estimate."""
 
     start: str = ""
-    """Local time in ISO format; empty where it says none."""
+    """Local time in ISO format; empty if it gives none."""
     nodes: str = ""
     refused: tuple[str, ...] = ()
-    """The sentences with which it would not be taken; the last is sbatch's own."""
+    """The messages with which the job would be refused; the last is sbatch's own."""
     notices: tuple[str, ...] = ()
-    """What the site has to say to whoever submits, besides."""
+    """The site's other messages to whoever submits."""
 
     def __str__(self) -> str:
         """When it would start, in words."""
@@ -80,34 +80,34 @@ class Trial:
 
     @property
     def refusal(self) -> str:
-        """Why it would not be taken, all that is said of it; empty if it would."""
+        """Why the job would be refused, all messages in one; empty if it would not."""
         return "; ".join(self.refused)
 
     @property
     def is_for_now(self) -> bool:
-        """Whether the refusal may be of this moment alone, and sbatch take the job all the same."""
+        """Whether the refusal may be temporary, and sbatch would still take the job."""
         return self.is_because_of(*FOR_NOW)
 
     def is_because_of(self, *words: str) -> bool:
-        """Whether sbatch's own sentence has one of these words; a plugin's do not count."""
+        """Whether sbatch's own message has one of these phrases; a plugin's does not count."""
         return _has(self.refused[-1:], words)
 
 
 def sentences(said: str) -> list[str]:
-    """Return what a command of Slurm's says in several lines, without who says it.
+    """Return the lines of a Slurm command's output, without the command's name.
 
-    Of what is said twice the last counts: the command itself speaks last.
+    Of a repeated line the last one counts: the command's own messages come last.
     """
     lines = (SPEAKER.sub("", line.strip()) for line in said.splitlines())
     return list(dict.fromkeys([printable(line) for line in lines if line][::-1]))[::-1]
 
 
 def refusal(command: str, text: str, code: int) -> SlurmError:
-    """Return what a command has failed with, and said."""
+    """Return the error for a command that failed."""
     said = sentences(text)
     if not said:
         return SlurmError(f"exit code {code}")
-    # Before sbatch itself, a plugin of the site may have spoken, of anything.
+    # Before sbatch's own message, a plugin of the site may have printed anything.
     own = said[-1:] if command == "sbatch" else said
     if _has(own, NO_DATABASE):
         return DatabaseUnreachable(
@@ -116,7 +116,7 @@ def refusal(command: str, text: str, code: int) -> SlurmError:
     if _has(own, UNREACHABLE):
         kind = NoAnswer if "timed out" in said[-1].lower() else ControllerUnreachable
         return kind(
-            f"the Slurm controller does not answer ({said[-1]}); try again, `scontrol ping` tells "
+            f"the Slurm controller does not answer ({said[-1]}); try again, `scontrol ping` shows "
             "when it is back"
         )
     return SlurmError("; ".join(said), said)

@@ -1,4 +1,4 @@
-"""Reservations: nodes that are kept for somebody, or for maintenance, from when to when."""
+"""Reservations: nodes that are kept for users, or for maintenance, with start and end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.slurm.notation import fields_of
 
 @dataclass(frozen=True, kw_only=True)
 class Reservation:
-    """What scontrol says of a reservation."""
+    """What scontrol says about a reservation."""
 
     name: str
     start: str
@@ -29,9 +29,9 @@ class Reservation:
     flags: tuple[str, ...]
 
     def admits(self, user: str, account: str) -> bool:
-        """Return whether a job of this user and account may ask for it; groups are not known."""
+        """Return whether a job of this user and account may use it; groups are not checked."""
         if "-" in "".join(word[:1] for word in (*self.users, *self.accounts)):
-            # Names with a - in front are those that may not.
+            # Names with a leading - are denied.
             return f"-{user}" not in self.users and f"-{account}" not in self.accounts
         return (not self.users or user in self.users) and (
             not self.accounts or account in self.accounts
@@ -42,13 +42,13 @@ def read(queue: Slurm) -> dict[str, Reservation]:
     """Ask Slurm for the reservations.
 
     Raises:
-        SlurmError: it does not tell.
+        SlurmError: it does not show them.
     """
     return parse(queue.call("scontrol", "--oneliner", "show", "reservation"))
 
 
 def parse(shown: str) -> dict[str, Reservation]:
-    """Return the reservations of what scontrol shows."""
+    """Return the reservations in scontrol's output."""
     found = {}
     for line in shown.splitlines():
         shows = fields_of(line)
@@ -76,7 +76,7 @@ def parse(shown: str) -> dict[str, Reservation]:
 
 
 def epoch(moment: str) -> float | None:
-    """Return a local time of Slurm's in seconds since 1970; None: unknown."""
+    """Return one of Slurm's local times in seconds since 1970; None: unknown."""
     try:
         return time.mktime(time.strptime(moment[:19], "%Y-%m-%dT%H:%M:%S"))
     except (ValueError, OverflowError):

@@ -137,7 +137,7 @@ def sentencepiece(place: Place) -> None:
 CASES = {
     # ---- the variables of make ----
     "unknown option": Case("--jbo x", "unrecognized arguments: --jbo x; .*--help` lists"),
-    "option of a cluster": Case("--nodes 2", "NODES=2: is for a cluster; .* NPROC says"),
+    "option of a cluster": Case("--nodes 2", "NODES=2: is for a cluster; .* NPROC= processes"),
     "unknown JOB": Case("--job tinylama", "JOB=tinylama: .*did you mean 'tinyllama'"),
     "JOB that is a path": Case("--job ../tinyllama", r"JOB=\.\./tinyllama: .*'tinyllama'"),
     "unknown ACCEL": Case(f"--accel zero22 -- {GOOD}", "ACCEL=zero22: .*did you mean 'zero2'"),
@@ -145,8 +145,8 @@ CASES = {
     "RUN of a damaged record": Case(
         "--run tinyllama", r"\S+/run\.json: is not the record", lambda place: place.run_folder("{")
     ),
-    "NPROC that is no number": Case(f"--nproc two -- {GOOD}", "NPROC=two: is not a number"),
-    "NPROC of 0": Case(f"--nproc 0 -- {GOOD}", r"NPROC=0: .* \(1 or more\)"),
+    "NPROC that is no number": Case(f"--nproc two -- {GOOD}", "NPROC=two: must be a whole number"),
+    "NPROC of 0": Case(f"--nproc 0 -- {GOOD}", "NPROC=0: .*, at least 1"),
     "NPROC over the GPUs": Case(
         f"--nproc 3 -- {GOOD}",
         "NPROC=3: this machine has 2 GPUs",
@@ -154,8 +154,8 @@ CASES = {
     ),
     "NAME with a slash": Case(f"--name a/b -- {GOOD}", "NAME=a/b: use letters, digits"),
     # ---- job files ----
-    "job that is not YAML": job("a: [", "is not YAML: .*line 1"),
-    "job in another encoding": job("script: ü".encode("utf-16"), "is not YAML"),
+    "job that is not YAML": job("a: [", "is not valid YAML: .*line 1"),
+    "job in another encoding": job("script: ü".encode("utf-16"), "is not valid YAML"),
     "empty job": job("", "is not a mapping with script, resources and arguments"),
     "job that is a list": job("- script", "is not a mapping with"),
     "unknown key of a job": job("scirpt: x", "'scirpt' is not a setting; did you mean 'script'"),
@@ -285,7 +285,7 @@ CASES = {
     # ---- places ----
     "runs below a file": Case(
         f"-- {GOOD}",
-        r"SLUICE_RUNS: \S+/train\.txt is not a folder that you can write; choose another",
+        r"SLUICE_RUNS: \S+/train\.txt is not a folder that you can write to; choose another",
         environment="SLUICE_RUNS={home}/train.txt/runs",
     ),
     "datasets below a file": Case(

@@ -21,7 +21,7 @@ from train.engine.story import say
 if TYPE_CHECKING:
     import torch
 
-# With run_folder, staged, dry_run and timeout_s (settings.LoopSettings has most of them).
+# With run_folder, staged, dry_run and timeout_s (config.LoopSettings has most of them).
 Config = TypeVar("Config", bound=Any)
 
 

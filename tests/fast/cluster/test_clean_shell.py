@@ -225,7 +225,7 @@ def test_a_script_that_fails_is_told_in_its_last_words(
 def test_an_account_without_a_shell_is_told_in_its_own_words(code: int) -> None:
     answer = clean_shell.Answer.of("echo x")
     answer.take(b"This account is not available.\n")
-    with pytest.raises(UserError, match=r"^login: no bash could be started there: This account"):
+    with pytest.raises(UserError, match=r"^login: bash could not be started there: This account"):
         answer.words("login", code)
 
 
@@ -233,5 +233,5 @@ def test_notes_are_shown_at_once_and_are_no_last_words() -> None:
     answer = clean_shell.Answer.of("false")
     assert answer.take_error(b"welcome\nnote: x: slow") == []
     assert answer.take_error(b"ly\nno room\nnote: y\n") == ["note: x: slowly", "note: y"]
-    with pytest.raises(UserError, match=r"no bash could be started there: no room;"):
+    with pytest.raises(UserError, match=r"bash could not be started there: no room;"):
         answer.words("login", 1)

@@ -79,9 +79,9 @@ def test_a_name_without_a_number_is_the_first_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("before-renam", "'before-renam' is not a moment, or one with @NUMBER; did you mean 'befo"),
-        ("after-step@0", "'after-step@0' is not a moment, or one with @NUMBER"),
-        ("after-step@x", "'after-step@x' is not a moment, or one with @NUMBER"),
+        ("before-renam", "'before-renam' is not a moment, or MOMENT@NUMBER; did you mean 'befo"),
+        ("after-step@0", "'after-step@0' is not a moment, or MOMENT@NUMBER"),
+        ("after-step@x", "'after-step@x' is not a moment, or MOMENT@NUMBER"),
     ],
 )
 def test_what_names_no_moment_is_refused(

@@ -82,7 +82,7 @@ def test_what_the_site_sets_for_training_processes_reaches_them(hostile: dict[st
     [
         (("status", "FORMAT=json"), '"runs": []'),
         (("run", "RUNTIME=host", "ARGS=--help"), "--max_steps"),
-        (("ssh", "CMD=x"), "no host is named"),
+        (("ssh", "CMD=x"), "no host is set"),
     ],
     ids=["status", "run", "ssh"],
 )

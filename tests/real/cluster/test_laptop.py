@@ -240,7 +240,7 @@ def test_a_tunnel_leads_to_any_port_of_a_node_and_to_nobody_else(either: Laptop)
     data = random.Random(0).randbytes(1 << 20)
     try:
         with tunnel(either, "NODE=node1", f"PORT={port}") as line:
-            assert f"http://127.0.0.1:{port} leads to node1:{port}" in line
+            assert f"http://127.0.0.1:{port} forwards to node1:{port}" in line
             addresses = subprocess.run(
                 ["ss", "-Hltn", f"sport = :{port}"], capture_output=True, check=True, text=True
             )
@@ -277,12 +277,12 @@ def test_what_a_tunnel_cannot_lead_to_is_said(either: Laptop) -> None:
     port = free_port()
     process = laptop.start("tunnel", "NODE=node2", f"PORT={port}")
     assert process.stdout is not None and process.stderr is not None
-    assert "leads to" in process.stdout.readline()
+    assert "forwards to" in process.stdout.readline()
     with socket.create_connection(("127.0.0.1", port), timeout=HANGS_AFTER_S) as stream:
         assert stream.recv(1) == b""
     os.killpg(process.pid, signal.SIGINT)
     said = waiting.finish(process).stderr
-    assert f"error: node2:{port}: nothing takes connections at port {port} of node2" in said
+    assert f"error: node2:{port}: nothing accepts connections on port {port} of node2" in said
 
 
 def refused(done: Result) -> str:
@@ -490,7 +490,7 @@ def test_a_job_is_submitted_followed_looked_at_and_cancelled_with_one_sign_in_ea
         assert laptop.cluster.state_of(run.job_id) == "RUNNING"
         port = free_port()
         with tunnel(laptop, name, f"PORT={port}") as words:
-            assert f"http://127.0.0.1:{port} leads to 10." in words
+            assert f"http://127.0.0.1:{port} forwards to 10." in words
             wait_until(lambda: curves(port) == ["."], "the curves")
             steps = laptop.cluster.output("squeue", "--steps", "--noheader", "-o", "%j %N")
             assert "board.sh node1" in steps
@@ -514,7 +514,7 @@ def test_a_job_is_submitted_followed_looked_at_and_cancelled_with_one_sign_in_ea
     # tunnel.
     board = laptop.start("tunnel", name, f"PORT={port}")
     assert board.stdout is not None
-    assert f"http://127.0.0.1:{port} leads to 127.0.0.1:" in board.stdout.readline()
+    assert f"http://127.0.0.1:{port} forwards to 127.0.0.1:" in board.stdout.readline()
     wait_until(lambda: curves(port) == ["."], "the curves")
     (pid,) = (
         pid

@@ -95,7 +95,7 @@ def test_use_that_nobody_tells_is_unknown() -> None:
     )
     remarks = limits.judge(rules, Choice.from_site(PRIVATE), REQUEST).remarks
     assert "unknown: nodes: none shown" in remarks
-    assert "unknown: how much is used of GrpTRES cpu of account a" in remarks
+    assert "unknown: current usage of GrpTRES cpu of account a" in remarks
     assert "unknown: limits of the accounts above a" in remarks
     assert "unknown: which QOS the job gets, and that QOS's limits" in remarks
 
@@ -119,7 +119,7 @@ def test_what_the_flags_of_a_site_choose(flags: list[str], expected: dict[str, A
 def test_a_constraint_that_is_not_understood_is_unknown() -> None:
     of_it = demand(flags=("--constraint=[a*2&b]",))
     assert of_it.fitting is None
-    assert of_it.unknown == ["unknown: which nodes --constraint=[a*2&b] means"]
+    assert of_it.unknown == ["unknown: which nodes --constraint=[a*2&b] matches"]
 
 
 def test_cores_are_given_out_with_their_threads_and_nodes_whole() -> None:

@@ -82,7 +82,7 @@ def test_each_release_tells_the_same(release: str) -> None:
     assert used[("MaxJobsPU", None)] == (4, 1)
     assert used[("GrpTRES", "node")] == (2, 1)
     assert [job["name"] for job in facts["jobs"]] == ["second", "held", "a|b"]
-    assert facts["jobs"][1]["why"] == "you hold it; scontrol release 3 lets it go on"
+    assert facts["jobs"][1]["why"] == "you put it on hold; scontrol release 3 releases it"
     assert facts["fair_share"][0]["fair_share"] == 1.0
 
 

@@ -78,7 +78,7 @@ def test_a_running_job_saves_first(slurm: FakeSlurm, capsys: pytest.CaptureFixtu
     assert slurm.asked("scancel") == ["--signal=USR1 --batch 12"]
     assert not (folder / "cancel.json").exists()
     assert capsys.readouterr().out.splitlines() == [
-        "job 12 was asked to save and to end; it has 60 s",
+        "job 12 was asked to save and end; it has 60 s",
         "job 12 is ending",
         f"job 12 is cancelled; continue with make submit RUN={NAME} (checkpoint step-00000340)",
     ]
@@ -104,13 +104,13 @@ def test_a_save_that_takes_too_long_is_ended_and_the_checkpoint_named(
     assert 60 <= told_at[1] - told_at[0] <= 60 + 2 * cancel.POLL_S
     shown = capsys.readouterr().out
     assert "did not save within 60 s" in shown
-    assert "not finished in time" in shown and "checkpoint step-00000300" in shown
+    assert "did not finish saving in time" in shown and "checkpoint step-00000300" in shown
 
 
 def test_a_job_that_slurm_cannot_end_is_said(slurm: FakeSlurm) -> None:
     slurm.run(NAME, 12)
     slurm.set_queue(RUNNING)
-    with pytest.raises(UserError, match=r"still there after 120 s; job 12 was told to end all"):
+    with pytest.raises(UserError, match=r"still in the queue after 120 s; job 12 was told to end"):
         run_cancel()
     assert slurm.asked("scancel") == ["--signal=USR1 --batch 12", "12"]
 
@@ -138,14 +138,14 @@ def test_a_job_that_finishes_first_is_said_to_have(
 
     slurm.on_scancel = forget
     assert run_cancel() == 0
-    assert "had finished before" in capsys.readouterr().out
+    assert "had already finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("queue", [[], ["12 COMPLETED"], ["12 TIMEOUT"]])
 def test_a_job_that_is_over_is_refused(slurm: FakeSlurm, queue: list[str]) -> None:
     attempt(slurm.run(NAME, 12), 1, 12, outcome="finished", step=1000)
     slurm.set_queue(*queue)
-    with pytest.raises(UserError, match=r"job 12 is not in the queue any more \(finished at step"):
+    with pytest.raises(UserError, match=r"job 12 is no longer in the queue \(finished at step"):
         run_cancel()
     assert not slurm.asked("scancel")
 
@@ -154,7 +154,7 @@ def test_a_number_that_is_now_another_runs_is_left_alone(slurm: FakeSlurm) -> No
     slurm.run(NAME, 12)
     submit(slurm.run("imdb/1"), 12, "2026-02-01T00:00:00+0000")
     slurm.set_queue(RUNNING)
-    with pytest.raises(UserError, match="not in the queue"):
+    with pytest.raises(UserError, match="no longer in the queue"):
         run_cancel()
     assert not slurm.asked("scancel")
 
@@ -217,7 +217,7 @@ def test_a_controller_that_falls_silent_after_the_request_is_waited_for(
 
     slurm.meanwhile(come_back)
     assert run_cancel() == 0 and slurm.is_played
-    assert "does not answer for now" in capsys.readouterr().out
+    assert "does not answer at the moment" in capsys.readouterr().out
 
 
 def test_two_cancels_at_once_are_harmless(slurm: FakeSlurm) -> None:
@@ -247,8 +247,8 @@ def test_ctrl_c_lets_the_request_stand(
     slurm.meanwhile(lambda: signal.raise_signal(signal.SIGINT))
     assert run_cancel() == 130
     asked, told = capsys.readouterr().out.split("\n\n")
-    assert asked == "job 12 was asked to save and to end; it has 60 s"
-    assert "the request stands: make status" in told
+    assert asked == "job 12 was asked to save and end; it has 60 s"
+    assert "job 12 was told to end: make status" in told
     assert (folder / "cancel.json").exists()
 
 

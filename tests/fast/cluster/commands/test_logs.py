@@ -139,8 +139,8 @@ def test_a_run_is_followed_through_the_queue_and_a_requeue(
     assert [line[:50] for line in shown.splitlines()] == [
         line[:50]
         for line in (
-            "job 12 waits: others are before it in line; fewer NODES= or",
-            "job 12 waits: the nodes that it wants are busy; it is next",
+            "job 12 waits: other jobs are ahead of it in the queue; with",
+            "job 12 waits: the nodes that it needs are busy; it is next",
             "---- attempt 1: job 12 on node1 node2, from step 0 ----",
             "preflight: good",
             "step 1",
@@ -360,7 +360,11 @@ def test_ctrl_c_detaches_and_leaves_the_job_alone(
     code, shown = follow(capfdbinary)
     assert slurm.is_played and code == 0
     assert shown.splitlines()[1:] == [
-        *("step 1", "step 2", f"detached; the job goes on. Come back: make logs RUN={NAME}")
+        *(
+            "step 1",
+            "step 2",
+            f"detached; the job continues. To follow it again: make logs RUN={NAME}",
+        )
     ]
     assert not slurm.asked("scancel")
 

@@ -192,7 +192,7 @@ def test_with_gpus_there_is_one_process_for_each_and_never_more(checkout: Checko
     # Paths of the command line hold wherever the run goes on.
     assert settings(checkout)["data"]["train"] == str(checkout.root / "train/samples/train.txt")
     done = checkout.run("--nproc", "4", *words, CUDA_VISIBLE_DEVICES="0,1,2")
-    assert done.stderr == "error: NPROC=4: this machine has 3 GPUs, one for each process\n"
+    assert done.stderr == "error: NPROC=4: this machine has 3 GPUs, and each process needs one\n"
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 1", 1), ("exit 75", 75), ("kill -9 $$", 137)])
@@ -356,10 +356,12 @@ def test_a_run_in_an_image_is_recorded_and_goes_on_in_the_one_of_today(checkout:
     other = checkout.run("--run", name, **make_image(checkout, b"two"))
     assert other.returncode == 0
     assert other.stderr.splitlines()[0] == (
-        f"note: began in {image} ({one[:12]}), now in {image} ({two[:12]})"
+        f"note: the run began in {image} ({one[:12]}), now in {image} ({two[:12]})"
     )
     host = checkout.run("--run", name, "--runtime", "host")
-    assert host.stderr.splitlines()[0] == f"note: began in {image} ({one[:12]}), now on the host"
+    assert host.stderr.splitlines()[0] == (
+        f"note: the run began in {image} ({one[:12]}), now on the host"
+    )
     assert "(on the host, no container), attempt 4" in host.stdout
 
 
@@ -381,7 +383,7 @@ def test_a_damaged_image_starts_nothing(checkout: Checkout) -> None:
     for words in (["--dry_run"], ["--fetch"], ["--dry_run", "--runtime", "apptainer"]):
         done = checkout.run(*words, **variables)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-        assert "its bytes are not those of its manifest" in done.stderr
+        assert "its checksum does not match its manifest" in done.stderr
     assert not (checkout.root / "runs").exists()
     assert not (checkout.root / "datasets").exists()
 

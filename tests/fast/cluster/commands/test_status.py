@@ -71,7 +71,7 @@ def test_a_waiting_run_says_why_and_until_when(
     row = only(capsys)
     assert (row["state"], row["slurm_state"], row["reason"]) == ("waiting", "PENDING", "Resources")
     assert row["note"] == (
-        "the nodes that it wants are busy; it is next in line; expected start 2031-01-01 10:05"
+        "the nodes that it needs are busy; it is next in the queue; expected start 2031-01-01 10:05"
     )
     assert (row["run"], row["step"], row["max_steps"]) == (NAME, 0, 1000)
 
@@ -112,7 +112,7 @@ def test_a_running_run_says_whether_its_time_is_enough(
     assert (row["state"], row["nodes"], row["time_left_s"]) == ("running", "node[1-2]", 2400)
     # 660 steps of 500 tokens.
     assert row["needed_s"] == pytest.approx(6600)
-    assert row["note"] == "needs 1:50:00, 0:40:00 left: will be queued again by itself"
+    assert row["note"] == "needs 1:50:00, 0:40:00 left: will be requeued automatically"
     # A plugin of the site may forbid that.
     record = json.loads((folder / "attempts/1/slurm.json").read_text()) | {"requeues": False}
     (folder / "attempts/1/slurm.json").write_text(json.dumps(record))

@@ -137,7 +137,7 @@ def test_what_cannot_be_honoured_is_refused_with_file_and_line(
         ("Port ssh", "port ssh: is not a number"),
         ("ServerAliveInterval 1m", "serveraliveinterval 1m: is not a number"),
         ("ProxyCommand nc %C", "nc %C %C: is not supported; write it out"),
-        ("UserKnownHostsFile known", "userknownhostsfile known: name a file"),
+        ("UserKnownHostsFile known", "userknownhostsfile known: use a path"),
     ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused(
@@ -240,7 +240,7 @@ def test_a_file_of_the_user_s_that_others_may_write_is_refused(
     assert resolve("x").user == "me"
     for mode in (0o664, 0o646):
         Path(path).chmod(mode)
-        with pytest.raises(UserError, match=f"^{path}: others may write it"):
+        with pytest.raises(UserError, match=f"^{path}: others can write to it"):
             resolve("x")
     # As with ssh -F.
     assert resolve("x", config=path).user == "me"

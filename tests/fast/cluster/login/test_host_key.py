@@ -102,7 +102,7 @@ def test_strict_checking_refuses_what_is_new_and_accept_new_takes_it(
 def test_a_file_that_cannot_be_used_is_said(host: Host, tmp_path: Path) -> None:
     host = replace(host, strict_host_key_checking="accept-new")
     user = check(replace(host, user_known_hosts_files=("/proc/known_hosts",)), OURS)
-    assert "is not kept" in user.told[0]
+    assert "is not saved" in user.told[0]
     (tmp_path / "file").touch()
     host = replace(host, user_known_hosts_files=(f"{tmp_path}/file/known_hosts",))
     assert "Not a directory" in refusal(host, OURS)
@@ -127,7 +127,7 @@ def test_a_changed_key_is_refused_with_file_and_line(
 def test_a_host_known_by_another_type_only_is_refused_as_ssh_does(host: Host, known: Path) -> None:
     known.write_text(f"{KNOWN_AS} {line(OTHER_TYPE)}\n")
     said = refusal(replace(host, strict_host_key_checking="accept-new"), OURS)
-    assert "no host key of a type that is known" in said and f"{known}:1" in said
+    assert "no host key of a known type" in said and f"{known}:1" in said
 
 
 def test_the_key_of_the_name_without_its_port_does_not_stand_for_another_with_it(
@@ -144,7 +144,7 @@ def test_an_rsa_key_that_is_too_short_is_refused_though_it_is_known(
     known.write_text(f"{KNOWN_AS} {line(shown)}\n")
     check(host, shown)
     said = refusal(replace(host, required_rsa_size=1025), shown)
-    assert "its host key is of RSA with 1024 bits, and RequiredRSASize is 1025" in said
+    assert "its RSA host key has 1024 bits, and RequiredRSASize is 1025" in said
 
 
 # ---- who is meant ----

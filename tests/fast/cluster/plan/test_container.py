@@ -107,7 +107,7 @@ def test_what_is_asked_for_and_not_there_is_refused_with_the_remedy(apptainer: P
     with pytest.raises(UserError, match=r"RUNTIME=docker: is unknown"):
         choose_runtime("docker", "", ["cpu"])
     make_image().write_bytes(b"y")
-    with pytest.raises(UserError, match="its bytes are not those of its manifest"):
+    with pytest.raises(UserError, match="its checksum does not match its manifest"):
         choose_runtime("", "", ["cpu"])
 
 
@@ -245,7 +245,7 @@ def test_parents_come_before_what_is_written_below_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/usr/lib", "/opt", "/opt/sluice", "/opt/sluice/main"])
 def test_a_place_that_would_hide_the_image_is_refused(path: str) -> None:
-    with pytest.raises(UserError, match="lies where the image has its own"):
+    with pytest.raises(UserError, match="conflicts with the image's own"):
         own_places([Path(path)], [])
 
 
@@ -296,7 +296,7 @@ def test_a_model_of_the_users_own_is_bound_with_what_its_links_lead_to(tmp_path:
         f"{path}:{path}:ro" for path in (tmp_path / "far/2", cache / "blobs/abc", model)
     ]
     assert extra_binds({"staged": None}, datasets) == []
-    with pytest.raises(UserError, match="lies where the container of a run has its own /datasets"):
+    with pytest.raises(UserError, match="conflicts with /datasets in the container of a run"):
         extra_binds({"staged": {"model": "/datasets/llama"}}, datasets)
 
 

@@ -62,8 +62,8 @@ def test_a_job_that_does_not_exist_is_refused_with_one_that_does(checkout: Path,
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: [", "is not YAML: "),
-        (b"\xff\xfe", "is not YAML: "),
+        ("a: [", "is not valid YAML: "),
+        (b"\xff\xfe", "is not valid YAML: "),
         ("", "is not a mapping with script, resources and arguments"),
         ("- script", "is not a mapping"),
         ("scirpt: x", "'scirpt' is not a setting; did you mean 'script'?"),

@@ -83,7 +83,7 @@ def test_what_a_site_says_is_resolved_here_and_nowhere_else(tmp_path: Path) -> N
 
 
 def test_a_bind_of_the_site_that_would_hide_the_runs_own_is_refused() -> None:
-    with pytest.raises(UserError, match="would hide what a run has at /datasets"):
+    with pytest.raises(UserError, match="would hide the run's own /datasets"):
         launch._site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
     assert launch._site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
 
@@ -98,7 +98,7 @@ def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
         '{"job": "x", "module": "train.x", "accel": "ddp", "num_processes": 2, '
         '"git_commit": "0123456789abcdef"}'
     )
-    with pytest.raises(UserError, match=r"begun by an earlier Sluice.*checkout of 0123456789ab"):
+    with pytest.raises(UserError, match=r"started by an older Sluice.*checkout of 0123456789ab"):
         launch.run_that_goes_on(str(run), accel="")
     (run / "code/runfolder").mkdir()
     (run / "code/runfolder/launch.py").touch()

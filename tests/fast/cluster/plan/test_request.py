@@ -66,7 +66,7 @@ def test_a_site_whose_image_is_for_cpus_trains_on_cpus_whatever_gpus_are_asked_f
     ("sizes", "said"),
     [
         ({"gpus": "8"}, "GPUS=8: a node has 4 (site.toml: slurm.gpus_per_node)"),
-        ({"gpus": "4", "nproc": "3"}, "NPROC=3: a node's processes have one GPU each, and 4"),
+        ({"gpus": "4", "nproc": "3"}, "NPROC=3: each process uses one GPU, and the job asks for 4"),
         ({"nodes": "0"}, "NODES=0: must be a whole number, at least 1"),
         ({"nodes": "two"}, "NODES=two: must be a whole number"),
         ({"gpus": "-1"}, "GPUS=-1: must be a whole number, at least 0"),

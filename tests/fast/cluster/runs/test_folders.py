@@ -181,7 +181,7 @@ def test_a_run_folder_that_cannot_be_finished_leaves_nothing(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(code_of, "copy", lambda target: (_ for _ in ()).throw(OSError(28, "")))
-    with pytest.raises(UserError, match=r"^SLUICE_RUNS: the run folder cannot be made"):
+    with pytest.raises(UserError, match=r"^SLUICE_RUNS: the run folder cannot be created"):
         create()
     assert list((checkout / "runs/rag").iterdir()) == []
 

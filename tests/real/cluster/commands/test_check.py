@@ -467,7 +467,7 @@ SCENES = [
     Scene(
         [
             Situation(
-                "a job before it in line, for whom nodes are kept",
+                "a job ahead of it in the queue, for which nodes are kept",
                 WAITS,
                 "Priority",
                 sizes={"time": "3:00:00"},
@@ -870,7 +870,7 @@ def test_exit_codes_of_the_command_and_of_make(
     done = on_this_machine(clean.cluster, *check)
     assert done.returncode == 1
     # Before midnight with the day: Tue 00:04.
-    assert re.search(r"will wait, until [\w: -]+ as Slurm expects", done.stdout)
+    assert re.search(r"will wait, expected start [\w: -]+\d", done.stdout)
     # Only what can never be is a failure to make.
     done = on_this_machine(clean.cluster, *make)
     assert (done.returncode, done.stderr) == (0, "")

@@ -173,7 +173,7 @@ def test_a_missing_image(situation: Situation) -> None:
 def test_an_image_of_another_lock(situation: Situation) -> None:
     other = situation.image(lock_sha256="0" * 64).rename(situation.folder / "other.sif")
     (situation.folder / MANIFEST).rename(situation.folder / "other.json")
-    assert "another lock" in situation.refusal("--image", str(other), "--", "--dry_run")
+    assert "a different lock" in situation.refusal("--image", str(other), "--", "--dry_run")
 
 
 def test_a_dataset_that_was_not_fetched(situation: Situation) -> None:
@@ -203,7 +203,7 @@ def test_a_runs_folder_that_cannot_be_written(situation: Situation, is_file: boo
     ("words", "expected"),
     [
         ("--gpus 3", "GPUS=3: a node has 2"),
-        ("--gpus 2 --nproc 1", "NPROC=1: a node's processes have one GPU each"),
+        ("--gpus 2 --nproc 1", "NPROC=1: each process uses one GPU"),
         ("--nodes 3 -- --dry_run", "NODES=3: partition gpu has 2"),
         ("--time 1-00:00:01 -- --dry_run", "partition gpu allows at most 1-00:00:00"),
         ("--time 1:19 -- --dry_run", "leaves no time to train"),
@@ -247,7 +247,7 @@ def test_limits_of_a_partition_and_of_a_qos(situation: Situation) -> None:
     situation.site(lambda text: text.replace('"gpu"', '"short"'))
     assert "partition short allows at most" in situation.refusal("--time", "31", "--", "--dry_run")
     said = situation.refusal("--time", "10", "--nodes", "2", "--", "--dry_run")
-    assert "partition short gives a job at most 1" in said
+    assert "partition short allows a job at most 1" in said
     situation.site(lambda text: text.replace('"gpu"', '"gpu"\nqos = "short"'))
     assert "QOS short allows at most 00:10:00" in situation.refusal(
         "--time", "11", "--", "--dry_run"
@@ -264,7 +264,7 @@ def test_what_one_job_may_have_of_a_qos_chosen_or_not(situation: Situation) -> N
         said = situation.refusal("--nodes", "2", "--", "--dry_run")
         assert "NODES=2: QOS normal allows a job at most 1 nodes" in said
         said = situation.refusal("--nodes", "1", "--gpus", "2", "--", "--dry_run")
-        assert "GPUS=2: QOS normal allows a job at most 1 GPUs, and this one asks for 2" in said
+        assert "GPUS=2: QOS normal allows a job at most 1 GPUs, and this job asks for 2" in said
         limit("normal", "set", "MaxTRESPerJob=node=-1,gres/gpu=-1", "MaxWall=20")
         said = situation.refusal("--time", "21", "--", "--dry_run")
         assert "TIME=21: QOS normal allows at most 00:20:00" in said

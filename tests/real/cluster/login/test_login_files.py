@@ -129,7 +129,7 @@ def test_a_bashrc_that_replaces_the_accounts_shell_is_said(
     (account.folder / ".bashrc").write_text("echo before; exec dash")
     with (
         connected(backend, account) as there,
-        pytest.raises(UserError, match=r"no bash could be started there: before; .*bashrc"),
+        pytest.raises(UserError, match=r"bash could not be started there: before; .*bashrc"),
     ):
         there.ask("touch ran")
 

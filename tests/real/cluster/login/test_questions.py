@@ -59,7 +59,7 @@ def test_a_wrong_code_begins_again_and_then_ends_in_one_line(
     assert "Permission denied, please try again." in user.shown
 
     user = answers(*[("Password: ", "wrong")] * 3)
-    with pytest.raises(UserError, match="me was not let in; the server takes keyboard-") as caught:
+    with pytest.raises(UserError, match="denied for me; the server accepts keyboard-") as caught:
         connect(host, prompts=user, say=user.say)
     assert "\n" not in str(caught.value)
 

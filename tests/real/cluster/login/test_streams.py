@@ -60,7 +60,7 @@ def test_the_exit_code_is_the_commands_and_nothing_is_added(server: Server, code
 
 
 def test_death_by_a_signal_is_told(server: Server) -> None:
-    said = b"server: it ended without an exit code, as by a signal\n"
+    said = b"server: it ended without an exit code, as if killed by a signal\n"
     assert run(server, "echo before; kill -TERM $$") == (255, b"before\n", said)
 
 
@@ -193,7 +193,7 @@ def test_a_key_without_a_terminal(new_server: NewServer) -> None:
     server.authorized_keys.write_text(f"no-pty {key}")
     with Screen(CLIENT, environment(server)) as screen:
         assert screen.wait() == 2
-        screen.expect("error: server: the server gives no terminal")
+        screen.expect("error: server: the server refuses a terminal")
         assert screen.attributes() == screen.at_start
     assert run(server, "echo fine") == (0, b"fine\n", b"")
 
@@ -210,4 +210,4 @@ def test_a_site_without_a_host_is_said(server: Server, tmp_path: Path) -> None:
     site.write_text((CHECKOUT / "configs/site.example.toml").read_text())
     code, _, errors = run(server, "true", SLUICE_SITE=str(site))
     assert (code, errors.count(b"\n")) == (2, 1)
-    assert errors.startswith(b"error: ssh: no host is named; set host in [ssh] of site.toml")
+    assert errors.startswith(b"error: ssh: no host is set; set host in [ssh] of site.toml")
