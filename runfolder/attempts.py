@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder import checkpoints, heartbeats, records
+from runfolder.exit_codes import EXIT_SAVED
 from runfolder.files import read_json, text, write_json
 from runfolder.lock import is_held
 
@@ -144,6 +145,19 @@ def has_progressed(began: dict[str, Any], outcome: dict[str, Any]) -> bool:
         stepped = bool(outcome.get("step")) or not outcome.get("counts_steps")
         return stepped and bool(outcome["saved"] > began.get("saved", 0))
     return bool(outcome.get("step", 0) > began.get("step", 0))
+
+
+def write_outcome_of_program(run: Path, code: int, asked: str) -> None:
+    """Write how a script that is not ours ended, which does not do so itself: done, or saved.
+
+    `asked`: the signal that it was sent. What failed is known to the caller alone.
+    """
+    if records.program(run) is None:
+        return
+    if code == 0:
+        write_outcome(run, outcome="finished")
+    elif code == EXIT_SAVED:
+        write_outcome(run, outcome="stopped", reason=asked or f"exit code {code}")
 
 
 def annotate(run: Path, number: int, **more: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def main() -> int:
         use_interface_towards(address, of_run.get("interface", ""))
     code = launch()
     if os.environ.get("SLUICE_NODE_RANK", "0") == "0":
-        record_program(Path(os.environ["SLUICE_RUN_FOLDER"]), code)
+        attempts.write_outcome_of_program(Path(os.environ["SLUICE_RUN_FOLDER"]), code, asked)
     if code == EXIT_BAD_INPUT and "SLUICE_STEP" in os.environ:
         # srun would tell of the node that it kills then.
         run = Path(os.environ["SLUICE_RUN_FOLDER"])
@@ -79,16 +79,6 @@ def launch() -> int:
             time.sleep(0.2)
         return of_outcome(str(outcome.get("outcome")))
     return 0
-
-
-def record_program(run: Path, code: int) -> None:
-    """Write the outcome of a script that is not ours, which does not write its own."""
-    if records.program(run) is None:
-        return
-    if code == 0:
-        attempts.write_outcome(run, outcome="finished")
-    elif code == EXIT_SAVED:
-        attempts.write_outcome(run, outcome="stopped", reason=asked or f"exit code {code}")
 
 
 if __name__ == "__main__":

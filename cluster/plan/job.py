@@ -68,7 +68,8 @@ def load_job(name: str) -> Job:
     _check_keys(path, "", content, KEYS)
     kinds = [kind for kind in KINDS if kind in content]
     if len(kinds) != 1:
-        raise UserError(f"{path}: needs one of script, module and command, and has {len(kinds)}")
+        found = f"both {' and '.join(kinds)}" if kinds else "none of them"
+        raise UserError(f"{path}: give one of script, module or command; it has {found}")
     job: dict[str, Any] = {"name": path.stem, "path": path}
     job["resources"] = _resources(path, content.get("resources"))
     job["environment"] = _environment(path, content.get("environment"))
@@ -114,7 +115,9 @@ def _job_file(name: str) -> Path:
     if len(path.parts) < 2 and path.suffix not in (".yaml", ".yml"):
         return _named(JOBS, "JOB", name)
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"JOB={name}: is not the name of a job, nor a .yaml file")
+        raise UserError(
+            f"JOB={name}: is neither the name of a job in {JOBS} nor a .yaml file of your own"
+        )
     if not path.exists():
         known = {file.stem: file for file in JOBS.glob("*.yaml")}
         raise UserError(f"JOB={name}: there is no such file{did_you_mean(path.stem, known)}")

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from runfolder import attempts, launch
+from runfolder import attempts, heartbeats, launch
 from slurm import attempt
 from tests import waiting
 from tests.shared import CHECKOUT
@@ -325,3 +325,68 @@ def test_a_cancel_is_forgotten_only_when_it_was_recorded(job: Job) -> None:
         job.call("end", "--code", "0", "--state", "RUNNING")
     assert job.end(0) == ["cancel"]
     assert not (job.run / "cancel.json").exists()
+
+
+# ---- a script that is not ours: docs/your-script.md ----
+
+
+class Theirs(Job):
+    """A job whose script writes no outcome, and checkpoints of its own."""
+
+    def __init__(self, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        super().__init__(run, capfd)
+        (run / "run.json").write_text(json.dumps({"program": {"checkpoints": "out"}}))
+
+    def attempt(self, code: int, *, steps: int | None, saved: int | None) -> str:
+        """Let an attempt count steps, write a checkpoint and end; return what comes next."""
+        self.begin()
+        if steps is not None:
+            heartbeats.beat(self.newest(), 0, steps, 0.1)
+        if saved is not None:
+            path = self.run / "out/nested/model.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (saved, saved))
+        with mock.patch.dict(os.environ, self.environment()):
+            attempts.write_outcome_of_program(self.run, code, "")
+        return self.end(0 if code == 75 else code)[0]
+
+
+@pytest.fixture
+def theirs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Theirs:
+    monkeypatch.setattr(attempt, "meeting_point", lambda **said: ("10.0.0.1", 23456))
+    return Theirs(tmp_path / "run", capfd)
+
+
+def test_exit_0_is_finished_75_goes_on_and_2_is_not_tried_again(theirs: Theirs) -> None:
+    assert theirs.attempt(75, steps=5, saved=100) == "requeue"
+    assert theirs.outcome(1)["outcome"] == "stopped"
+    assert theirs.attempt(0, steps=3, saved=200) == "stop"
+    assert (theirs.outcome(2)["outcome"], theirs.outcome(2)["step"]) == ("finished", 3)
+    assert theirs.attempt(2, steps=None, saved=None) == "stop"
+    assert theirs.outcome(3)["why"].startswith("the same input would fail again")
+
+
+def test_a_failure_is_tried_again_as_long_as_there_is_progress(theirs: Theirs) -> None:
+    for number in range(3):
+        assert theirs.attempt(1, steps=5, saved=100 + number) == "requeue"
+    assert theirs.attempt(1, steps=5, saved=200) == "stop"
+    assert "4 attempts failed, and resources.max_restarts is 3" in theirs.outcome(4)["why"]
+
+
+@pytest.mark.parametrize(("steps", "newer"), [(5, 0), (0, 1)], ids=["no new file", "no step"])
+def test_steps_alone_and_files_alone_are_no_progress(
+    theirs: Theirs, steps: int, newer: int
+) -> None:
+    assert theirs.attempt(1, steps=5, saved=50) == "requeue"
+    assert theirs.attempt(1, steps=steps, saved=50 + newer) == "requeue"
+    assert theirs.attempt(1, steps=steps, saved=50 + 2 * newer) == "stop"
+    said = theirs.outcome(3)["why"]
+    assert said == "2 attempts in a row made no progress (no optimizer step and newer file in out)"
+
+
+def test_what_takes_no_steps_of_torchs_is_known_by_its_checkpoints(theirs: Theirs) -> None:
+    for number in range(6):
+        assert theirs.attempt(75, steps=None, saved=100 + number) == "requeue"

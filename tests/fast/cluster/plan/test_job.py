@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.plan.job import Resources, load_job, strategy_file
+from cluster.plan.program import MODULE, Program
 from runfolder.errors import UserError
 from tests.shared import CHECKOUT
 
@@ -19,7 +20,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty checkout with one script, and this test in it."""
     for folder in ("configs/jobs", "configs/accelerate", "train/labs"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "train/labs/rag.py").touch()
+    (tmp_path / "train/labs/rag.py").write_text("SCRIPT = 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -40,7 +41,9 @@ def refusal(text: str | bytes) -> str:
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "configs/jobs").glob("*.yaml")), ids=str)
 def test_every_job_of_the_checkout_is_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CHECKOUT)
-    assert (CHECKOUT / load_job(path.stem).script).is_file()
+    found = load_job(path.stem)
+    assert (CHECKOUT / found.module.replace(".", "/")).with_suffix(".py").is_file()
+    assert found.program is None
 
 
 def test_a_job_has_a_module_and_resources_that_it_need_not_say(checkout: Path) -> None:
@@ -52,10 +55,16 @@ def test_a_job_has_a_module_and_resources_that_it_need_not_say(checkout: Path) -
     assert load_job("rag").resources == Resources(nodes=4, time="1-02:00:00")
 
 
-@pytest.mark.parametrize("name", ["rga", "configs/jobs/rag.yaml", "../jobs/rag", ""])
+@pytest.mark.parametrize("name", ["rga", "elsewhere/rga.yaml", "~/rga.yml", ""])
 def test_a_job_that_does_not_exist_is_refused_with_one_that_does(checkout: Path, name: str) -> None:
     write("script: train/labs/rag.py")
     with pytest.raises(UserError, match=f"^JOB={name}: there is no .*'?rag'?"):
+        load_job(name)
+
+
+@pytest.mark.parametrize("name", ["../jobs/rag", "configs/jobs", "rag.py/x"])
+def test_a_path_that_is_no_job_file_is_refused(checkout: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"^JOB={name}: is neither the name of a job"):
         load_job(name)
 
 
@@ -67,14 +76,91 @@ def test_a_job_that_does_not_exist_is_refused_with_one_that_does(checkout: Path,
         ("", "is not a mapping with script, resources and arguments"),
         ("- script", "is not a mapping"),
         ("scirpt: x", "'scirpt' is not a setting; did you mean 'script'?"),
-        ("resources: {}", "script: 'None' is not a path such as"),
-        ("script: 3", "script: '3' is not a path such as"),
-        ("script: ../train/labs/rag.py", "script: '../train/labs/rag.py' is not a path such as"),
+        ("resources: {}", "give one of script, module or command; it has none of them"),
+        ("script: a.py\nmodule: a", "give one of script, module or command; it has both"),
+        ("script: 3", "script: 3 is not a name"),
+        ("script: train", "script: train is a folder; name the file that is started"),
+        ("script: README", "script: README is not a .py file"),
+        ("module: a b", "module: 'a b' is not the name of a module"),
+        ("command: rm -rf x", "command: 'rm -rf x' is not the name of a command"),
+        ("module: a\narguments: 3", "arguments: 3 is neither a list of words nor a mapping"),
+        ("module: a\narguments: [[1]]", "arguments: [1] is not a word"),
+        ("module: a\nsignal: KILL", "signal: 'KILL' is not one of USR1, TERM, none"),
+        ("module: a\ncheckpoints: ../x", "checkpoints: '../x' is not a path below the run"),
+        ("module: a\nindependent_ranks: 1", "independent_ranks: 1 is not true or false"),
+        ("module: a\nenvironment: [x]", "'environment' is not a mapping"),
+        ("module: a\nenvironment: {SLUICE_RUNS: x}", "environment.SLUICE_RUNS: is reserved"),
+        ("module: a\nenvironment: {A: 1}", "environment.A: 1 must be a string in quotes"),
+        ("script: train/labs/rag.py\nsignal: TERM", "signal: is for a script that is not"),
         ("script: train/labs/rga.py", "script: train/labs/rga.py does not exist"),
     ],
 )
 def test_a_file_that_is_no_job_is_refused(checkout: Path, text: str | bytes, said: str) -> None:
+    (checkout / "README").touch()
     assert refusal(text).startswith(said)
+
+
+# ---- a script that is not ours ----
+
+
+def test_a_script_beside_a_job_file_anywhere_is_a_program_with_its_folder(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("mine")
+    (elsewhere / "fit.py").write_text("print(1)\n")
+    (elsewhere / "small.yaml").write_text(
+        "script: fit.py\n"
+        "arguments: {lr: 1.0e-3, 'a.b': [1, 2], deep: {x: true}, flag: null}\n"
+        "resume_arguments: [--resume, latest]\n"
+        "checkpoints: out\nsignal: TERM\nenvironment: {A: '1'}\n"
+    )
+    found = load_job(str(elsewhere / "small.yaml"))
+    assert (found.name, found.module, found.script_folder) == ("small", MODULE, elsewhere)
+    assert found.environment == {"A": "1"}
+    assert found.program == Program(
+        kind="script",
+        name="script/fit.py",
+        arguments=["--lr", "0.001", "--a.b", "1", "2", "--deep.x", "true", "--flag"],
+        resume_arguments=["--resume", "latest"],
+        checkpoints="out",
+        signal="TERM",
+    )
+
+
+def test_a_script_of_the_checkout_without_script_is_a_program_in_its_place(checkout: Path) -> None:
+    (checkout / "mine").mkdir()
+    (checkout / "mine/fit.py").write_text("SCRIPT: int\n")
+    write("script: mine/fit.py\narguments: ['--x=1', two words]")
+    found = load_job("rag")
+    assert found.script_folder is None
+    assert found.program == Program(
+        kind="script", name="mine/fit.py", arguments=["--x=1", "two words"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["module", "command"])
+def test_a_module_or_command_needs_no_file(checkout: Path, kind: str) -> None:
+    write(f"{kind}: axolotl.cli.train")
+    found = load_job("rag").program
+    assert found is not None
+    assert (found.kind, found.name) == (kind, "axolotl.cli.train")
+
+
+def test_a_script_that_is_not_python_is_refused_with_its_line(checkout: Path) -> None:
+    Path("bad.py").write_text("x = 1\ndef f(:\n")
+    write("script: bad.py")
+    with pytest.raises(UserError, match=r"^bad\.py:2: is not Python: .*rag\.yaml: script names it"):
+        load_job("rag")
+
+
+def test_a_copy_of_one_of_ours_outside_the_checkout_is_refused(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copy = tmp_path_factory.mktemp("mine") / "mine.py"
+    copy.write_text("SCRIPT = 1\n")
+    write(f"script: {copy}")
+    with pytest.raises(UserError, match=r"is not in this checkout; put it below train/"):
+        load_job("rag")
 
 
 @pytest.mark.parametrize(

@@ -305,3 +305,59 @@ def test_a_run_that_is_in_use_is_refused_with_its_holder(checkout: Path) -> None
     (folder / "run.lock").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
         lock.check_free(folder)
+
+
+# ---- a script's own folder ----
+
+
+def snapshot(script: Path) -> set[str]:
+    folder = folders.runs_folder() / "mine" / "20260101-000000-abcdef"
+    folders.create(folder, content=dict(RECORD), fill=fill, script_folder=script)
+    code = folder / "code/script"
+    return {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+
+
+def test_a_scripts_folder_is_copied_without_data_secrets_and_environments(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    # What is no code of a checkout may be a script's own package.
+    for name in ("fit.py", "datasets/news.py", ".venv/x.py", "hf_token", "__pycache__/a.pyc"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("x")
+    (mine / "large.bin").write_bytes(bytes(1_000_001))
+    assert snapshot(mine) == {"fit.py", "datasets/news.py"}
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: not copied (it looks like a secret): {mine}/hf_token",
+        f"note: not copied (over 1 MB): {mine}/large.bin",
+    ]
+
+
+def test_a_scripts_repository_is_recorded_with_its_edits(checkout: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(mine)]
+    (mine / "fit.py").write_text("x = 1\n")
+    (mine / ".gitignore").write_text("out\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (mine / "fit.py").write_text("x = 2\n")
+    (mine / "out").touch()
+    assert snapshot(mine) == {"fit.py", ".gitignore"}
+    run = folders.runs_folder() / "mine" / "20260101-000000-abcdef"
+    assert b"+x = 2" in (run / "script.diff").read_bytes()
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    assert records.read(run)["script_git_commit"] == commit.strip()
+
+
+def test_a_scripts_folder_that_is_a_home_or_data_is_refused(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_of, "MAX_FILES", 3)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number in range(4):
+        (mine / f"{number}.py").touch()
+    with pytest.raises(UserError, match=r"holds more than 3 files.*a folder of its own"):
+        snapshot(mine)
+    assert not (folders.runs_folder() / "mine/20260101-000000-abcdef").exists()
