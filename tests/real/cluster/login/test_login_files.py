@@ -154,11 +154,11 @@ def make_ssh(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
 
 # What a command from a laptop does, in a terminal.
 ASK = """
-from cluster import site
 from cluster.errors import run_to_exit
 from cluster.login.backends import connect
+from cluster.site.file import load_site
 def main(argv):
-    with connect(site.load()) as there:
+    with connect(load_site()) as there:
         for word in ("one", "two"):
             print(there.ask(f"echo {word} $((6 * 7))").decode(), end="")
     return 0
