@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/state.sh"
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 node='' user=''
 while (($#)) && [[ $1 == -* ]]; do

@@ -19,7 +19,7 @@ readonly here net=10.77.0
 # shellcheck source=/dev/null
 . "$here/state.sh"
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 nodes=2 others=() names=true rootfs='' port=''
 while (($#)); do
@@ -79,7 +79,7 @@ longest=$state/spool/node$nodes/node${nodes}_9999999.4294967291
   fail "$state: $((${#longest} - 107)) characters too long for the sockets in it; set" \
     "SLUICE_CLUSTER to a shorter path, such as /tmp/$me-cluster"
 
-# ---- what it takes --------------------------------------------------------------------------
+# ---- requirements ---------------------------------------------------------------------------
 
 # Each command with its Debian package.
 readonly in_system=(

@@ -58,7 +58,7 @@ def check_promises() -> None:
     promised = environment.get("SLUICE_WORLD_SIZE")
     if promised is not None and int(promised) != world_size:
         raise UserError(
-            f"SLUICE_WORLD_SIZE is {promised} but the launcher started {world_size} processes; "
+            f"SLUICE_WORLD_SIZE is {promised} but the launcher's WORLD_SIZE is {world_size}; "
             "start the run with `make run` or slurm/node.sh"
         )
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
