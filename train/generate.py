@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     if room < options.max_new_tokens:
-        print(f"note: stops after {room} tokens, at the model's {context}", file=sys.stderr)
+        print(f"note: stops after {room} tokens, at the model's limit ({context})", file=sys.stderr)
     tokens = model.generate(
         **inputs,
         max_new_tokens=min(options.max_new_tokens, room),

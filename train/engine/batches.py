@@ -52,7 +52,7 @@ class PackedText:
         plural = "" if self.num_documents == 1 else "s"
         told = [
             f"{self.num_documents:,} document{plural}, {self.num_bytes:,} bytes, "
-            f"{self.num_tokens:,} tokens ({self.num_bytes / self.num_tokens:.2f} bytes a token)"
+            f"{self.num_tokens:,} tokens ({self.num_bytes / self.num_tokens:.2f} bytes per token)"
         ]
         if self.num_unknown:
             told.append(f"{self.num_unknown / self.num_tokens:.2%} unknown to the tokenizer")

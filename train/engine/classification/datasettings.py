@@ -60,7 +60,7 @@ class LabelledDataSettings:
                 )
             for name in self.class_names:
                 if not name.strip() or self.class_names.count(name) > 1:
-                    raise UserError(f"data.class_names: '{name}' is empty or there twice")
+                    raise UserError(f"data.class_names: '{name}' is empty or appears twice")
         if not (
             math.isfinite(self.validation_fraction) and 0.01 <= self.validation_fraction <= 0.5
         ):

@@ -84,7 +84,7 @@ class Inputs:
     of_rows: Callable[[list[int]], tuple[torch.Tensor, ...]]
     """The inputs of training rows, for PhaseTraining.backward."""
     validation_vectors: Callable[[], torch.Tensor | None]
-    """The vectors, (N, D), of the validation rows; collective. None: a rank is to stop."""
+    """The vectors, (N, D), of the validation rows; collective. None: a rank was asked to stop."""
 
 
 def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch.device) -> Run:
@@ -169,7 +169,7 @@ def prepare_tokens(run: Run) -> Inputs:
 
 
 def vectors_of(run: Run, texts: Texts) -> torch.Tensor | None:
-    """Return the vectors, (N, D), by the encoder as it is now; None: a rank is to stop."""
+    """Return the vectors, (N, D), by the encoder as it is now; None: a rank was asked to stop."""
     return embed_together(run.model.encoder, texts.tokens, device=run.device, bf16=run.bf16)
 
 
@@ -246,7 +246,10 @@ def start_phase(run: Run, phase: Phase) -> PhaseTraining:
 
 
 def evaluate(run: Run) -> np.ndarray | None:
-    """Return the probabilities (N, C) of the test rows, read here only; None: a rank is to stop."""
+    """Return the probabilities (N, C) of the test rows; None: a rank was asked to stop.
+
+    The test rows are read only here.
+    """
     vectors = vectors_of(run, run.test)
     return None if vectors is None else run.model.probabilities(vectors).numpy()
 

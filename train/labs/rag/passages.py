@@ -57,7 +57,9 @@ class PassageDataSettings:
         if self.questions and not self.passages:
             raise UserError("data.questions: is given without data.passages; give both")
         if self.questions and not self.question_column:
-            raise UserError("data.question_column: is null, but data.questions is given; give both")
+            raise UserError(
+                "data.question_column: is null, but data.questions is given; give it too"
+            )
         if self.passage_column and not (self.questions and self.id_column):
             raise UserError(
                 "data.passage_column: refers to passages by id; give data.questions and "

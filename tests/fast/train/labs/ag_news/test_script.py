@@ -243,7 +243,7 @@ GOOD = '{"text": "rain again", "label": "a"}\n{"text": "sun", "label": "b"}\n' *
         (GOOD, GOOD, ["--data.title_column", "text"], r"title_column: 'text' is data.text_column"),
         (GOOD, GOOD, ["--data.class_names", "[x, y, z]"], r"class_names: 3 names for 2 classes"),
         (GOOD, GOOD, ["--data.class_names", "[x, y]"], r"is for classes that are whole numbers"),
-        (GOOD, GOOD, ["--data.class_names", "[x, x]"], r"class_names: 'x' is empty or there twice"),
+        (GOOD, GOOD, ["--data.class_names", "[x, x]"], r"class_names: 'x' is empty or appears"),
         (GOOD, GOOD, ["--data.test", "null"], r"data.train: is given without data.test"),
         (GOOD, GOOD, ["--data.test", "nowhere.csv"], r"data.test: nowhere.csv does not exist"),
         (GOOD, GOOD, ["--data.validation_fraction", "0.9"], r"0.9 is not between 0.01 and 0.5"),
