@@ -269,9 +269,9 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, refusal: Refusal, status: int,
     ("words", "said"),
     [
         (["--model.name", "a/b"], "model.name: .* has no model a/b that you can access; check"),
-        (["--model.revision", "abc"], f"model.revision: {MODEL} has no revision abc; take one"),
+        (["--model.revision", "abc"], f"model.revision: {MODEL} has no revision abc; choose"),
         (["--data.name", "a/b"], "data.name: .* has no dataset a/b that you can access; check"),
-        (["--data.revision", "abc"], f"data.revision: {DATASET} has no revision abc; take one"),
+        (["--data.revision", "abc"], f"data.revision: {DATASET} has no revision abc; choose"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line_with_its_setting(

@@ -78,7 +78,7 @@ def test_weights_that_the_files_lack_are_named_and_never_random(
     assert "lack 9 weights" in said and "model.layers.2.input_layernorm.weight" in said
     change_config(llama, num_hidden_layers=2)
     change_weights(llama, lambda w: {f"_orig_mod.{name}": v for name, v in w.items()})
-    assert "as _orig_mod." in refusal(llama, when_loaded=when_loaded)
+    assert "begin with _orig_mod." in refusal(llama, when_loaded=when_loaded)
 
 
 @pytest.mark.parametrize("when_loaded", [False, True])
