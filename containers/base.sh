@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Make a root filesystem of Debian for `Bootstrap: localimage`:  containers/base.sh OUT
+# Make a Debian root filesystem for `Bootstrap: localimage`:  containers/base.sh OUT
 #
 #   OUT      the folder to make; it must not exist, or be empty
-#   SUITE    Debian's release (bookworm)
-#   TMPDIR   where it is put together, in about 0.5 GB (/tmp)
+#   SUITE    the Debian release (bookworm)
+#   TMPDIR   where it is built; takes about 0.5 GB (/tmp)
 #
-# For where no registry of images can be reached: the packages come from the mirror that this
-# system's apt is set to. The tree holds nothing of this machine or its mirror, and the same state
-# of a mirror gives the same tree: its digest is the only line on stdout. OUT.log, or $BASE_LOG, has
-# the record.
+# For machines that cannot reach an image registry: the packages come from the mirror that this
+# system's apt uses. The tree contains nothing from this machine or its mirror, and the same state
+# of a mirror gives the same tree: its digest is the only line on stdout. OUT.log, or $BASE_LOG, is
+# the log.
 set -euo pipefail
 
 note() { printf '%s\n' "$*" >&2; }
@@ -17,10 +17,10 @@ fail() {
   exit 2
 }
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 if (($# != 1)) || [[ $1 == -* || -z $1 ]]; then
-  fail "base.sh: '$*' is not understood; use containers/base.sh OUT"
+  fail "base.sh: unknown arguments '$*'; use containers/base.sh OUT"
 fi
 out=$(realpath -m -- "$1")
 readonly out log=${BASE_LOG:-$out.log}
@@ -29,18 +29,18 @@ readonly suite=${SUITE:-bookworm}
   "such as bookworm"
 # Measured for bookworm: 180 MB in the archive, as much again while it is made, and in OUT.
 readonly needed_mib=500
-# Files that are newer get this time, bookworm's release, so that two runs agree.
+# Newer files get this timestamp, bookworm's release, so that two runs agree.
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1686355200}
 export LC_ALL=C
 
-# ---- what it takes --------------------------------------------------------------------------
+# ---- requirements ---------------------------------------------------------------------------
 
 if ! type -P mmdebstrap >/dev/null; then
-  fail "mmdebstrap: not on PATH; install it (root can: apt-get install mmdebstrap), or take a" \
+  fail "mmdebstrap: not on PATH; install it (root can: apt-get install mmdebstrap), or use a" \
     "base image from a registry"
 fi
 if [[ -e $out && ! -d $out ]] || [[ -d $out && -n $(ls -A -- "$out/") ]]; then
-  fail "$out: is there already and not an empty folder; name another, or delete it"
+  fail "$out: exists and is not an empty folder; choose another, or delete it"
 fi
 
 free_ids() { # the next range that no line of the two files has
@@ -52,43 +52,43 @@ free_ids() { # the next range that no line of the two files has
 
 mode=unshare
 if ((EUID == 0)); then
-  # A container's root may lack the right to mount, which root's way needs.
+  # Root in a container may not be allowed to mount, which mode=root needs.
   if unshare --mount true 2>/dev/null; then mode=root; fi
 else
   for command in newuidmap newgidmap; do
     type -P "$command" >/dev/null ||
-      fail "$command: not on PATH, and only root can go without; root can: apt-get install uidmap"
+      fail "$command: not on PATH, and only root can do without; root can: apt-get install uidmap"
   done
   user=$(id -un)
   for file in /etc/subuid /etc/subgid; do
     # A line begins with the user's name or number.
     if [[ ! -r $file ]] || ! grep -q -E "^($user|$EUID):" "$file"; then
-      fail "$file: no line for $user, whose processes need a range of ids; root can: usermod" \
+      fail "$file: no line for $user, who needs a range of ids; root can: usermod" \
         "--add-subuids $(free_ids) --add-subgids $(free_ids) $user"
     fi
   done
   unshare -r true 2>/dev/null ||
-    fail "user namespaces: $user may not make them; ask the administrator to allow them (sysctl" \
+    fail "user namespaces: $user may not create them; ask the administrator to allow them (sysctl" \
       "user.max_user_namespaces), or run this as root"
 fi
 
 if ! mkdir -p -- "$out" 2>/dev/null || ! : 2>/dev/null >"$log" || [[ ! -w $out ]]; then
-  fail "$out: it, or $log, cannot be made or written; name a folder that can"
+  fail "$out: it, or $log, cannot be created or written; choose another folder"
 fi
-# mmdebstrap's words may hold a mirror's address.
+# mmdebstrap's output may contain a mirror's address.
 chmod 600 -- "$log"
 
 work=$(mktemp -d -- "${TMPDIR:-/tmp}/base.XXXXXX" 2>/dev/null) ||
-  fail "TMPDIR=${TMPDIR:-/tmp}: no folder can be made there; make room, or set TMPDIR to another"
+  fail "TMPDIR=${TMPDIR:-/tmp}: cannot create a folder there; make room, or set TMPDIR to another"
 done_with=false
 clean_up() {
   rm -rf -- "$work"
-  # A half of a tree is not left to be taken for a whole.
+  # Do not leave half a tree that looks like a complete one.
   if ! $done_with; then find "$out/" -mindepth 1 -delete; fi
 }
 trap clean_up EXIT
 trap 'note "$out: interrupted"; exit 130' INT TERM
-# mmdebstrap's root is another user in there, who has to pass, and needs to list nothing.
+# Inside, mmdebstrap's root is another user, who must be able to enter, but not to list.
 chmod 711 -- "$work"
 
 for folder in "$work" "$out"; do
@@ -103,9 +103,9 @@ done
 
 # ---- the mirror ------------------------------------------------------------------------------
 
-public_sources() { # public_sources OPTIONS: lines that hold wherever the tree is used
+public_sources() { # public_sources OPTIONS: lines that are valid wherever the tree is used
   printf 'deb %shttp://deb.debian.org/debian %s main\n' "$1" "$suite"
-  # Debian's moving suites have no updates of their own.
+  # Debian's rolling suites have no separate updates.
   case $suite in
   sid | unstable | testing | experimental) return ;;
   esac
@@ -130,7 +130,7 @@ if ((${#mirror[@]} == 0)); then
   public_sources "$options" >"${mirror[0]}"
 fi
 
-# Passwords for the mirror, which mmdebstrap's root may not read here; only while it is made.
+# Passwords for the mirror, which mmdebstrap's root cannot read here; only during the build.
 hooks=()
 if [[ -e $work/auth.conf ]]; then
   hooks+=("--setup-hook=upload '$work/auth.conf' /etc/apt/auth.conf")
@@ -139,7 +139,7 @@ if [[ ! -e $work/apt.conf ]]; then : >"$work/apt.conf"; fi
 
 # ---- make it --------------------------------------------------------------------------------
 
-# This runs as root in there, before the tree is packed: what tells of this machine goes.
+# This runs as root inside, before the tree is packed: it removes traces of this machine.
 # shellcheck disable=SC2016  # That shell expands it.
 readonly forget='set -eu
 cd "$1"
@@ -162,7 +162,7 @@ stop() { # stop WHAT: a step failed
     fail "$1: $reason; check the network and apt's sources and proxy, then run this again"
   fi
   sed -e '/^$/d' -e 's/^/  /' -- "$log" | tail -n 8 | cut -c 1-240 >&2
-  fail "$1: failed; the reason is above, the whole record in $log"
+  fail "$1: failed; the reason is above, the full log in $log"
 }
 
 note "$out: making Debian $suite from $whence (about half a minute)"
@@ -173,10 +173,10 @@ mmdebstrap --mode="$mode" --variant=minbase --include=ca-certificates --format=t
   --aptopt="$work/apt.conf" "${hooks[@]}" --customize-hook="$forget" \
   "$suite" "$archive" "${mirror[@]}" >"$log" 2>&1 </dev/null || stop "mmdebstrap"
 
-# An ordinary user can make no devices; Apptainer binds the host's.
+# An ordinary user cannot create devices; Apptainer binds the host's.
 tar -x -f "$archive" -C "$out" --exclude='./dev/*' --no-same-owner --same-permissions \
   >>"$log" 2>&1 || stop "tar"
-# Some folders are closed to all but root, whoever that is: here it is the one who runs this.
+# Some folders are only accessible to root: here that is the user who runs this.
 chmod -R u+rwX -- "$out" || stop "chmod"
 digest=$(sha256sum <"$archive")
 done_with=true

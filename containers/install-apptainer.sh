@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Put Apptainer on this machine and print its path:  containers/install-apptainer.sh [--check]
+# Install Apptainer on this machine and print its path:  containers/install-apptainer.sh [--check]
 #
-#   --check             install nothing: the path, or one line that says there is none
-#   APPTAINER           take this one and no other
-#   APPTAINER_PREFIX    where a private copy lies (.apptainer; a relative path counts from the
+#   --check             install nothing: print the path, or an error of one line
+#   APPTAINER           use this one and no other
+#   APPTAINER_PREFIX    where a private copy is (.apptainer; a relative path starts at the
 #                       repository root)
 #
-# In this order: the one that is there; the private copy of an earlier run; the distribution's
-# package, where root (or sudo) can install one; a private copy of Debian's package, for which no
-# root is needed and which changes nothing of the system. The path is the only line on stdout.
+# In this order: an installed one; the private copy of an earlier run; the distribution's package,
+# if root (or sudo) can install one; a private copy of Debian's package, which needs no root and
+# does not change the system. The path is the only line on stdout.
 set -euo pipefail
 
 # The first version with --build-arg, which the definitions of the images need.
 readonly oldest=1.2
-# Measured: 85 MB stay; the rest is for lists and packages on their way.
+# Measured: 85 MB stay; the rest is for lists and packages during the installation.
 readonly needed_mib=300
-# What a private copy holds and how it is laid out; another layout needs another number.
+# The version of a private copy's content and layout; another layout needs another number.
 readonly layout=1
 readonly project=https://raw.githubusercontent.com/apptainer/apptainer/main
 
@@ -25,22 +25,22 @@ fail() {
   exit 2
 }
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 check_only=false
 case "$#:${1-}" in
 0:) ;;
 1:--check) check_only=true ;;
-*) fail "install-apptainer.sh: '$*' is not understood; use containers/install-apptainer.sh or" \
+*) fail "install-apptainer.sh: unknown arguments '$*'; use containers/install-apptainer.sh or" \
   "containers/install-apptainer.sh --check" ;;
 esac
 
 # CDPATH would send a relative cd elsewhere.
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-# Nothing here needs a language, and what apt answers in is read below.
+# Nothing here needs translations, and apt's output is parsed below.
 export LC_ALL=C
 
-# The linker's paths are written into the copy, so that its own path has to be the final one.
+# The linker's paths are written into the copy, so its own path must be the final one.
 prefix=$(realpath -m -- "${APPTAINER_PREFIX:-.apptainer}")
 readonly prefix
 readonly lock_file=$prefix/.sluice-lock stamp=$prefix/.sluice-stamp
@@ -61,11 +61,11 @@ new_enough() { # new_enough VERSION
   [[ $(printf '%s\n' "$oldest" "$1" | sort -V | head -n 1) == "$oldest" ]]
 }
 
-# What hurts later is said now, where it can still be mended.
+# Report later problems now, while they can still be fixed.
 say_what_is_missing() {
   local remedy='let an administrator allow them'
   if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then
-    note "note: /dev/fuse: missing, or not for this user to read and write, so that images start" \
+    note "note: /dev/fuse: missing, or not readable and writable for this user, so images start" \
       "only with --unsquash, which unpacks the whole image each time; root can: chmod 666" \
       "/dev/fuse"
   fi
@@ -77,12 +77,12 @@ say_what_is_missing() {
     elif [[ -e /proc/sys/user/max_user_namespaces ]]; then
       remedy='root can: sysctl -w user.max_user_namespaces=15000'
     fi
-    note "note: user namespaces: this user may not make them, and without them no image starts or" \
-      "builds; $remedy"
+    note "note: user namespaces: this user may not create them, and without them no image starts" \
+      "or builds; $remedy"
   fi
   if ((EUID != 0)) && ! PATH=$PATH:/usr/bin:/bin type -P newuidmap >/dev/null; then
-    note "note: newuidmap: not there, so no image builds for a user with a line in /etc/subuid," \
-      "and for others with fakeroot only; root can install uidmap (shadow-utils on Red Hat)"
+    note "note: newuidmap: not found, so users with a line in /etc/subuid cannot build images," \
+      "and others only with fakeroot; root can install uidmap (shadow-utils on Red Hat)"
   fi
 }
 
@@ -111,7 +111,7 @@ too_old=''
 while IFS= read -r path; do
   if version=$(version_of "$path"); then
     if new_enough "$version"; then answer_with "$(realpath -s -- "$path")"; fi
-    note "note: $path: this is $version, $oldest or newer is needed; passed over"
+    note "note: $path: this is $version, $oldest or newer is needed; skipped"
     too_old=" of version $oldest or newer"
   fi
 done < <(type -aP apptainer)
@@ -122,15 +122,15 @@ if $check_only; then
     "load it (module load apptainer)"
 fi
 
-# ---- apt and root, with their words kept for the case that something fails -------------------
+# ---- apt and root, with their output kept in case something fails ---------------------------
 
 output=$(mktemp -- "${TMPDIR:-/tmp}/install-apptainer.XXXXXX" 2>/dev/null) ||
-  fail "TMPDIR=${TMPDIR:-/tmp}: no file can be made there; make room, or set TMPDIR to another" \
+  fail "TMPDIR=${TMPDIR:-/tmp}: cannot create a file there; make room, or set TMPDIR to another" \
     "folder"
 readonly output host_update=$output.update
 
-# It is kept when an error refers to it. The work folder, whose settings of apt may hold a
-# password, goes in any case.
+# It is kept if an error refers to it. The work folder, whose apt settings may contain a password,
+# is always removed.
 keep_output=false makes_copy=false
 # shellcheck disable=SC2329  # The trap calls it.
 clean_up() {
@@ -153,10 +153,10 @@ stop() { # stop WHAT: a step failed
   fi
   keep_output=true
   sed -e '/^$/d' -e 's/^/  /' -- "$output" | tail -n 8 | cut -c 1-240 >&2
-  fail "$1: failed; the reason is above, the whole record in $output"
+  fail "$1: failed; the reason is above, the full log in $output"
 }
 
-# A mirror that does not answer is said in seconds, not in minutes.
+# A mirror that does not answer is reported in seconds, not in minutes.
 readonly patience=(
   -o Acquire::Retries=0 -o Acquire::http::Timeout=5 -o Acquire::https::Timeout=5
 )
@@ -170,7 +170,7 @@ fi
 is_root() { [[ ${as_root[0]} != false ]]; }
 has() { type -P "$1" >/dev/null; }
 
-# What Apptainer starts, each with the package of Debian that has it.
+# The programs that Apptainer runs, each with its Debian package.
 readonly companions=(
   mksquashfs:squashfs-tools squashfuse:squashfuse fuse-overlayfs:fuse-overlayfs
   fakeroot:fakeroot newuidmap:uidmap
@@ -182,8 +182,8 @@ missing_packages() { # missing_packages COMMAND:PACKAGE...
   done
 }
 
-# A source that cannot be fetched is a warning to apt, and does no harm if it has none of the
-# packages; if one is missed, it is the reason.
+# For apt, a source that cannot be fetched is a warning, which is harmless if it has none of the
+# packages; if a package is missing, it is the reason.
 update() { # update COMMAND...: the system's apt-get, or a private one
   quietly "$@" -q update || stop "apt-get update"
   cp -- "$output" "$host_update"
@@ -210,7 +210,7 @@ candidate() {
     answer=$(dnf -q repoquery --qf '%{version}\n' apptainer 2>/dev/null | sort -V | tail -n 1) ||
       return 1
   fi
-  # An epoch is no part of Apptainer's own version.
+  # An epoch is not part of Apptainer's own version.
   answer=${answer#*:}
   [[ $answer == [0-9]* ]] && printf '%s\n' "$answer"
 }
@@ -249,7 +249,7 @@ esac
 for command in apt-get apt-config dpkg-deb flock; do
   if ! has "$command"; then
     fail "apptainer: none$too_old on this machine, nor a package to install, and without $command" \
-      "no private copy can be made; $elsewhere"
+      "a private copy cannot be installed; $elsewhere"
   fi
 done
 if [[ -z $architecture ]]; then
@@ -259,8 +259,8 @@ fi
 
 # The path is written into settings of the linker, apt, the shell and sed.
 if [[ $prefix == *[^A-Za-z0-9/._@%+,=~-]* ]]; then
-  fail "APPTAINER_PREFIX=$prefix: a private copy cannot lie under a path with a blank or one of" \
-    "the marks that shells and linkers read; set it to another"
+  fail "APPTAINER_PREFIX=$prefix: the path of a private copy must not contain spaces or special" \
+    "characters of shells and linkers; set it to another"
 fi
 # Only a folder that this script made, or an empty one, may be cleared.
 if [[ -d $prefix && ! -e $lock_file && -n $(ls -A -- "$prefix/") ]]; then
@@ -268,11 +268,11 @@ if [[ -d $prefix && ! -e $lock_file && -n $(ls -A -- "$prefix/") ]]; then
     "it to another path, or delete it"
 fi
 if ! mkdir -p -- "$prefix" 2>/dev/null || ! : 2>/dev/null >>"$lock_file"; then
-  fail "APPTAINER_PREFIX=$prefix: the folder cannot be made or written; set it to a path that can"
+  fail "APPTAINER_PREFIX=$prefix: the folder cannot be created or written; set it to another path"
 fi
 exec 9>>"$lock_file"
 if ! flock -n 9; then
-  note "$prefix: waiting for another install into it to end"
+  note "$prefix: waiting for another installation into it to finish"
   flock 9 || fail "$lock_file: cannot be locked; set APPTAINER_PREFIX to a path on a local disk"
 fi
 # Another install may have finished while this one waited.
@@ -288,8 +288,8 @@ fi
 
 # ---- a private apt --------------------------------------------------------------------------
 
-# The host's settings of transport: proxies, certificates, credentials, limits. Not its hooks,
-# which want root, nor which kinds of lists it downloads.
+# The host's transport settings: proxies, certificates, credentials, limits. Not its hooks, which
+# need root, nor which kinds of lists it downloads.
 transport() {
   apt-config dump |
     grep -E '^(Acquire::|Dir ""|Dir "/|Dir::Etc "|Dir::Etc::(netrc|trusted)(parts)? )' |
@@ -297,7 +297,7 @@ transport() {
 }
 
 # write_apt NAME STATUS SETTING...: makes $work/NAME.conf, to be named by APT_CONFIG. That file
-# is read before the others, so it is what says that there are no others.
+# is read before the others, so it can say that there are no others.
 write_apt() {
   local name=$1 status=$2
   shift 2
@@ -315,7 +315,7 @@ write_apt() {
       "APT::Architecture \"$architecture\"" "APT::Architectures \"$architecture\"" \
       'APT::Sandbox::User "root"' "$@"
   } >"$work/$name.conf"
-  # The line about the sandbox: apt's own user cannot enter a folder below a closed home.
+  # The line about the sandbox: apt's own user cannot enter a folder under a private home.
 }
 
 apt_get() { # apt_get NAME ARGUMENT...
@@ -334,7 +334,7 @@ unpack() { # unpack NAME FOLDER PACKAGE...: downloads, with signatures checked, 
 
 # ---- the tools that the host lacks, from its own release -------------------------------------
 
-# An ordinary user's copies lie in $tools. newuidmap is not among them: it works by being root's.
+# An ordinary user's copies are in $tools. newuidmap is not among them: it must belong to root.
 unpack_host_packages() { # unpack_host_packages PACKAGE...: and what they need and the host lacks
   local dependencies=()
   write_apt host "$(apt_path Dir::State::status/f)" \
@@ -364,14 +364,14 @@ readonly libraries=$tools/usr/lib/$triplet:$tools/lib/$triplet
 patch_tools() {
   local file
   for file in "$tools"/usr/bin/* "$tools"/usr/sbin/* "$tools"/bin/*; do
-    # Of those patterns some match nothing, and some files are scripts.
+    # Some of these patterns match nothing, and some files are scripts.
     if [[ -f $file && ! -L $file ]] && "${patchelf[@]}" --print-interpreter "$file" \
       >/dev/null 2>&1 && [[ ${file##*/} != patchelf ]]; then
       quietly "${patchelf[@]}" --force-rpath --set-rpath "$libraries" "$file" || stop "$file"
     fi
   done
-  # Which fakeroot `fakeroot` is says a link that the package's installation would make, and
-  # the script has its paths written in.
+  # The package's installation would make a link that selects the variant of `fakeroot`, and the
+  # script has hard-coded paths.
   if [[ -e $tools/usr/bin/fakeroot-sysv ]]; then
     sed -e "s#=/usr\$#='$tools/usr'#; s#=/usr/bin\$#='$tools/usr/bin'#" \
       -e "s#^PATHS=/usr/lib/$triplet/#PATHS='$tools'/usr/lib/$triplet/#" \
@@ -383,10 +383,10 @@ patch_tools() {
 
 # ---- Apptainer itself -----------------------------------------------------------------------
 
-# The mirror that this system takes Debian from, where it does.
+# The mirror from which this system gets Debian packages, if it does.
 find_mirror() { # sets mirror
   local codename=''
-  # Lists that were downloaded say whose they are.
+  # Downloaded lists say where they are from.
   # shellcheck disable=SC2016  # These are names of apt's.
   quietly apt-get indextargets --format '$(ORIGIN)|$(LABEL)|$(SITE)' 'Created-By: Packages' ||
     stop "apt's sources"
@@ -398,7 +398,7 @@ find_mirror() { # sets mirror
     mirror=$(sed -n -e "s#^'\([^']*\)/dists/${codename:-sid}/main/binary-.*#\1#p" \
       -e 't end' -e d -e ':end' -e q -- "$output")
   fi
-  # Another system than Debian has none.
+  # Systems other than Debian have none.
   : "${mirror:=http://deb.debian.org/debian}"
 }
 
@@ -418,7 +418,7 @@ make_copy() {
   find_mirror
   note "$prefix: making a private copy of Debian's apptainer from $mirror (once; about 10 s)"
   mkdir -p -- "$work"
-  # The settings of transport may hold a password of a proxy.
+  # The transport settings may contain the password of a proxy.
   chmod 700 -- "$work"
 
   mapfile -t packages < <(missing_packages "${wanted[@]}" | sort -u)
@@ -434,7 +434,7 @@ make_copy() {
   else
     mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sed -e '/^$/d' -e '/^uidmap$/d')
     if ((${#packages[@]} > 0)); then
-      note "  ${packages[*]}, which this system lacks, beside it"
+      note "  ${packages[*]}, which this system lacks, beside Apptainer"
       unpack_host_packages "${packages[@]}"
       if ! has patchelf; then
         patchelf=(env "LD_LIBRARY_PATH=$libraries" "$tools/usr/bin/patchelf")
@@ -448,24 +448,24 @@ make_copy() {
   printf 'deb [signed-by=%s arch=%s] %s sid main\n' "$keyring" "$architecture" "$mirror" \
     >"$work/sid.list"
   : >"$work/status"
-  # A list that cannot be had is a warning to apt, unless told. The system's preferences are
-  # about its own packages; that of some is to take none of sid.
+  # By default, a list that cannot be fetched is only a warning for apt. The system's preferences
+  # are about its own packages; on some systems they reject sid.
   write_apt sid "$work/status" "Dir::Etc::sourcelist \"$work/sid.list\"" \
     'Dir::Etc::sourceparts "/dev/null"' 'Dir::Etc::preferences "/dev/null"' \
     'Dir::Etc::preferencesparts "/dev/null"' 'APT::Update::Error-Mode "any"'
   rm -f -- "$host_update"
   apt_get sid update || stop "Debian's packages"
-  # Debian's apptainer wants a newer C library than older releases have, so it gets its own.
+  # Debian's apptainer needs a newer C library than older releases have, so it gets its own.
   unpack sid "$root" apptainer libc6 libseccomp2 libsqlite3-0
 
   binary=$root/usr/bin/apptainer starter=$root/usr/lib/$triplet/apptainer/bin/starter
   local own=$root/usr/lib/$triplet
-  # Not RUNPATH, which is what patchelf writes otherwise: a library's own needs do not see it.
+  # Not RUNPATH, patchelf's default: it does not apply to the dependencies of a library.
   quietly "${patchelf[@]}" --force-rpath --set-rpath "$own" --set-interpreter "$own/$loader" \
     "$binary" "$starter" || stop "patchelf"
   quietly "$own/$loader" --list "$binary" || stop "$binary"
   quietly "$own/$loader" --list "$starter" || stop "$starter"
-  # Each of the two looks for its configuration and state relative to where it lies itself.
+  # Each of the two looks for its configuration and state relative to its own location.
   ln -s ../etc ../var "$root/usr/"
   ln -s ../../etc ../../var "$root/usr/lib/"
 
@@ -473,7 +473,7 @@ make_copy() {
   {
     printf '%s\n' '#!/usr/bin/env bash' \
       '# Written by containers/install-apptainer.sh: Apptainer with the tools it starts.'
-    # The host's own tools come first: one that is root's can do more.
+    # The host's own tools come first: one that belongs to root can do more.
     # shellcheck disable=SC2016  # The wrapper is to expand it.
     if [[ -d $tools/usr/bin ]]; then printf 'export PATH=$PATH:%q\n' "$tools/usr/bin"; fi
     printf 'exec %q "$@"\n' "$binary"
@@ -488,13 +488,13 @@ make_copy() {
 trap 'note "$prefix: interrupted; the next run starts again"; exit 130' INT TERM
 makes_copy=true
 
-# What lies here is unfinished, or was moved here from another path.
+# What is here is unfinished, or was moved here from another path.
 rm -f -- "$stamp"
 find "$prefix/" -mindepth 1 -maxdepth 1 ! -name "${lock_file##*/}" -exec rm -rf -- {} + ||
   fail "APPTAINER_PREFIX=$prefix: the unfinished copy cannot be deleted; delete it, then run this" \
     "again"
 make_copy
-# The stamp comes last and whole.
+# The stamp is written last, and atomically.
 printf '%s\n' "$stamp_line" >"$stamp.new"
 mv -- "$stamp.new" "$stamp"
 note "$prefix: ready after $SECONDS s"

@@ -1,7 +1,7 @@
-"""What an image is, as JSON:  python containers/manifest.py IMAGE --labels FILE --packages FILE ...
+"""Describe an image as JSON:  python containers/manifest.py IMAGE --labels FILE --packages FILE ...
 
-The commands that start jobs compare the image with it, so that a damaged file, or one of another
-lock, is found before a job waits in a queue for it.
+The commands that start jobs compare the image with it, so that a damaged file, or one from another
+lock, is found before a job waits in the queue.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What this system's apt is set to, for a build elsewhere:  containers/mirror.sh FOLDER
+# Export this system's apt settings, for a build elsewhere:  containers/mirror.sh FOLDER
 #
-#   FOLDER   takes host.list and host.sources (the sources of the suite, in apt's two notations),
-#            apt.conf (proxies, certificates, limits) and auth.conf (passwords); each only if there
-#            is something to say
-#   SUITE    Debian's release (bookworm)
+#   FOLDER   gets host.list and host.sources (the sources of the suite, in apt's two formats),
+#            apt.conf (proxies, certificates, limits) and auth.conf (passwords); each only if it has
+#            content
+#   SUITE    the Debian release (bookworm)
 #
 # Used for the base (containers/base.sh) and inside an image that is being built.
 set -euo pipefail
@@ -12,7 +12,7 @@ set -euo pipefail
 note() { printf '%s\n' "$*" >&2; }
 
 readonly folder=${1:?the folder} suite=${SUITE:-bookworm}
-# What apt answers in is read below.
+# apt's output is parsed below.
 export LC_ALL=C
 
 if ! type -P apt-config >/dev/null; then exit 0; fi
@@ -27,9 +27,9 @@ apt_path() { # apt_path ITEM/KIND: a path from apt's configuration
   printf '%s\n' "${line%\'}"
 }
 
-# Of the system's sources those of Debian's section main for this suite, its updates and its
-# security fixes, as they stand, with the keys and options they name. A third party's repository
-# may name its suite after Debian's, but then it names keys of its own.
+# The system's sources of Debian's section main for this suite, its updates and its security
+# fixes, unchanged, with their keys and options. A third party's repository may name its suite
+# after Debian's, but then it has its own keys.
 readonly pick='
 function wanted(name) {
   return name == suite || name == suite "-updates" || name == suite "-security"
@@ -82,8 +82,8 @@ BEGIN { RS = ""; FS = "\n" }
 readonly list=$folder/host.list paragraphs=$folder/host.sources
 : >"$list"
 : >"$paragraphs"
-is_there() { # is_there FILE: and may be read; a system may lack any of them
-  if [[ -f $1 && ! -r $1 ]]; then note "note: $1: not for this user to read; passed over"; fi
+is_there() { # is_there FILE: it exists and is readable; a system may lack any of them
+  if [[ -f $1 && ! -r $1 ]]; then note "note: $1: not readable for this user; skipped"; fi
   [[ -f $1 && -r $1 ]]
 }
 parts=$(apt_path Dir::Etc::sourceparts/d)
@@ -92,7 +92,7 @@ for file in "$(apt_path Dir::Etc::sourcelist/f)" "${parts%/}"/*.list; do
 done
 for file in "${parts%/}"/*.sources; do
   if is_there "$file"; then
-    # A comment may stand within a paragraph, which it does not end.
+    # A comment inside a paragraph does not end it.
     sed '/^#/d' -- "$file" | awk -v suite="$suite" "$pick_paragraphs" >>"$paragraphs"
   fi
 done
@@ -102,7 +102,7 @@ done
 
 # ---- transport ------------------------------------------------------------------------------
 
-# A mirror that does not answer is said in seconds.
+# A mirror that does not answer is reported in seconds.
 {
   apt-config dump | grep '^Acquire::' |
     grep -v -E '^Acquire::(IndexTargets|Languages|Changelogs|CompressionTypes|Gzip|Retries)' |

@@ -1,7 +1,7 @@
 """The digest that a container registry has for a tag:  python containers/registry.py REFERENCE
 
-Prints the reference with the digest, such as docker.io/library/debian@sha256:..., so that what is
-built from is what is recorded. Asks without a password; a private image is named by its digest.
+Prints the reference with the digest, such as docker.io/library/debian@sha256:..., so that the
+recorded image is the one built from. Asks without a password; give a private image by its digest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MANIFESTS = (
 
 
 class Unreachable(Exception):
-    """The registry gave no answer, or none that helps; the text says why."""
+    """The registry gave no answer, or no useful one; the text says why."""
 
 
 def split(reference: str) -> tuple[str, str, str]:
@@ -64,7 +64,7 @@ def resolve(reference: str) -> str:
         answer = _ask(url, headers)
     digest = answer.get("Docker-Content-Digest", "")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
-        raise Unreachable(f"{registry} names no digest for {path}:{tag}")
+        raise Unreachable(f"{registry} gives no digest for {path}:{tag}")
     return f"{registry}/{path}@{digest}"
 
 
@@ -91,14 +91,14 @@ def _ask(url: str, headers: dict[str, str], *, accept_refusal: bool = False) -> 
 def _token(challenge: str) -> str:
     fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     if "realm" not in fields:
-        raise Unreachable(f"a password is asked for ({challenge}); name the image by its digest")
+        raise Unreachable(f"a password is required ({challenge}); give the image by its digest")
     query = urllib.parse.urlencode({k: fields[k] for k in ("service", "scope") if k in fields})
     try:
         with urllib.request.urlopen(f"{fields['realm']}?{query}", timeout=TIMEOUT_S) as answer:
             content = json.load(answer)
     except (OSError, ValueError) as error:
         raise Unreachable(
-            f"{fields['realm']} gives no token ({error}); name the image by its digest"
+            f"{fields['realm']} gives no token ({error}); give the image by its digest"
         ) from None
     return str(content.get("token") or content["access_token"])
 

@@ -1,7 +1,7 @@
 """Is everything in this image, and does it work?  apptainer test IMAGE
 
-Prints a line for each check and exits with 1 if one failed. Without a GPU the checks that need
-one are skipped, and that is said.
+Prints a line for each check and exits with 1 if one failed. Without a GPU, the checks that need
+one are reported as skipped.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ MODULES = (
     "torch.distributed.checkpoint",
     "transformers",
 )
-# From the driver, which `--nv` brings in from the host.
+# From the driver, which `--nv` binds from the host.
 OF_THE_DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
-# Plug-ins for fabrics, storage and compilers that few have; each is opened only on request.
+# Plug-ins for rare fabrics, storage and compilers; each is loaded only on request.
 OPTIONAL = re.compile(
     r"/(libcufile_rdma|nvshmem_(transport|bootstrap)_\w+)\.so[.\d]*$|/triton/plugins/"
 )
@@ -53,7 +53,7 @@ class Failed(Exception):
 
 
 class Skipped(Exception):
-    """A check needs what this machine has not got; the text says what."""
+    """A check needs something that this machine lacks; the text says what."""
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def versions(labels: dict[str, str]) -> str:
     digest = hashlib.sha256(lock.encode()).hexdigest()
     if labels["sluice.lock.sha256"] != digest:
         raise Failed(f"label sluice.lock.sha256 is not that of {SHARE / 'lock.txt'}, {digest}")
-    # A package can stand there twice, with a version for each kind of system.
+    # A package can be listed twice, with a version for each kind of system.
     locked: dict[str, list[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==([^ ;\\]+)", lock, re.MULTILINE):
         locked.setdefault(name, []).append(version)
@@ -117,13 +117,13 @@ def versions(labels: dict[str, str]) -> str:
     }
     for name, allowed in locked.items():
         if name in installed and installed[name] not in allowed:
-            raise Failed(f"{name} {installed[name]} is installed, locked is {', '.join(allowed)}")
+            raise Failed(f"{name} {installed[name]} is installed, {', '.join(allowed)} is locked")
     if unlocked := sorted(installed.keys() - locked.keys()):
         raise Failed(f"not in the lock: {', '.join(unlocked)}")
     for label, version in labels.items():
         name = label.removeprefix("sluice.version.")
         if name != label and installed.get(name) != version:
-            raise Failed(f"label {label} is {version}, installed is {installed.get(name)}")
+            raise Failed(f"label {label} is {version}, {installed.get(name)} is installed")
     return f"{len(installed)} packages as locked, torch {installed['torch']}"
 
 
@@ -131,8 +131,8 @@ def shared_libraries() -> str:
     """Let the dynamic linker resolve each library in the environment."""
     import torch
 
-    # What a wheel brought along, torch's own and NVIDIA's libraries are found because the process
-    # has them open already; ldd has to be told.
+    # Libraries bundled in wheels, torch's own and NVIDIA's are found because the process has loaded
+    # them already; ldd needs their folders.
     packages = Path(torch.__file__).parent.parent
     places = [packages / "torch/lib", *packages.glob("*.libs"), *packages.glob("nvidia/*/lib")]
     environment = os.environ | {"LD_LIBRARY_PATH": ":".join(map(str, places))}
@@ -147,18 +147,18 @@ def shared_libraries() -> str:
     with ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(missing, files), strict=True))
     wrong = [
-        f"{path} wants {name}"
+        f"{path} needs {name}"
         for path, names in found.items()
         for name in names
         if name not in OF_THE_DRIVER and not OPTIONAL.search(str(path))
     ]
     if wrong:
         raise Failed("; ".join(wrong))
-    return f"{len(files)} libraries, none of them lacks another"
+    return f"{len(files)} libraries, all dependencies found"
 
 
 def is_elf(path: Path) -> bool:
-    """Return whether `path` is a program or a library, and no link to one."""
+    """Return whether `path` is a program or a library, not a link to one."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -166,15 +166,15 @@ def is_elf(path: Path) -> bool:
 
 
 def own_nccl() -> str:
-    """Look which NCCL this process has open: torch's own, whatever else the base may bring."""
+    """Check that this process has loaded torch's own NCCL, whatever the base image has."""
     import torch
 
     version = ".".join(map(str, torch.cuda.nccl.version()))
     maps = Path("/proc/self/maps").read_text()
     loaded = sorted(set(re.findall(r"(/\S*/libnccl\.so\S*)$", maps, re.MULTILINE)))
     if len(loaded) != 1 or not Path(loaded[0]).is_relative_to(sys.prefix):
-        raise Failed(f"loaded is {', '.join(loaded) or 'none'}, not the one in {sys.prefix}")
-    return f"{version} of torch's own wheels is what is loaded"
+        raise Failed(f"loaded: {', '.join(loaded) or 'none'}; expected the one in {sys.prefix}")
+    return f"{version} from torch's own wheels is loaded"
 
 
 def verbs() -> str:
@@ -183,14 +183,14 @@ def verbs() -> str:
         ctypes.CDLL(name)
     providers = sorted(Path("/etc/libibverbs.d").glob("*.driver"))
     if not providers:
-        raise Failed("/etc/libibverbs.d names no provider")
+        raise Failed("/etc/libibverbs.d lists no provider")
     return f"libibverbs, librdmacm, {len(providers)} providers"
 
 
 def ops() -> str:
     """Load DeepSpeed's prebuilt ops as a job does, and take a step with the one for the CPU.
 
-    In a process of its own, because DeepSpeed is told there that it is for GPUs, found or not.
+    In a separate process, which tells DeepSpeed to use GPUs, whether there are any or not.
     """
     done = subprocess.run(
         [sys.executable, __file__, "--ops"],
@@ -206,17 +206,17 @@ def ops() -> str:
 
 
 def use_ops() -> None:
-    """Check what `ops` promises."""
+    """Run the checks of `ops`."""
     import torch
     from deepspeed.git_version_info import accelerator_name, installed_ops
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
-    # What differs here from the place where it is used is compiled anew in the middle of a job.
+    # Ops built for another environment would be compiled again in the middle of a job.
     assert accelerator_name == "cuda", f"the ops were built for {accelerator_name}"
     assert installed_ops["fused_adam"] and installed_ops["cpu_adam"], installed_ops
     for builder in (FusedAdamBuilder(), CPUAdamBuilder()):
-        builder.jit_load = None  # Whoever would compile, fails.
+        builder.jit_load = None  # Any compilation fails.
         op = builder.load(verbose=False)
         assert "site-packages/deepspeed/ops" in op.__file__, op.__file__
     fused = Path(FusedAdamBuilder().load(verbose=False).__file__).read_bytes()
@@ -231,8 +231,8 @@ def use_ops() -> None:
     ):
         weight.grad = gradient.clone()
         optimizer.step()
-    assert torch.allclose(ours, theirs, atol=1e-5), "cpu_adam steps otherwise than torch's AdamW"
-    print("fused_adam and cpu_adam are prebuilt; cpu_adam steps as torch's AdamW")
+    assert torch.allclose(ours, theirs, atol=1e-5), "cpu_adam differs from torch's AdamW"
+    print("fused_adam and cpu_adam are prebuilt; cpu_adam matches torch's AdamW")
 
 
 def compiler() -> str:
@@ -255,7 +255,7 @@ def compiler() -> str:
 
 
 def gpus() -> str:
-    """Use the GPUs that the driver shows, together, by NCCL."""
+    """Use all GPUs that the driver shows together, with NCCL."""
     import torch
 
     devices = list(Path("/dev").glob("nvidia[0-9]*"))
@@ -285,7 +285,7 @@ def processes(backend: str, number: int) -> str:
 
 
 def worker(backend: str) -> None:
-    """Check an all-reduce, and that a step of DDP is by the mean of the ranks' gradients."""
+    """Check an all-reduce, and that a step of DDP uses the mean of the ranks' gradients."""
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -311,7 +311,7 @@ def worker(backend: str) -> None:
     mean_gradient = (world_size - 1) / 2
     assert torch.allclose(before - layer.weight, torch.full_like(before, mean_gradient))
     if rank == 0:
-        print(f"all-reduce and a training step over {world_size} by {backend}", flush=True)
+        print(f"all-reduce and a training step over {world_size} with {backend}", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
-"""What this machine's pip, apt and proxies are set to, for a build inside a container.
+"""Export this machine's settings of pip, apt and proxies, for a build inside a container.
 
     VENV/bin/python containers/settings.py FOLDER
 
-FOLDER is bound at /mnt while the image is built and deleted afterwards, so that nothing of it, a
-password of an index least of all, is in the image. Prints the binds that it needs, a line each.
+FOLDER is bound at /mnt while the image is built and deleted afterwards, so that nothing of it, such
+as the password of an index, is in the image. Prints the binds that it needs, one per line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 MOUNT = Path("/mnt")
-# What says where packages come from and how to get at them; nothing else of pip.conf is passed on.
+# The package sources and how to reach them; nothing else from pip.conf is passed on.
 PIP_SETTINGS = (
     "index-url",
     "extra-index-url",
@@ -76,8 +76,8 @@ def _pip(folder: Path) -> list[str]:
         target = f"local/{len(binds)}"
         (folder / target).mkdir(parents=True)
         path = path.absolute()
-        # A file (a page of links, a wheel) is seen through its folder; and an index through the one
-        # above it, because its pages refer to files beside `simple`.
+        # Of a file (a page of links, a wheel) its folder is bound; of an index the folder above it,
+        # because its pages refer to files beside `simple`.
         through = path.parent if is_index or not path.is_dir() else path
         binds.append(f"{through}:{MOUNT / target}:ro")
         mounted = MOUNT / target / path.relative_to(through)
@@ -108,7 +108,7 @@ def _pip_settings() -> dict[str, str]:
         match = re.fullmatch(r"(global|install|:env:)\.([\w-]+)=(['\"].*['\"])", line)
         if match and match[2] in PIP_SETTINGS:
             found[match[1]][match[2]] = ast.literal_eval(match[3])
-    # The later counts, as in pip.
+    # Later ones take precedence, as in pip.
     return found["global"] | found["install"] | found[":env:"]
 
 
@@ -187,4 +187,4 @@ if __name__ == "__main__":
         said = (error.stderr or "").strip().splitlines() or ["the reason is above"]
         sys.exit(f"error: {error.cmd[0]} {error.cmd[-1]}: {said[-1]}")
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}; mend pip's or apt's settings")
+        sys.exit(f"error: {error.filename}: {error.strerror}; correct pip's or apt's settings")

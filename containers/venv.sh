@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Make or refresh a virtual environment from containers/locks:  containers/venv.sh [--FLAVOUR]
 #
-#   --base   what the commands of cluster/ need, and no torch (seconds, 60 MB)
-#   --cpu    also what trains, with the CPU build of torch: the default
+#   --base   what the commands of cluster/ need, without torch (seconds, 60 MB)
+#   --cpu    also what training needs, with the CPU build of torch: the default
 #   --dev    also the tools of `make test` and `make lint`
-#   --cuda   what trains, with the CUDA build of torch (5 GB); for a machine with GPUs, no image
-#   --nvcc, --sbom    what serves while an image is built
-#   VENV     where it lies (.venv; a relative path counts from the repository root)
-#   PYTHON   the interpreter to make it from (otherwise the first that fits on PATH)
+#   --cuda   what training needs, with the CUDA build of torch (5 GB); for GPUs without an image
+#   --nvcc, --sbom    only needed while an image is built
+#   VENV     its folder (.venv; a relative path starts at the repository root)
+#   PYTHON   the interpreter to make it from (default: the first suitable one on PATH)
 #
-# Packages come from wherever pip is told to look (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, ...).
-# When all is there already, this returns at once and says nothing.
+# Packages come from wherever pip is configured to look (pip.conf, PIP_INDEX_URL, ...).
+# If everything is up to date, this returns at once and prints nothing.
 set -euo pipefail
 
 # PyTorch's own index of CPU builds, asked only when pip's configured sources have none.
@@ -34,15 +34,15 @@ fail() {
   exit 2
 }
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 case "$#:${1-}" in
 0:) flavour=cpu ;;
 1:--base | 1:--cpu | 1:--dev | 1:--cuda | 1:--nvcc | 1:--sbom) flavour=${1#--} ;;
-*) fail "venv.sh: '$*' is not understood; use containers/venv.sh [--base|--cpu|--dev|--cuda]" ;;
+*) fail "venv.sh: unknown arguments '$*'; use containers/venv.sh [--base|--cpu|--dev|--cuda]" ;;
 esac
 readonly flavour
-# What each flavour also is: dev.txt holds all of cpu.txt, and cpu.txt and cuda.txt all of base.txt.
+# What each flavour includes: dev.txt has all of cpu.txt, and cpu.txt and cuda.txt all of base.txt.
 case $flavour in
 dev) readonly holds='base cpu dev' ;;
 cpu | cuda) readonly holds="base $flavour" ;;
@@ -56,8 +56,8 @@ readonly venv=${VENV:-.venv}
 readonly lock_file=$venv/.sluice-lock stamp=$venv/.sluice-stamp
 readonly output=$venv/setup.log details=$venv/pip-details.log
 
-# Modules on clusters set PYTHONPATH and the like; what is found through them would count as installed
-# here, and pip starts Pythons of its own, which an -I for the first does not reach.
+# Modules on clusters set PYTHONPATH and the like; packages found there would count as installed
+# here, and pip starts other Pythons, to which the -I of the first does not apply.
 for name in "${!PYTHON@}"; do
   if [[ $name != PYTHON ]]; then unset "$name"; fi
 done
@@ -89,7 +89,7 @@ is_ready() { # is_ready FLAVOUR
   grep -qxF -e "$line" -- "$stamp"
 }
 
-# Whoever trains does so in the CUDA environment too.
+# The CUDA environment can be used for training, too.
 serves() { is_ready "$flavour" || { [[ $flavour == cpu ]] && is_ready cuda; }; }
 
 # No lock is taken here: an install removes the stamp before it changes anything.
@@ -101,7 +101,7 @@ python='' python_version=''
 # A version that is found but does not fit is remembered for the error message.
 unfit=''
 
-# The base executable, because `python3` may be this very environment's, which is about to go.
+# The base executable, because `python3` may be this environment's, which is about to be deleted.
 readonly probe='
 import sys, venv
 print("%d.%d" % sys.version_info[:2], getattr(sys, "_base_executable", "") or sys.executable)
@@ -139,12 +139,12 @@ find_python
 # ---- one at a time --------------------------------------------------------------------------
 
 # Only a folder that this script made, or an empty one, may be cleared.
-# First what is in it: another set-up may be about to put its lock there, as the first thing.
+# Look at its content first: another set-up may be about to create its lock there.
 if [[ -d $venv && -n $(ls -A -- "$venv/") && ! -e $lock_file ]]; then
   fail "VENV=$venv: the folder was not made by containers/venv.sh; set VENV to another path, or delete it"
 fi
 if ! mkdir -p -- "$venv" 2>/dev/null || ! : 2>/dev/null >>"$lock_file"; then
-  fail "VENV=$venv: the folder cannot be made or written; set VENV to a path that can"
+  fail "VENV=$venv: the folder cannot be created or written; set VENV to another path"
 fi
 exec 9>>"$lock_file"
 
@@ -156,7 +156,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    print(f"{sys.argv[1]}: waiting for another set-up of it to end", file=sys.stderr)
+    print(f"{sys.argv[1]}: waiting for another set-up of it to finish", file=sys.stderr)
     fcntl.flock(9, fcntl.LOCK_EX)
 except OSError as reason:
     print(f"note: {sys.argv[1]}: no lock on this file system ({reason})", file=sys.stderr)
@@ -166,10 +166,10 @@ except OSError as reason:
 # Another set-up may have finished while this one waited.
 if serves; then exit 0; fi
 
-# ---- pip, with its words kept for the case that something fails -----------------------------
+# ---- pip, with its output kept in case something fails --------------------------------------
 
-# What pip could not reach, with the reason, which it gives in its details only: it then reports
-# 'No matching distribution'. A 404 is a plain answer: that index has no such package.
+# What pip could not reach, with the reason, which is only in its details: it then reports 'No
+# matching distribution'. A 404 is a normal answer: that index has no such package.
 unreachable() {
   sed -n -e '/: 404 Client Error/d' \
     -e 's/.*Could not fetch URL \([^ ]*\): \(.*\) - skipping$/\1 could not be reached (\2)/' \
@@ -189,7 +189,7 @@ stop() { # stop WHAT: a step failed
     fail "$1: $reason; check the network and \`pip config list\`, then run this again"
   fi
   last_words
-  fail "$1: could not be installed; the reason is above, the whole record in $output"
+  fail "$1: could not be installed; the reason is above, the full log in $output"
 }
 
 quietly() { "$@" >"$output" 2>&1; }
@@ -198,7 +198,7 @@ pip=("$venv/bin/python" -I -m pip)
 # A `user = true` in pip.conf would send the packages to the home folder.
 install=(install --no-user --no-deps --log "$details")
 
-pip_install() { # pip_install OPTION...: true when pip could
+pip_install() { # pip_install OPTION...: true if pip succeeds
   : >"$details"
   quietly "${pip[@]}" "${install[@]}" "$@"
 }
@@ -207,7 +207,7 @@ pip_install() { # pip_install OPTION...: true when pip could
 
 check_space() { # check_space MIB
   local free_mib
-  # In the column before the one with the per cent sign, as a device's name may hold blanks.
+  # In the column before the one with the percent sign, as a device's name may contain spaces.
   if free_mib=$(df -Pk -- "$venv/" 2>/dev/null | awk 'NR == 2 {
       for (i = 2; i <= NF; i++) if ($i ~ /%$/) print int($(i - 1) / 1024)
     }') && [[ -n $free_mib ]] && ((free_mib < $1)); then
@@ -221,14 +221,14 @@ clear_folder() {
     fail "VENV=$venv: the old environment cannot be deleted; end what still uses it, then run this again"
 }
 
-# pip of one version everywhere, so that it acts and speaks everywhere as it was tested.
+# The same version of pip everywhere, so that it behaves and reports as tested.
 make_empty() {
   local host_pip=("$python" -m pip --python "$venv/bin/python")
   : >"$details"
   if "$python" -I -c 'import ensurepip' 2>/dev/null; then
     quietly "$python" -I -m venv "$venv" || stop "a virtual environment from $python"
   else
-    # Debian without its python3-venv package: the host's pip, or else a download, fills in.
+    # Debian without its python3-venv package: use the host's pip, or else a download.
     quietly "$python" -I -m venv --without-pip "$venv" || stop "a virtual environment from $python"
     if "${host_pip[@]}" --version >/dev/null 2>&1; then
       pip=("${host_pip[@]}")
@@ -242,7 +242,7 @@ make_empty() {
 
 # ---- torch, the CPU build and no other ------------------------------------------------------
 
-# The version is pinned by its name 2.13.0+cpu, which no CUDA build bears.
+# The version is pinned by its name 2.13.0+cpu, which no CUDA build has.
 torch_from_a_source() { # torch_from_a_source OPTION...
   local torch="torch $torch_version" asked="pip's configured sources" first='' second=''
   if pip_install "$@"; then return; fi
@@ -260,7 +260,7 @@ torch_from_a_source() { # torch_from_a_source OPTION...
     fail "$torch: $first${second:+, $second}; check the network and \`pip config list\`, then run this again"
   fi
   if grep -q '^Ignoring indexes' -- "$output"; then asked="pip's find-links, as it may use no index"; fi
-  fail "$torch: no CPU build for Python $python_version on $system $machine at $asked; set PYTHON to another Python, or offer the wheel through PIP_FIND_LINKS"
+  fail "$torch: no CPU build for Python $python_version on $system $machine at $asked; set PYTHON to another Python, or provide the wheel through PIP_FIND_LINKS"
 }
 
 install_torch() {
@@ -273,7 +273,7 @@ install_torch() {
   torch_from_a_source --require-hashes -r "$locks/torch-cpu.txt"
   # The lock has hashes for some machines; for the others pip skipped the line.
   if ! "$venv/bin/python" -I -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
-    note "  note: no hash is locked for torch $torch_version on Python $python_version, $system $machine: this one wheel is taken by its version, unchecked"
+    note "  note: no hash is locked for torch $torch_version on Python $python_version, $system $machine: this one wheel is installed by its version, without a hash check"
     torch_from_a_source "torch==$torch_version"
   fi
 }
@@ -292,8 +292,8 @@ install_rest() { # install_rest LOCK
     return
   fi
   # deepspeed is built here from source: its build needs the locked setuptools in the environment,
-  # because build isolation would fetch another one without a hash, and torch where it compiles
-  # ops. That is for the caller to ask, with DS_BUILD_... as DeepSpeed itself knows them.
+  # because build isolation would fetch another one without a hash, and torch if it compiles ops.
+  # The caller requests these with DeepSpeed's own variables, DS_BUILD_...
   part "$1" deepspeed ! >"$file"
   pip_install --require-hashes --only-binary :all: -r "$file" || stop "$1"
   part "$1" deepspeed >"$file"
@@ -307,7 +307,7 @@ install_rest() { # install_rest LOCK
 # pip turns Ctrl-C into an ordinary failure, which would be reported as one.
 trap 'note "$venv: interrupted; the next run starts again"; exit 130' INT
 
-# What is there, if all of it is up to date and this flavour holds it, stays and is added to.
+# If all that is there is up to date and part of this flavour, keep it and add to it.
 there=''
 if [[ -f $stamp ]]; then
   # The last line of a damaged stamp may have no end.
@@ -324,11 +324,11 @@ if [[ -f $stamp ]]; then
 fi
 lock=$locks/$flavour.txt
 if [[ -n $there ]]; then
-  note "$venv: adding what $lock has beyond $there"
+  note "$venv: adding what $lock has in addition to $there"
   check_space $(($(needed_mib "$flavour") - $(needed_mib "$there") + 500))
   rm -- "$stamp"
 else
-  # What lies here is unfinished or out of date.
+  # What is here is unfinished or out of date.
   rm -f -- "$stamp"
   clear_folder
   note "$venv: installing the $flavour environment with Python $python_version (once)"
@@ -340,10 +340,10 @@ note "  $lock ($(grep -c '^[^ ]' "$lock") packages)"
 install_rest "$lock"
 if ! quietly "${pip[@]}" check; then
   last_words
-  fail "$venv: the locked packages do not fit together on this machine (above); please report it"
+  fail "$venv: the locked packages are incompatible on this machine (above); please report it"
 fi
 
-# The stamp comes last and whole.
+# The stamp is written last, and atomically.
 for part in $holds; do key "$part"; done >"$stamp.new"
 mv -- "$stamp.new" "$stamp"
 rm -f -- "$output" "$details"

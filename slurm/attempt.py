@@ -1,11 +1,11 @@
-"""The batch script's hand in the run folder: begins an attempt, ends it, says what comes next.
+"""Records attempts for the batch script: begins one, ends it, says what comes next.
 
     python -m slurm.attempt begin --job 12 --restarts 0 --nodes "node1 node2" --by-name ...
     python -m slurm.attempt end --code 75 --state RUNNING
 
 slurm/train.sbatch calls it on the first node, in the job's own container. `begin` prints the
 attempt's number, and address and port where its processes meet; `end` prints requeue, cancel, stop
-or leave, and the nodes that a requeue has to leave out; both say why on stderr.
+or leave, and the nodes that a requeue must exclude; both give the reason on stderr.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runfolder.files import read_json
 from slurm.rendezvous import meeting_point
 
 GIVEN_UP = 4
-NO_REQUEUE = "Slurm does not queue this job again (Requeue=0)"
+NO_REQUEUE = "Slurm does not requeue this job (Requeue=0)"
 
 
 def main(argv: list[str]) -> int:
@@ -34,17 +34,20 @@ def main(argv: list[str]) -> int:
     begin_parser.add_argument("--job", type=int, required=True)
     begin_parser.add_argument("--restarts", type=int, required=True)
     begin_parser.add_argument("--nodes", required=True)
-    begin_parser.add_argument("--interface", help="what ip says of the site's interface")
-    begin_parser.add_argument("--by-name", default="", help="what getent says of the first node")
-    begin_parser.add_argument("--by-slurm", default="", help="and of the address Slurm has for it")
+    begin_parser.add_argument("--interface", help="ip's output for the site's interface")
+    begin_parser.add_argument("--by-name", default="", help="getent's output for the first node")
+    begin_parser.add_argument("--by-slurm", default="", help="getent's output for its NodeAddr")
     for each in (begin_parser, end_parser):
         each.add_argument(
-            "--requeues", default="yes", choices=["yes", "no"], help="if Slurm queues the job again"
+            "--requeues",
+            default="yes",
+            choices=["yes", "no"],
+            help="whether Slurm requeues the job",
         )
     end_parser.add_argument("--code", type=int, required=True)
-    end_parser.add_argument("--state", required=True, help="the job's state, Slurm's word")
-    end_parser.add_argument("--asked", default="", help="the signal that the job was sent")
-    end_parser.add_argument("--preflight", action="store_true", help="it never came to training")
+    end_parser.add_argument("--state", required=True, help="the job's state, as Slurm has it")
+    end_parser.add_argument("--asked", default="", help="the signal that the job received")
+    end_parser.add_argument("--preflight", action="store_true", help="training never started")
     end_parser.add_argument("--refused", default="", help="why Slurm started no processes")
     options = parser.parse_args(argv)
     run = Path(os.environ["SLUICE_RUN_FOLDER"])
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def begin(run: Path, options: argparse.Namespace) -> int:
-    """Make the folder of the next attempt; or give up, if the job was restarted too often."""
+    """Create the next attempt's folder; or give up, if the job was restarted too often."""
     attempts.close_last(run, by_job=True)
     if options.restarts and (why := decision.too_often(run, options.job, _max_restarts(run))):
         print(f"error: not started again: {why}", file=sys.stderr)
@@ -86,7 +89,7 @@ def end(run: Path, options: argparse.Namespace) -> int:
     attempt = attempts.read(run, attempts.current())
     if attempts.numbers(run)[-1] != attempt.number:
         # The node of this script was cut off, and Slurm has started the job elsewhere since.
-        print(f"error: attempt {attempt.number} is not the newest any more", file=sys.stderr)
+        print(f"error: attempt {attempt.number} is no longer the newest", file=sys.stderr)
         print("leave")
         return 0
     code, asked = options.code, options.asked
@@ -104,7 +107,7 @@ def end(run: Path, options: argparse.Namespace) -> int:
             run, number=attempt.number, outcome=kind, reason=reason, exit_code=code
         )
     if outcome.get("exit_code") == EXIT_BAD_INPUT:
-        # Of several nodes' codes srun tells the highest, be it that of one that it had to kill.
+        # srun returns the highest of the nodes' codes, even of one that it had to kill.
         code = EXIT_BAD_INPUT
     settings.settle(run, refused=code == EXIT_BAD_INPUT)
     job_id = (attempt.slurm or {})["job_id"]
@@ -113,10 +116,10 @@ def end(run: Path, options: argparse.Namespace) -> int:
         choice, why = "stop", NO_REQUEUE
     is_cancelled = {"outcome": "cancelled", "next": "stop"} if choice == "cancel" else {}
     outcome = attempts.annotate(run, attempt.number, **{"next": choice, "why": why, **is_cancelled})
-    # Not before that is recorded: a second try has to find the request, too.
+    # Only after that is recorded: a second try must find the request, too.
     decision.forget_cancel(run)
     print(f"{outcome['outcome']} at step {outcome['step']}: {why}", file=sys.stderr)
-    # Where the nodes were ended in the midst of it, the verdict means nothing.
+    # If the nodes were stopped during the preflight, the verdict means nothing.
     verdict: dict[str, Any] = {}
     if outcome["outcome"] == "unhealthy":
         folder = attempts.preflight_folder(run, attempt.number)

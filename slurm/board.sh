@@ -3,7 +3,7 @@
 # cluster/commands/board.py starts it: beside the job on its first node, or on the login node.
 set -euo pipefail
 
-: "${1:?the address that it listens at}" "${SLUICE_RUN_FOLDER:?}"
+: "${1:?the address to listen on}" "${SLUICE_RUN_FOLDER:?}"
 readonly address=$1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SLUICE_SCRATCH=$(mktemp -d -t sluice-board.XXXXXX)
@@ -17,14 +17,14 @@ trap end EXIT
 trap 'exit 143' TERM INT HUP
 export SLUICE_SCRATCH SLUICE_DEVICE=cpu
 set --
-# Where it runs, as the array `python`, and the run's folder as it is seen there.
+# Sets the array `python`, and the run folder's path for it.
 # shellcheck source=slurm/environment.sh
 source slurm/environment.sh
-# Port 0: a free one, which it names.
+# Port 0: a free one, which TensorBoard prints.
 "${python[@]}" -m tensorboard.main --logdir "$SLUICE_RUN_FOLDER/tensorboard" \
   --host "$address" --port 0 &
 board=$!
-# Ended by the end of the input: to a signal, srun would have Slurm kill all of this at once. Without
-# the output, whose end would otherwise not be seen when TensorBoard ends by itself.
+# The end of the input ends it: on a signal, srun would have Slurm kill everything at once. Output
+# is closed here, or its end would not be seen when TensorBoard ends by itself.
 { cat && kill "$board"; } <&0 >/dev/null 2>&1 &
 wait "$board"

@@ -6,9 +6,9 @@ set -euo pipefail
 # ---- options ----
 # --image: a .sif file; --apptainer: the command; --scratch: a folder on this node, which is /tmp
 # inside; --workdir: the current folder inside; --device: cpu or cuda; --binds: lines of
-# SOURCE:TARGET:ro or SOURCE:TARGET:rw, parents first; --flags: what the site wants besides, one of
-# Apptainer's options in each line; --pass: names of further variables that are seen inside,
-# joined by "|"; --online: it may download.
+# SOURCE:TARGET:ro or SOURCE:TARGET:rw, parents first; --flags: the site's own options for
+# Apptainer, one per line; --pass: names of further variables to pass into the container, joined by
+# "|"; --online: it may download.
 image='' apptainer='' scratch='' workdir='' device='' binds='' flags='' pass='' online=no
 while [[ ${1:-} == --* ]]; do
   option=$1
@@ -32,21 +32,21 @@ done
 mounts=()
 bind() { # bind SOURCE TARGET ro|rw
   local place=$scratch${2#/tmp} mode=''
-  # Nothing makes a mount point in a folder that is bound itself.
+  # Apptainer creates no mount points in a folder that is itself bound.
   if [[ $2 == /tmp/* && -d $1 ]]; then
     mkdir -p -- "$place"
   elif [[ $2 == /tmp/* ]]; then
     mkdir -p -- "${place%/*}" && : >>"$place"
   fi
   if [[ $3 == ro ]]; then mode=,ro; fi
-  # A line of CSV, in which quotes keep commas and are doubled themselves.
+  # A line of CSV: quotes protect commas, and quotes inside are doubled.
   mounts+=(--mount "type=bind,\"source=${1//\"/\"\"}\",\"destination=${2//\"/\"\"}\"$mode")
 }
 bind "$scratch" /tmp rw
 while IFS=: read -r source target mode; do
   bind "$source" "$target" "$mode"
 done <<<"$binds"
-# An empty home, so that nothing of the user's own gets in.
+# An empty home, so that nothing from the user's home gets in.
 mkdir -p -- "$scratch/home"
 
 # ---- Apptainer's options ----
@@ -60,8 +60,8 @@ if [[ ! -r /dev/fuse || ! -w /dev/fuse ]]; then
   libexec=$("$apptainer" buildcfg | sed -n 's/^LIBEXECDIR=//p')
   if [[ ! -u $libexec/apptainer/bin/starter-suid ]]; then
     options+=(--unsquash)
-    echo 'note: /dev/fuse is closed to this user, so the image is unpacked at each start (10 s or' \
-      'more); root can: chmod 666 /dev/fuse' >&2
+    echo 'note: no access to /dev/fuse, so the image is unpacked at each start (10 s or more);' \
+      'root can: chmod 666 /dev/fuse' >&2
   fi
 fi
 if [[ $device == cuda ]]; then
@@ -69,14 +69,14 @@ if [[ $device == cuda ]]; then
   if [[ -d /dev/infiniband ]]; then bind /dev/infiniband /dev/infiniband rw; fi
 fi
 
-# What the site wants besides, an option in each line.
+# The site's own options, one per line.
 if [[ -n $flags ]]; then
   mapfile -t lines <<<"$flags"
   options+=("${lines[@]}")
 fi
 
 # ---- environment ----
-# What is seen inside; all else stays outside. Names ending in _DIR or _HOME are paths inside.
+# The only variables passed into the container. Names ending in _DIR or _HOME are paths inside.
 seen='SLUICE_(ACCEL|ATTEMPT|DATASETS|DEVICE|NODE_RANK|PAUSE_AT|RUN_FOLDER|STEP|TERMINAL|WORLD_SIZE)'
 seen+='|MASTER_(ADDR|PORT)|SLURMD_NODENAME|PYTHON(UNBUFFERED|NOUSERSITE)'
 seen+='|(OMP|KMP|MKL|NCCL|GLOO|FI|UCX|PET|TORCH_NCCL)_[A-Z0-9_]+|DS_ACCELERATOR'
@@ -85,19 +85,19 @@ seen+='|TORCH_(DISTRIBUTED_DEBUG|CPP_LOG_LEVEL|LOGS|SHOW_CPP_STACKTRACES|EXTENSI
 seen+='|PYTORCH_(CUDA_)?ALLOC_CONF|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|TOKENIZERS_PARALLELISM'
 seen+='|HF_(HOME|HUB_OFFLINE|HUB_DISABLE_(PROGRESS_BARS|TELEMETRY)|DATASETS_DISABLE_PROGRESS_BARS)'
 seen+='|HF_UPDATE_DOWNLOAD_COUNTS|TERM|COLUMNS'
-# What the site's own file sets, names joined by "|".
+# The variables that site.toml sets, joined by "|".
 if [[ -n $pass ]]; then seen+="|$pass"; fi
-# Tokens, proxies and certificates are for downloads alone.
+# Tokens, proxies and certificates are only for downloads.
 if [[ $online == yes ]]; then
   seen+='|HF_[A-Z0-9_]+|(http|https|ftp|all|no)_proxy|(HTTP|HTTPS|FTP|ALL|NO)_PROXY'
   seen+='|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE'
 fi
-# What the caller has set for Apptainer would bind and pass more than is said here.
+# The caller's own settings for Apptainer would bind and pass more than is listed here.
 for name in "${!APPTAINER@}" "${!SINGULARITY@}"; do
   if [[ ! $name =~ ^APPTAINER_(CACHEDIR|TMPDIR|CONFIGDIR)$ ]]; then unset "$name"; fi
 done
-# Or it would make a folder in the user's home, whose quota may be used up, and leave behind what
-# it unpacks when it is killed.
+# Otherwise Apptainer creates a folder in the user's home, whose quota may be used up, and leaves
+# its unpacked files behind when it is killed.
 mkdir -p -- "$scratch/apptainer"
 export APPTAINER_CONFIGDIR=${APPTAINER_CONFIGDIR:-$scratch/apptainer}
 export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-$scratch/apptainer}

@@ -1,10 +1,10 @@
-# Sourced by what runs the training side on a node: where it runs, and what it sees.
-# Sets the array `python`: the command that is Python there, in the image or in an environment of the
-# host. All else was resolved before, and stands in the run's launch.env.
+# Sourced by the scripts that run Python on a node: which Python, and with which variables.
+# Sets the array `python`: the command that runs Python, in the image or in an environment of the
+# host. All else was resolved before, and is in the run's launch.env.
 # shellcheck shell=bash disable=SC2034
 
 : "${SLUICE_RUN_FOLDER:?}" "${SLUICE_SCRATCH:?a folder on this node}"
-# What the caller says goes before: a copy of the datasets on this node, or another device.
+# The caller's values take precedence: a copy of the datasets on this node, or another device.
 own_datasets=${SLUICE_DATASETS:-} own_device=${SLUICE_DEVICE:-}
 # shellcheck source=/dev/null
 source "$SLUICE_RUN_FOLDER/launch.env"
@@ -17,18 +17,18 @@ if [[ -n $image ]]; then
   all_binds="$PWD:/workspace:ro
 $SLUICE_DATASETS:/datasets:ro
 $SLUICE_RUN_FOLDER:/run-folder:rw"
-  # Nothing is downloaded here, so that a cache may be missing.
+  # Nothing is downloaded here, so the cache may be missing.
   if [[ -d $cache ]]; then all_binds+=$'\n'$cache:/cache:rw; fi
-  # Lines as above, for what the job reads elsewhere.
+  # Lines as above, for other paths that the job reads.
   if [[ -n $binds ]]; then all_binds+=$'\n'$binds; fi
-  # Where a process that is to stop for a test says so (runfolder/moments.py).
+  # Where a process that a test pauses reports it (runfolder/moments.py).
   if [[ -n ${SLUICE_PAUSE_AT:-} ]]; then
     all_binds+=$'\n'${SLUICE_PAUSE_AT%/*}:${SLUICE_PAUSE_AT%/*}:rw
   fi
   python=(slurm/container.sh --image="$image" --apptainer="$apptainer" --scratch="$SLUICE_SCRATCH"
     --workdir=/workspace --device="$SLUICE_DEVICE" --binds="$all_binds" --flags="$container_flags"
     --pass="$site_variables" -- python)
-  # From here on a path is one inside.
+  # From here on, paths are those inside the container.
   set -- "${@/#"$SLUICE_RUN_FOLDER/"//run-folder/}"
   export SLUICE_DATASETS=/datasets SLUICE_RUN_FOLDER=/run-folder HF_HOME=/cache/huggingface
   caches=/tmp
@@ -40,18 +40,18 @@ fi
 # ---- environment ----
 # A package in ~/.local would shadow the locked one, also in the image.
 export PYTHONNOUSERSITE=1
-# Compute nodes never reach for a network; what is missing was found before.
+# Compute nodes never use the internet; missing files were reported before.
 export HF_HUB_OFFLINE=1
 # The text is tokenized already; the library's own threads would only warn about forks.
 export TOKENIZERS_PARALLELISM=false
-# Each connection from a machine whose name nobody resolves would be a warning.
+# Otherwise every connection from a host whose name does not resolve prints a warning.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-# Compilers' caches are for one node: shared file systems corrupt them.
+# Compiler caches must be local to a node: shared file systems corrupt them.
 export TRITON_CACHE_DIR=$caches/triton
 export TORCHINDUCTOR_CACHE_DIR=$caches/inductor
 export TORCH_EXTENSIONS_DIR=$caches/extensions
-# On a CPU DeepSpeed would look for a GPU, in the launcher already, and warn that there is none.
-# And torch would use the GPUs that Slurm gave.
+# On a CPU, DeepSpeed would look for a GPU, even in the launcher, and warn that there is none.
+# And torch would use the GPUs that Slurm allocated.
 if [[ $SLUICE_DEVICE == cpu ]]; then export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=''; fi
-# Unless told, the launcher dies of USR1 at once and leaves its processes behind.
+# By default, USR1 kills the launcher at once, and its processes stay behind.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1

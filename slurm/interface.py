@@ -1,6 +1,6 @@
 """The network interface by which this machine reaches an address.
 
-Gloo and NCCL otherwise guess it from the host name, and guess wrong where a node has several.
+Gloo and NCCL otherwise guess it from the host name, and guess wrong if a node has several.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def interface_towards(address: str) -> str:
 
     Raises:
         ValueError: `address` is neither an address nor a known name.
-        OSError: no route leads there, or no interface bears the address that would be used.
+        OSError: no route leads there, or no interface has the address that would be used.
     """
     local, scope = _local_address(address)
     if local.is_loopback:
@@ -37,20 +37,20 @@ def interface_towards(address: str) -> str:
     for name, borne, borne_scope in _interface_addresses():
         if (borne, borne_scope) == (local, scope):
             return name
-    raise OSError(f"{address} is reached from {local}, which no interface of this machine bears")
+    raise OSError(f"{address} is reached from {local}, which no interface of this machine has")
 
 
 def use_interface_towards(address: str, of_site: str = "") -> str:
-    """Have Gloo and NCCL meet on the interface that leads to `address`; return its name.
+    """Have Gloo and NCCL use the interface that leads to `address`; return its name.
 
-    The site's own goes before; what the environment says already stays.
+    The site's setting takes precedence; variables that are already set are kept.
 
     Raises:
         ValueError, OSError: as `interface_towards`.
     """
     name = of_site or interface_towards(address)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    # NCCL would take every interface whose name begins so.
+    # Without the =, NCCL would use every interface whose name begins so.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
     return name
 
@@ -61,10 +61,10 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 def _local_address(address: str) -> tuple[IPAddress, int]:
     """Return this machine's own address towards `address`, and its scope (0: global)."""
     try:
-        # The port is any: connecting a datagram socket sends nothing, it only chooses a route.
+        # Any port will do: connecting a datagram socket sends nothing, it only chooses a route.
         found = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
     except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(f"{address!r} is not an address that is known here: {error}") from None
+        raise ValueError(f"{address!r} cannot be resolved here: {error}") from None
     family, kind, protocol, _, target = found[0]
     try:
         with socket.socket(family, kind, protocol) as probe:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Start a Python of ours:  slurm/isolated.sh [--keep="NAME|NAME"] .../bin/python WORD...
+# Start Sluice's own Python:  slurm/isolated.sh [--keep="NAME|NAME"] .../bin/python WORD...
 # Modules and profiles on clusters set variables for their own Python: PYTHONPATH would put its
 # packages before ours, PYTHONHOME its standard library. All starts of the environment's Python go
-# through here, or, where nothing is imported from the checkout, have the option -I.
+# through here or, if nothing is imported from the checkout, use the option -I.
 set -euo pipefail
 
 keep=''
@@ -12,13 +12,13 @@ if [[ ${1:-} == --keep=* ]]; then
 fi
 for name in "${!PYTHON@}"; do
   case $name in
-  # How text is written, where bytecode goes, what is shown of a crash; PYTHON is containers/venv.sh's.
+  # Encoding of text, bytecode, output of a crash; PYTHON belongs to containers/venv.sh.
   PYTHON | PYTHONIOENCODING | PYTHONUTF8 | PYTHONUNBUFFERED | PYTHONFAULTHANDLER | PYTHONHASHSEED) ;;
   PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;;
-  # What site.toml sets for the training processes is meant for them.
+  # Variables that site.toml sets for the training processes stay.
   *) if [[ "|$keep|" != *"|$name|"* ]]; then unset "$name"; fi ;;
   esac
 done
-# Packages in ~/.local, too.
+# Ignore packages in ~/.local, too.
 export PYTHONNOUSERSITE=1
 exec "$@"

@@ -9,7 +9,7 @@ set -euo pipefail
 : "${MASTER_ADDR:?the address of the first node}" "${MASTER_PORT:?}"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Where it runs, as the array `python`; paths among the arguments become those inside.
+# Sets the array `python`; paths among the arguments become those inside the container.
 # shellcheck source=slurm/environment.sh
 source slurm/environment.sh
 

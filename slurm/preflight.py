@@ -3,9 +3,9 @@
     python -m slurm.preflight check     on each node, as a task: leaves node-K.json
     python -m slurm.preflight judge     once afterwards, on the head node: leaves verdict.json
 
-`check` looks at its node first and at the network between the nodes then; exit code 0 if all is
-well, 1 if not. `judge`: 0 healthy, 1 the same is wrong with all nodes, 3 nodes to exclude were
-named, 5 something is wrong between nodes, and it cannot be told whose fault it is.
+`check` tests its node first, then the network between the nodes; exit code 0 if all checks pass,
+1 if not. `judge`: 0 healthy, 1 all nodes have the same problem, 3 there are nodes to exclude,
+5 there is a problem between nodes, and it is unknown whose fault it is.
 """
 
 import os
@@ -27,8 +27,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 GB = 1e9
 
 
-# ---- what one node can tell of itself -------------------------------------------------------
-# Each returns what is worth keeping, or raises Unhealthy or OSError.
+# ---- checks of one node ---------------------------------------------------------------------
+# Each returns a value for the report, or raises Unhealthy or OSError.
 
 
 def _code(settings: Settings) -> str:
@@ -38,7 +38,7 @@ def _code(settings: Settings) -> str:
 
 
 def _datasets(settings: Settings) -> str:
-    # Here, so that any Python can judge.
+    # Imported here, so that any Python can run `judge`.
     import yaml
 
     _read(settings.datasets, "datasets")
@@ -66,7 +66,7 @@ def _scratch(settings: Settings) -> str:
         raise Unhealthy(f"scratch {folder}: cannot be written ({error.strerror})") from None
     free = filesystem.f_bavail * filesystem.f_frsize
     if free < wanted:
-        raise Unhealthy(f"scratch {folder}: {free / GB:.1f} GB free, {wanted / GB:.1f} GB wanted")
+        raise Unhealthy(f"scratch {folder}: {free / GB:.1f} GB free, {wanted / GB:.1f} GB required")
     return f"{free / GB:.1f} GB free"
 
 
@@ -81,7 +81,7 @@ def _memory(settings: Settings) -> str:
     if limit is not None and limit < free:
         free, limited = limit, " within the job's limit"
     if free < wanted:
-        raise Unhealthy(f"memory: {free / GB:.1f} GB free{limited}, {wanted / GB:.1f} GB wanted")
+        raise Unhealthy(f"memory: {free / GB:.1f} GB free{limited}, {wanted / GB:.1f} GB required")
     return f"{free / GB:.1f} GB free{limited}"
 
 
@@ -95,7 +95,7 @@ def memory_limit(root: Path, memberships: str) -> int | None:
     limits = []
     for line in memberships.splitlines():
         _, controllers, group = line.split(":", 2)
-        # Version 2 names no controllers; a limit may be set on any group above, too.
+        # Version 2 lists no controllers; a limit may be set on any parent group, too.
         if controllers not in ("", "memory"):
             continue
         name = "memory.limit_in_bytes" if controllers else "memory.max"
@@ -108,7 +108,7 @@ def memory_limit(root: Path, memberships: str) -> int | None:
 
 
 def _read(path: Path, what: str) -> None:
-    """Read a little of a file or folder, so that a stale or forbidden one shows."""
+    """Read a little of a file or folder, to detect a stale or unreadable one."""
     try:
         if path.is_dir():
             list(path.iterdir())
@@ -156,9 +156,9 @@ def check(settings: Settings) -> int:
             report.failed(Unhealthy(f"{name}: {error}"))
 
     moments.reached("in-preflight")
-    # Only now, since they import torch, which takes seconds: what is above is known by then.
+    # Only now, as they import torch, which takes seconds: the results above are kept by then.
     if settings.device == "cuda" or settings.num_nodes > 1:
-        # Its store warns of each connection that ends.
+        # Its store warns about each connection that ends.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from slurm.health.network import check_network
 
@@ -169,7 +169,7 @@ def check(settings: Settings) -> int:
 
 
 def _give_up(report: Report, settings: Settings) -> None:
-    """End this process although something hangs in it, such as a file system or a GPU."""
+    """End this process even if something in it hangs, such as a file system or a GPU."""
     if not report.content["done"]:
         report.hung(settings.preflight_timeout_s)
     for child in active_children():

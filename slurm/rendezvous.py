@@ -1,7 +1,7 @@
-"""Where the processes of an attempt meet: the first node's address and a free port of it.
+"""Where the processes of an attempt meet: the first node's address and a free port on it.
 
-The processes could only guess the address: each would take its own. What the host's name service
-and Slurm say is looked up outside, as a container may know less; here it is judged.
+The processes could only guess the address: each would use its own. The host's name service and
+Slurm are asked outside, as a container may know less; their answers are evaluated here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from runfolder.errors import UserError
 from runfolder.ports import free_port
 
-LOOK = "look at network.interface and network.address_suffix in site.toml"
+LOOK = "check network.interface and network.address_suffix in site.toml"
 
 
 def meeting_point(
@@ -25,16 +25,16 @@ def meeting_point(
 ) -> tuple[str, int]:
     """Return the address and the port at which the processes meet.
 
-    `of_interface` is what `ip -oneline address show dev` says, None where the site names no
-    interface; `by_name` and `by_slurm` are what `getent ahostsv4` says of the node's name and of
-    the address that Slurm has for it.
+    `of_interface` is the output of `ip -oneline address show dev`, None if the site sets no
+    interface; `by_name` and `by_slurm` are the outputs of `getent ahostsv4` for the node's name
+    and for the address that Slurm has for it.
 
     Raises:
         UserError: the node has no address that others could reach, or no free port.
     """
     address = _address(of_interface, by_name, by_slurm, is_alone=num_nodes == 1)
-    # Another for each job, as two may share a node, and for each start: what the one before has
-    # left may still listen.
+    # A different one for each job, as two may share a node, and for each start: processes of the
+    # previous one may still listen.
     first = job_id * 13 + restarts * 101
     return address, free_port((address, "127.0.0.1"), first=first)
 
@@ -50,4 +50,4 @@ def _address(of_interface: str | None, by_name: str, by_slurm: str, *, is_alone:
             return address
     if is_alone and of_interface is None:
         return "127.0.0.1"
-    raise UserError(f"it has no address that other nodes could reach; {LOOK}")
+    raise UserError(f"the first node has no address that other nodes can reach; {LOOK}")

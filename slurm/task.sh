@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One node's part of a step:  slurm/task.sh check|train|save|clean
-# slurm/train.sbatch starts it on every node of the job; what is a node's own is found here.
+# slurm/train.sbatch starts it on every node of the job; node-specific values are set here.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,29 +16,29 @@ export SLUICE_NODE_RANK=$SLURM_NODEID SLUICE_STEP=1
 while [[ $scratch =~ \$\{?([A-Za-z_][A-Za-z0-9_]*)\}? ]]; do
   if [[ -z ${!BASH_REMATCH[1]:-} ]]; then
     echo "error: $SLURMD_NODENAME: site.toml: paths.scratch: \$${BASH_REMATCH[1]} is not set on" \
-      'this node; take a variable that its jobs have' >&2
+      'this node; use a variable that its jobs have' >&2
     exit 1
   fi
   scratch=${scratch/"${BASH_REMATCH[0]}"/"${!BASH_REMATCH[1]}"}
 done
-# Of this job alone, because two jobs on a node must not meet in their caches.
+# One for each job, because two jobs on a node must not share their caches.
 export SLUICE_SCRATCH=$scratch/sluice-$UID-$SLURM_JOB_ID
 if [[ $1 == clean ]]; then
   exec rm -rf -- "$SLUICE_SCRATCH"
 fi
-# Of this attempt alone: Slurm may start a step that saves when the job runs again.
+# One for each attempt: Slurm may start a step that saves when the job runs again.
 launcher=$SLUICE_SCRATCH/launcher-$SLUICE_ATTEMPT.pid save=$SLUICE_SCRATCH/save-$SLUICE_ATTEMPT
 if [[ $1 == save ]]; then
-  # Where the node has not begun to train, it finds this and does not.
+  # A node that has not begun to train finds this file and does not begin.
   if [[ -d $SLUICE_SCRATCH ]]; then : >"$save"; fi
-  # Slurm's own signals reach every process of a step, where it keeps no cgroups: also the one that
-  # serves the image's files, which would die of it in the middle of the save.
+  # Without cgroups, Slurm's own signals reach every process of a step: also the one that serves the
+  # image's files, which would die in the middle of the save.
   if [[ -f $launcher ]]; then
-    # A script may know nothing of signals, or know another than ours do.
+    # A script that is not ours may expect another signal, or none.
     if [[ $save_signal == none ]]; then exit 0; fi
     exec kill -s "$save_signal" "$(<"$launcher")"
   fi
-  echo "$SLURMD_NODENAME: attempt $SLUICE_ATTEMPT does not train here, and will not"
+  echo "$SLURMD_NODENAME: attempt $SLUICE_ATTEMPT has not begun to train here, and will not"
   exit
 fi
 make_scratch() {
@@ -48,7 +48,7 @@ make_scratch() {
     mkdir -m 1777 -- "$scratch" || [[ -d $scratch ]] || return
   fi
   (umask 077 && mkdir -p -- "$SLUICE_SCRATCH") || return
-  # In a folder that all may write, somebody else could have made it.
+  # In a world-writable folder, somebody else could have made it.
   [[ -O $SLUICE_SCRATCH ]]
 }
 if ! make_scratch; then
@@ -56,14 +56,14 @@ if ! make_scratch; then
   exit 1
 fi
 
-# ---- what the job reads, nearer ----
+# ---- a copy of the datasets on this node ----
 if [[ $1 == train && -n $copied_datasets ]]; then
   started=$SECONDS
-  # What an attempt that was killed has left may be half of it.
+  # A killed attempt may have left an incomplete copy.
   rm -rf -- "$SLUICE_SCRATCH/datasets"
   while IFS= read -r name; do
     mkdir -p -- "$SLUICE_SCRATCH/datasets/$(dirname -- "$name")"
-    # -L: a link would point to where nothing is, inside.
+    # -L: a link's target would not exist inside.
     cp -rL -- "$datasets/$name" "$SLUICE_SCRATCH/datasets/$name"
   done <<<"$copied_datasets"
   export SLUICE_DATASETS=$SLUICE_SCRATCH/datasets
@@ -71,16 +71,16 @@ if [[ $1 == train && -n $copied_datasets ]]; then
 fi
 
 # ---- go ----
-# Apptainer takes the first squashfuse_ll on the PATH: ours, where it finds a real one to run.
+# Apptainer uses the first squashfuse_ll on the PATH: ours, if there is a real one to run.
 for place in /usr/local/bin /usr/bin /bin; do
   if [[ -x $place/squashfuse_ll ]]; then PATH=$PWD/slurm/shielded:$PATH; fi
 done
 case $1 in
 train)
-  # In this process's place goes what runs the launcher: the one process to be signalled.
+  # `exec` gives the launcher this process's PID: the one to be signalled.
   echo "$$" >"$launcher"
   if [[ -e $save ]]; then
-    echo "$SLURMD_NODENAME: asked to save before it began"
+    echo "$SLURMD_NODENAME: asked to save before training began"
     exit 0
   fi
   exec slurm/node.sh --config "$SLUICE_RUN_FOLDER/config.yaml"

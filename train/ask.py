@@ -1,7 +1,7 @@
-"""Ask the passages of a run of the lab rag.
+"""Ask questions about the passages of a run of the lab rag.
 
 make ask RUN=rag Q="Who designed the bridge?"
-make ask RUN=rag                                    # a question a line, until Ctrl+D
+make ask RUN=rag                                    # one question per line, until Ctrl+D
 python -m train.ask runs/rag/20261122-153402-ab12cd --question "Who designed the bridge?"
 """
 
@@ -29,22 +29,22 @@ from train.labs.rag.prompt import printable
 from train.labs.rag.settings import Config, GeneratorSettings
 
 # Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is
-# that of all-MiniLM-L6-v2; every encoder has a scale of its own.
+# for all-MiniLM-L6-v2; every encoder has its own scale.
 THRESHOLD = 0.35
 
 
 @dataclass(kw_only=True)
 class Options:
-    """Ask the passages of a run of the lab rag."""
+    """Ask questions about the passages of a run of the lab rag."""
 
     question: str | None = None
-    """The question; without one they are read from the terminal until Ctrl+D."""
+    """The question; without one, questions are read from the terminal until Ctrl+D."""
     k: int = 3
-    """Passages to find, and at most to put into the prompt."""
+    """Passages to find, and the most to put into the prompt."""
     threshold: float = THRESHOLD
     """The cosine below which a passage does not count as found; -1 lets every passage count."""
     max_prompt_tokens: int = 1024
-    """Tokens of the prompt, passages included; of the generator's, else of the encoder's."""
+    """Tokens of the prompt, passages included; the generator's tokens, else the encoder's."""
     max_new_tokens: int = 128
     """Tokens of the answer."""
     show_prompt: bool = False
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     run_folder = Path(argv[0])
     options = arguments.parse(Options, argv[1:], prog="train/ask.py", dry_run={})
     if options.question is None and not sys.stdin.isatty():
-        raise UserError('Q: is empty, and there is no terminal to ask at; give Q="Who was it?"')
+        raise UserError('Q: is empty, and there is no terminal to ask on; give Q="Who was it?"')
     try:
         library = Library(run_folder, options)
         if options.question is not None:
@@ -92,12 +92,12 @@ def check_question(text: str, otherwise: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError("Q: is not UTF-8 text; look at the terminal's encoding") from None
+        raise UserError("Q: is not UTF-8 text; check the terminal's encoding") from None
 
 
 def converse(library: Library, options: Options) -> None:
     """Answer questions from the terminal until Ctrl+D."""
-    with contextlib.suppress(ImportError):  # a Python can be built without it
+    with contextlib.suppress(ImportError):  # Python can be built without it
         import readline  # noqa: F401  gives input() its editing and its history
 
     print(f"{len(library.texts):,} passages; Ctrl+D ends")
@@ -108,7 +108,7 @@ def converse(library: Library, options: Options) -> None:
             print()
             return
         except UnicodeDecodeError:
-            print("that is not UTF-8 text; look at the terminal's encoding")
+            print("that is not UTF-8 text; check the terminal's encoding")
             continue
         if not text.strip():
             continue
@@ -120,7 +120,7 @@ def converse(library: Library, options: Options) -> None:
 
 
 def answer(library: Library, question: str, options: Options) -> None:
-    """Find passages, show them and, where there is a generator, an answer made from them."""
+    """Find passages, show them and, if there is a generator, an answer made from them."""
     hits, encode_s, search_s = library.find(question, options.k)
     best = hits[0].score
     kept = [hit for hit in hits if hit.score >= options.threshold]
@@ -148,7 +148,7 @@ def answer(library: Library, question: str, options: Options) -> None:
         began = time.perf_counter()
         text = library.generator.answer(built.text)
         print(f"\nanswer ({time.perf_counter() - began:.1f} s, passages 1 to {built.num_sources}):")
-        print(printable(text) or "(the model said nothing)")
+        print(printable(text) or "(the model generated no text)")
 
 
 class Library:
@@ -163,18 +163,16 @@ class Library:
         """Load them.
 
         Raises:
-            UserError: it is no run of the lab, has no index, or the index is of something else.
+            UserError: it is not a run of the lab, has no index, or has one for something else.
         """
         config = read_config(run_folder)
         assert config.staged is not None
         if indexes.read_manifest(run_folder / "index") is None:
-            raise UserError(
-                f"{run_folder}: has no index; let the run come to its end, with `make run RUN=`"
-            )
+            raise UserError(f"{run_folder}: has no index; let the run finish, with `make run RUN=`")
         self.texts = passages.read_passages(staged_path(config.staged.passages))
         if options.k > len(self.texts):
             raise UserError(
-                f"--k: {options.k} is more than the {len(self.texts)} passages there are"
+                f"--k: {options.k} is more than the number of passages, {len(self.texts)}"
             )
         self.chunks = corpus.read_chunks(staged_path(config.staged.chunks))
         self._owners = [chunk.passage for chunk in self.chunks]
@@ -186,7 +184,7 @@ class Library:
         elif config.staged.generator:
             generator = staged_path(config.staged.generator)
 
-        # Only now, so that a mistake above is answered at once.
+        # Only now, so that a mistake above is reported at once.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import torch
         from transformers.utils.logging import disable_progress_bar
@@ -216,7 +214,7 @@ class Library:
         return hits, embedded - began, time.perf_counter() - embedded
 
     def source(self, hit: Hit) -> prompt.Source:
-        """Return the stretch of a passage that was found, to be shown and cited."""
+        """Return the part of a passage that was found, to show and cite."""
         passage, chunk = self.texts[hit.passage], self.chunks[hit.chunk]
         return prompt.Source(
             title=readable(passage.title), text=passage.text[chunk.start : chunk.end]
@@ -227,25 +225,25 @@ def read_config(run_folder: Path) -> Config:
     """Return the settings of a run of the lab.
 
     Raises:
-        UserError: it is no such run, or what it read is gone.
+        UserError: it is not such a run, or its inputs are gone.
     """
     path = run_folder / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run_folder}: has no config.yaml; give a run that `make run` made")
+        raise UserError(f"{run_folder}: has no config.yaml; give a run that `make run` started")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if "\nchunks:" not in f"\n{text}":
-        raise UserError(f"{run_folder}: is no run of the lab rag; give one, as RUN=rag does")
+        raise UserError(f"{run_folder}: is not a run of the lab rag; give one, such as RUN=rag")
     config = arguments.parse(Config, ["--config", str(path)], prog="ask", dry_run=script.DRY_RUN)
     if config.staged is None:
-        raise UserError(f"{path}: does not say what the run read; give a run that `make run` made")
+        raise UserError(f"{path}: does not list the run's inputs; give a run of `make run`")
     for name in vars(config.staged).values():
         if name and not staged_path(name).exists():
             raise UserError(
-                f"{staged_path(name)}: is gone; SLUICE_DATASETS names "
-                "the folder of datasets, and `make run RUN=...` makes it again"
+                f"{staged_path(name)}: does not exist; set SLUICE_DATASETS to "
+                "the datasets folder of the run, or stage it again with `make run RUN=...`"
             )
     return config
 

@@ -30,13 +30,13 @@ def export(
 ) -> None:
     """Write weights (fp32 unless `dtype` says otherwise), config and tokenizer to `output`.
 
-    A checkpoint of adapters (LoRA) is merged with the model that it adapts; the adapters are
-    written too, in peft's format and in fp32, to a folder beside it: `output` with -adapter at its
-    end. Each folder appears at once, whole; one of an earlier export is replaced.
+    A checkpoint of adapters (LoRA) is merged with its base model; the adapters are also written,
+    in peft's format and in fp32, to a folder beside it: `output` with the suffix -adapter. Each
+    folder appears at once and complete; one of an earlier export is replaced.
     """
     import torch
 
-    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
+    # transformers imports DeepSpeed when it saves; that must not look for a GPU or compile.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
@@ -58,10 +58,10 @@ def export(
     with folder_at_once(output) as folder:
         known = checkpoint / GENERATION
         if not known.exists():
-            # Of an earlier version, which switched the cache off while it trained.
+            # From an earlier version, which switched the cache off during training.
             model.config.use_cache = model.generation_config.use_cache = True
         else:
-            # As the base had it: transformers would refuse to save some that it loads.
+            # As in the base model: transformers refuses to save some configs that it loads.
             model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size="5GB")
         if known.exists():
@@ -83,8 +83,8 @@ def _full_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     lacking = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if lacking:
         raise UserError(
-            f"{checkpoint}: lacks {lacking[0]}, which checkpoints of an earlier version did not "
-            "hold; start the run anew"
+            f"{checkpoint}: lacks {lacking[0]}, as do all checkpoints of an earlier version; "
+            "start a new run"
         )
     # A weight that another one was tied over would be lost.
     assert set(names) <= {name for name, _ in model.named_parameters()}
@@ -103,8 +103,8 @@ def newest_checkpoint(run_folder: Path) -> Path:
         problem = find_damage(folder)
         if problem is None:
             return folder
-        print(f"checkpoint {folder.name} is damaged ({problem}); trying the one before")
-    raise UserError(f"{run_folder}: holds no complete checkpoint; let the run reach its first one")
+        print(f"checkpoint {folder.name} is damaged ({problem}); trying the previous one")
+    raise UserError(f"{run_folder}: has no complete checkpoint; let the run reach its first one")
 
 
 def main(argv: list[str]) -> int:
@@ -129,13 +129,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run_folder}: is not a run folder: no config.yaml of a run") from None
     if "validation" not in config["staged"]:
         raise UserError(
-            f"{run_folder}: trained no language model; what its script made of it, and in which "
-            "folder, stands in its chapter in docs/"
+            f"{run_folder}: did not train a language model; its chapter in docs/ says what the "
+            "script exports, and to which folder"
         )
     if not (tokenizer_folder / "tokenizer.json").is_file():
         raise UserError(
-            f"SLUICE_DATASETS: {tokenizer_folder} holds no tokenizer; name the datasets folder "
-            "that the run was made with"
+            f"SLUICE_DATASETS: {tokenizer_folder} holds no tokenizer; give the datasets folder "
+            "of the run"
         )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_folder", type=str)
     parser.add_argument("--prompt", type=str, default="")
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args(argv)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if options.temperature < 0:
         raise UserError(f"--temperature: {options.temperature} is negative")
     if not 0 < options.top_p <= 1:
-        raise UserError(f"--top_p: {options.top_p} is not above 0 and up to 1")
+        raise UserError(f"--top_p: {options.top_p} is not in (0, 1]")
     model_folder = Path(options.run_folder) / "export"
     if not (model_folder / "config.json").is_file():
         raise UserError(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     kinds = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     endings = ("ForCausalLM", "LMHeadModel")  # the second is GPT-2's
     if not any(kind.endswith(endings) for kind in kinds.get("architectures") or ()):
-        raise UserError(f"{model_folder}: is no language model, and writes no text")
+        raise UserError(f"{model_folder}: is not a language model and cannot generate text")
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     model.to(device)
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    # None: a model whose positions are computed, without an end.
+    # None: a model with computed positions, without a limit.
     context = getattr(model.config, "max_position_embeddings", None)
     room = options.max_new_tokens
     if context is not None:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     if room < options.max_new_tokens:
-        print(f"note: ends at the model's {context} positions, {room} tokens on", file=sys.stderr)
+        print(f"note: stops after {room} tokens, at the model's limit ({context})", file=sys.stderr)
     tokens = model.generate(
         **inputs,
         max_new_tokens=min(options.max_new_tokens, room),

@@ -1,10 +1,10 @@
-"""What a script of ours reads: its settings resolved and checked, and its data put in place.
+"""Resolve and check the settings of a training script, and stage its data.
 
     python -m train.resolve train.tinyllama --resolved=FILE -- --config configs/jobs/tinyllama.yaml
     python -m train.resolve train.tinyllama --online -- --config configs/jobs/tinyllama.yaml
 
-The first is asked by `make run` and `make submit`: what is wrong is said here, before torch is
-loaded and anything is written. The second is `make fetch`: what has to be downloaded is, once.
+`make run` and `make submit` use the first: mistakes are reported here, before torch is loaded and
+anything is written. `make fetch` uses the second: it downloads what is needed, once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         )
     script = getattr(importlib.import_module(names[0]), "SCRIPT", None)
     if not isinstance(script, Script):
-        raise UserError(f"{names[0]}: exports no SCRIPT, which says what it reads (script.py)")
+        raise UserError(f"{names[0]}: exports no SCRIPT (script.py); give a training script")
     config = arguments.parse(
         script.config_class, script_arguments, prog=names[0], dry_run=script.dry_run
     )
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         with said_of_the_disk():
             config = script.stage(config, online=online)
     except KeyboardInterrupt:
-        # Ctrl+C during a long download; what is half done was put away on the way here.
+        # Ctrl+C during a long download; partial files are already cleaned up.
         return 130
     if resolved:
         Path(resolved).write_text(arguments.to_yaml(config), encoding="utf-8")
@@ -59,7 +59,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _with_absolute_paths(config: Any) -> Any:
-    """Return `config` with local paths that hold wherever the run is continued from."""
+    """Return `config` with absolute local paths, valid wherever the run is resumed from."""
 
     def absolute(path: str | None) -> str | None:
         local = path and os.path.lexists(Path(path).expanduser())

@@ -25,7 +25,7 @@ from train.engine.story import say
 if TYPE_CHECKING:
     import torch
 
-# What --dry_run changes; the command line still wins over it.
+# What --dry_run changes; the command line still overrides it.
 DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "data": {"sequence_length": 64},
@@ -48,8 +48,8 @@ class Config(TrainingConfig):
 
 
 def stage(config: Config, *, online: bool) -> Config:
-    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
-    # Said here rather than after the wait in a queue, if the batch does not divide.
+    """Return `config` with its inputs staged; `make fetch` calls this with a network."""
+    # Reported here and not after the wait in the queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     return replace(config, staged=staging.stage(config, online=online))
 

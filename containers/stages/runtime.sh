@@ -5,18 +5,18 @@ set -euo pipefail
 readonly variant=$1 labels=$2
 readonly here=/opt/containers share=/opt/sluice/share work=/opt/tmp
 
-# Neither the caller's home, which Apptainer mounts at /root, nor its /tmp is for a build to touch.
+# A build must use neither the caller's home, which Apptainer mounts at /root, nor its /tmp.
 mkdir -p "$work"
 export HOME=$work TMPDIR=$work
 
-# ---- what the build machine has set ---------------------------------------------------------
+# ---- settings of the build machine ----------------------------------------------------------
 
 if [[ -f /mnt/environment.sh ]]; then
   # shellcheck disable=SC1091
   . /mnt/environment.sh
 fi
 
-# ---- what the environment needs of the system -----------------------------------------------
+# ---- system packages of the environment -----------------------------------------------------
 
 packages=(python3 ca-certificates)
 if [[ $variant == cuda ]]; then
@@ -29,13 +29,13 @@ bash "$here/stages/packages.sh" "${packages[@]}"
 
 # ---- what is in it --------------------------------------------------------------------------
 
-# A line a package: kind, name, version.
+# One line per package: kind, name, version.
 dpkg-query --show --showformat 'deb ${binary:Package} ${Version}\n' | LC_ALL=C sort >"$share/packages.txt"
 /opt/sluice/bin/python -I -m pip list --format freeze |
   sed -n 's/^\([^=]*\)==\(.*\)$/pypi \1 \2/p' | LC_ALL=C sort >>"$share/packages.txt"
 
 # The same for machines: Debian's and Python's packages, with licences and sources, in CycloneDX.
-# Number and date follow from the content and the commit, so that two builds give the same.
+# Number and date are derived from the content and the commit, so that two builds agree.
 digest=$(sha256sum "$share/packages.txt")
 number=${digest:0:8}-${digest:8:4}-${digest:12:4}-${digest:16:4}-${digest:20:12}
 date=$(date --utc --date "@${SOURCE_DATE_EPOCH:-$(date +%s)}" +%Y-%m-%dT%H:%M:%S+00:00)
@@ -55,10 +55,10 @@ version() { sed -n "s/^pypi $1 //p" "$share/packages.txt"; }
   done
 } >>"$labels"
 
-# ---- where things will be bound -------------------------------------------------------------
+# ---- mount points ---------------------------------------------------------------------------
 
 mkdir -p /workspace /datasets /run-folder /cache
 
-# ---- what has served ------------------------------------------------------------------------
+# ---- clean-up -------------------------------------------------------------------------------
 
 rm -rf /opt/sbom /opt/containers "$work"

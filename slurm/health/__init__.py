@@ -1,1 +1,1 @@
-"""The parts of slurm/preflight.py: what it looks at, how the nodes meet, and the verdict."""
+"""The parts of slurm/preflight.py: the checks, the rendezvous of the nodes, and the verdict."""

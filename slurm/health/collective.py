@@ -16,15 +16,15 @@ import torch.distributed as dist
 MIB = 2**20
 SIZES_BYTES = {"cpu": (MIB, 8 * MIB, 32 * MIB), "cuda": (8 * MIB, 64 * MIB, 512 * MIB)}
 REPETITIONS = 4
-# A size that would take longer is left out: the smaller ones have told enough by then.
+# A size that would take longer is skipped: the smaller ones are enough by then.
 LONGEST_SIZE_S = 1.5
-# The most that is sent over a link to time it.
+# The most data sent over a link to time it.
 MAX_LINK_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process stands among all that take part, and what is asked of them."""
+    """The rank of a process among all that take part, and the settings of the measurement."""
 
     master_addr: str
     master_port: int
@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What came out; the speeds are the same in all processes."""
+    """The results; the speeds are the same in all processes."""
 
     sum_is_right: bool
     bandwidth_bytes_per_second: float
@@ -53,7 +53,7 @@ def measure(place: Place) -> Measurement:
     """Meet the other processes and measure.
 
     Raises:
-        RuntimeError: the processes cannot talk to one another, or stop doing so.
+        RuntimeError: the processes cannot communicate, or lose their connection.
     """
     device = torch.device("cpu")
     if place.device == "cuda":
@@ -86,7 +86,7 @@ def measure(place: Place) -> Measurement:
 
 
 def _sum_is_right(device: torch.device) -> bool:
-    """Sum integers of which the sum is known; there is no rounding that could excuse anything."""
+    """Sum integers with a known sum; there is no rounding, so the result must be exact."""
     pattern = torch.arange(100_003, device=device) % 1009
     total = pattern * (dist.get_rank() + 1)
     dist.all_reduce(total)
@@ -107,7 +107,7 @@ def _bus_bandwidth(device: torch.device) -> float:
         if last_s * size_bytes / last_bytes * REPETITIONS > LONGEST_SIZE_S:
             break
         data = torch.zeros(size_bytes // 4, device=device)
-        # Connections are made and buffers are taken on the first use.
+        # Connections are opened and buffers allocated on the first use.
         dist.all_reduce(data)
         seconds = _slowest_s(partial(dist.all_reduce, data), device)
         best = max(best, 2 * (world_size - 1) / world_size * size_bytes / seconds)
@@ -156,8 +156,8 @@ def rounds(num_nodes: int) -> list[list[int]]:
 def _links(place: Place, device: torch.device) -> list[float]:
     """Return the bytes per second of each link of the ring, the slower direction of each.
 
-    The processes of a node send at the same time, each to the one of its number on the next node,
-    because a node with several GPUs may have several network cards.
+    The processes of a node send at the same time, each to the one with its local rank on the next
+    node, because a node with several GPUs may have several network cards.
     """
     num_nodes = place.world_size // place.local_world_size
     node, ends = place.rank // place.local_world_size, ring(num_nodes)
@@ -173,7 +173,7 @@ def _links(place: Place, device: torch.device) -> list[float]:
             continue
         first, second = ends[mine]
         partner = (second if node == first else first) * place.local_world_size + place.local_rank
-        # The first byte makes the connection.
+        # The first byte opens the connection.
         _there_and_back(data[:1], partner, node == first, device)
         slower_s = _there_and_back(data, partner, node == first, device)
         speeds[mine] = place.local_world_size * size_bytes / slower_s
@@ -193,10 +193,10 @@ def _there_and_back(data: torch.Tensor, partner: int, begins: bool, device: torc
 
 
 def slow_nodes(links: list[float], num_nodes: int, floor: float) -> list[int]:
-    """Return the nodes that must be to blame for links (bytes per second) below the floor.
+    """Return the nodes that must be at fault for links (bytes per second) below the floor.
 
-    That is a node whose links are all slow, next to one that has a link which is not: that
-    neighbour can do better. Between two nodes it cannot be told.
+    That is a node whose links are all slow, next to one with a link that is not slow: that
+    neighbour can do better. With two nodes, it cannot be determined.
     """
     slow = {ends: speed < floor for ends, speed in zip(ring(num_nodes), links, strict=True)}
 

@@ -1,7 +1,7 @@
-"""The GPUs of one node: is each there, does it calculate, is it free, what does its driver say?
+"""The GPUs of one node: is each there, does it compute, is it free, what does its driver say?
 
-Each GPU has a process of its own, which takes part in the all-reduce later. The process that
-started them never opens a GPU: where the site allows one process per GPU, it would be in the way.
+Each GPU has its own process, which takes part in the all-reduce later. The process that started
+them never opens a GPU: if the site allows only one process per GPU, it would be in the way.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from slurm.health.collective import Measurement, Place, measure
 from slurm.health.report import Unhealthy
 
 GIB = 2**30
-# How long a process may take to give its GPU back.
+# How long a process may take to release its GPU.
 END_S = 5.0
 
 
@@ -33,15 +33,15 @@ class Processes:
             )
             process.start()
             self.processes.append(process)
-            # With our copy open, the death of the child would not be seen.
+            # With our copy open, the death of the child would go unnoticed.
             theirs.close()
             self.connections.append(ours)
 
     def check(self) -> None:
-        """Wait for what the processes say of their GPUs.
+        """Wait for the processes' reports on their GPUs.
 
         Raises:
-            Unhealthy: one of the GPUs is not as it should be.
+            Unhealthy: a check of one of the GPUs failed.
         """
         answers = [_answer(connection, "check") for connection in self.connections]
         problems = [
@@ -65,7 +65,7 @@ class Processes:
         return found
 
     def end(self) -> None:
-        """Let the processes end, or end them."""
+        """Let the processes end, or kill them."""
         for connection in self.connections:
             connection.close()
         for process in self.processes:
@@ -74,15 +74,15 @@ class Processes:
 
 
 def _answer(connection: Connection, what: str) -> Any:
-    """Return what a child says: its result, or a sentence on what went wrong."""
+    """Return a child's answer: its result, or a sentence on what went wrong."""
     try:
         return connection.recv()
     except (EOFError, OSError):
-        return f"its process died in the {what}"
+        return f"its process died during the {what}"
 
 
 def _process(connection: Connection, device: str, index: int, min_free_fraction: float) -> None:
-    """Live as a child: check the GPU, say so, wait for the place in the all-reduce, say so."""
+    """The child process: check the GPU, report, wait for its place in the all-reduce, report."""
     try:
         check_device(torch.device(device, index), min_free_fraction)
         connection.send("well")
@@ -103,21 +103,21 @@ def _first_line(problem: Exception) -> str:
 
 
 def check_count(wanted: int) -> None:
-    """Check that as many GPUs are seen as the job has on a node.
+    """Check that this node has as many GPUs as the job requested per node.
 
     Raises:
         Unhealthy: there are more or fewer.
     """
     seen = torch.cuda.device_count()
     if seen != wanted:
-        raise Unhealthy(f"GPUs: {seen} seen, {wanted} wanted")
+        raise Unhealthy(f"GPUs: {seen} found, {wanted} required")
 
 
 def check_device(device: torch.device, min_free_fraction: float) -> None:
     """Check one GPU by a product that is known exactly, its free memory and its driver.
 
     Raises:
-        Unhealthy: it is not as it should be.
+        Unhealthy: a check failed.
         RuntimeError: it cannot be used at all.
     """
     # Small integers, so that no precision of any GPU rounds: the products must be equal.
@@ -131,7 +131,7 @@ def check_device(device: torch.device, min_free_fraction: float) -> None:
     free, total = torch.cuda.mem_get_info(device)
     if free < min_free_fraction * total:
         raise Unhealthy(
-            f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {min_free_fraction:.0%} wanted"
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB free, {min_free_fraction:.0%} required"
         )
     try:
         nvml = importlib.import_module("pynvml")
@@ -143,10 +143,10 @@ def check_device(device: torch.device, min_free_fraction: float) -> None:
 
 
 def driver_problem(nvml: Any, uuid: str) -> str | None:
-    """Return what the driver's library NVML, the module pynvml, holds against a GPU."""
+    """Return the problem that the driver's library NVML (pynvml) reports for a GPU, or None."""
 
     def ask(question: str, *arguments: Any) -> Any:
-        """Return the answer, None where this kind of GPU has none to give."""
+        """Return the answer, or None if this kind of GPU does not support the question."""
         try:
             return getattr(nvml, question)(*arguments)
         except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
@@ -154,21 +154,21 @@ def driver_problem(nvml: Any, uuid: str) -> str | None:
 
     try:
         nvml.nvmlInit()
-        # By its identity: the numbers of NVML are not those of CUDA_VISIBLE_DEVICES.
+        # By UUID: the indices of NVML are not those of CUDA_VISIBLE_DEVICES.
         gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
         uncorrected = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
         errors = ask("nvmlDeviceGetTotalEccErrors", gpu, *uncorrected)
         retiring = ask("nvmlDeviceGetRetiredPagesPendingStatus", gpu)
-        # Numbers of corrected and uncorrected rows, whether one waits, whether one failed.
+        # Numbers of corrected and uncorrected rows, whether one is pending, whether one failed.
         remapped = ask("nvmlDeviceGetRemappedRows", gpu) or (0, 0, 0, 0)
     except nvml.NVMLError as error:
         return f"the driver does not answer ({error})"
     if errors:
         return f"{errors} uncorrected memory errors since the driver was loaded"
     if retiring:
-        return "memory pages wait to be retired; the GPU needs a reset"
+        return "memory pages are pending retirement; the GPU needs a reset"
     if remapped[3]:
         return "the remapping of a memory row failed; the GPU needs a repair"
     if remapped[2]:
-        return "memory rows wait to be remapped; the GPU needs a reset"
+        return "memory rows are pending remapping; the GPU needs a reset"
     return None

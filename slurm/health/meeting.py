@@ -1,4 +1,4 @@
-"""The nodes meet: a store on the head node, through which they tell one another what they see."""
+"""The rendezvous of the nodes: a store on the head node, through which they exchange results."""
 
 import json
 import time
@@ -12,9 +12,9 @@ from slurm.health.reach import wait_until_reachable
 from slurm.health.report import Report, Unhealthy
 from slurm.health.settings import Settings
 
-# Of the time for the whole check, how much passes before a node that is not there is given up.
+# The share of the time for the whole check after which a missing node is given up.
 RENDEZVOUS_SHARE = 0.7
-# How long a node that is there may take for an answer; so long the head node stays at the end.
+# How long a present node may take to answer; the head node waits this long at the end.
 ANSWER_S = 5.0
 
 
@@ -33,7 +33,7 @@ class Meeting:
         report.begin("rendezvous", guilty=False)
         wait_s = settings.preflight_timeout_s * RENDEZVOUS_SHARE - report.seconds()
         place = f"{settings.master_addr}:{settings.master_port}"
-        # Not left to the store, which waits several times as long as it is told.
+        # Not left to the store, which waits several times longer than its timeout.
         head = (settings.master_addr, settings.master_port)
         if self.rank != 0 and not wait_until_reachable(head, wait_s):
             raise Unhealthy(
@@ -45,7 +45,7 @@ class Meeting:
                 settings.master_addr,
                 settings.master_port,
                 is_master=self.rank == 0,
-                # The store takes whole seconds, and none would mean for ever.
+                # The store takes whole seconds, and 0 would mean forever.
                 timeout=timedelta(seconds=max(1.0, wait_s)),
                 wait_for_workers=False,
             )
@@ -74,10 +74,10 @@ class Meeting:
                 ) from None
             return [json.loads(text) for text in self.store.multi_get(keys)]
         except dist.DistNetworkError:
-            raise Unhealthy(f"{topic}: the head node ended the meeting") from None
+            raise Unhealthy(f"{topic}: the head node closed the connection") from None
 
     def gather(self, usable: bool) -> bool:
-        """Wait until all nodes are there; return whether the devices of all can be used."""
+        """Wait until all nodes are there; return whether the devices of all are usable."""
         wait_s = self.settings.preflight_timeout_s * RENDEZVOUS_SHARE - self.report.seconds()
         here = {"node": self.settings.node_name, "usable": usable}
         everybody = self.exchange("rendezvous", here, wait_s)

@@ -30,7 +30,7 @@ def check_network(settings: Settings, report: Report) -> None:
             check_count(settings.gpus_per_node)
             processes = Processes("cuda", settings.gpus_per_node, settings.min_free_gpu_fraction)
             processes.check()
-            report.passed(f"{settings.gpus_per_node} calculate")
+            report.passed(f"{settings.gpus_per_node} compute correctly")
         except Unhealthy as problem:
             report.failed(problem)
             usable = False
@@ -49,9 +49,9 @@ def check_network(settings: Settings, report: Report) -> None:
         except Unhealthy as problem:
             report.failed(problem)
         except RuntimeError as error:
-            # Without the place in torch's sources.
-            text = re.sub(r"^\[[^]]*\] *", "", (str(error).splitlines() or ["no reason said"])[0])
-            report.failed(Unhealthy(f"{report.content['during']}: broke off ({text})"))
+            # Without torch's source location.
+            text = re.sub(r"^\[[^]]*\] *", "", (str(error).splitlines() or ["no reason given"])[0])
+            report.failed(Unhealthy(f"{report.content['during']}: failed ({text})"))
         if meeting is not None:
             meeting.leave(ends)
     if processes is not None:
@@ -59,7 +59,7 @@ def check_network(settings: Settings, report: Report) -> None:
 
 
 def _choose_interface(settings: Settings, report: Report) -> None:
-    """Tell Gloo and NCCL by which interface the other nodes are reached, unless they are told."""
+    """Set the interface on which Gloo and NCCL reach the other nodes, unless it is set."""
     report.begin("interface", guilty=True)
     try:
         name = use_interface_towards(settings.master_addr, settings.interface)
@@ -82,33 +82,33 @@ def _compare_clocks(meeting: Meeting) -> None:
         Unhealthy(
             f"clock: {abs(seconds):.1f} s {'ahead' if seconds > 0 else 'behind'}"
             f", {meeting.settings.max_clock_skew_s:g} s allowed",
-            # Of two clocks nobody knows which is right.
+            # With two clocks, nobody knows which is right.
             guilty=meeting.num_nodes > 2,
         )
     )
 
 
 def _connect_all(meeting: Meeting) -> bool:
-    """Try the connections between all nodes; return whether all can be made."""
+    """Try the connections between all nodes; return whether all succeed."""
     meeting.report.begin("connections", guilty=False)
     try:
         listener, own = listen((meeting.settings.master_addr, meeting.settings.master_port))
     except OSError as error:
-        raise Unhealthy(f"connections: the head node is out of reach ({error})") from None
+        raise Unhealthy(f"connections: cannot reach the head node ({error})") from None
     with listener:
         addresses = meeting.exchange("address", own, ANSWER_S)
         failed = unreachable([(address, port) for address, port in addresses])
         views = meeting.exchange("unreachable", failed, 2 * ANSWER_S)
     if failed:
         names = ", ".join(f"{meeting.names[rank]} ({addresses[rank][0]})" for rank in failed)
-        text = f"connections: {names} cannot be connected to from here"
+        text = f"connections: this node cannot connect to {names}"
         meeting.report.failed(Unhealthy(text, guilty=meeting.rank in cut_off(views)))
     elif meeting.rank in cut_off(views):
         others = ", ".join(
             meeting.names[rank] for rank, view in enumerate(views) if meeting.rank in view
         )
         meeting.report.failed(
-            Unhealthy(f"connections: cannot be connected to from {others}", guilty=True)
+            Unhealthy(f"connections: {others} cannot connect to this node", guilty=True)
         )
     else:
         meeting.report.passed(f"{len(addresses)} nodes")
@@ -116,7 +116,7 @@ def _connect_all(meeting: Meeting) -> bool:
 
 
 def _look_for_files(meeting: Meeting, ends: float) -> None:
-    """Look whether each node sees the files of the others: one run folder for all."""
+    """Check that each node sees the files of the others: one run folder for all."""
     meeting.report.begin("shared run folder", guilty=False)
     folder = meeting.report.file.parent
     tokens = meeting.exchange("token", meeting.report.content["token"], ANSWER_S)
@@ -135,12 +135,12 @@ def _look_for_files(meeting: Meeting, ends: float) -> None:
     meeting.report.content["elsewhere"] = elsewhere
     unseen = [rank for rank in range(meeting.num_nodes) if rank not in seen]
     if not unseen:
-        meeting.report.passed("all see all")
+        meeting.report.passed("all nodes see all files")
         return
     names = ", ".join(meeting.names[rank] for rank in unseen)
     meeting.report.failed(
         Unhealthy(
-            f"run folder: what {names} wrote does not appear here: another file system, or"
+            f"run folder: the files of {names} do not appear here: another file system, or"
             " not writable there",
             guilty=meeting.rank in elsewhere,
         )
@@ -180,7 +180,7 @@ def _all_reduce(meeting: Meeting, processes: Processes | None, ends: float) -> N
     if right[meeting.rank]:
         report.passed("the sum is right")
     else:
-        # A sum that is wrong on all of several nodes does not tell whose part in it was.
+        # A sum that is wrong on all of several nodes does not show which node is at fault.
         guilty = any(right) or meeting.num_nodes == 1
         report.failed(Unhealthy("all-reduce: the sum is wrong", guilty=guilty))
     report.begin("bandwidth", guilty=False)
@@ -192,9 +192,9 @@ def _all_reduce(meeting: Meeting, processes: Processes | None, ends: float) -> N
 
 
 def _too_slow(found: Measurement, meeting: Meeting, floor: float) -> Unhealthy:
-    """Return what to say of an all-reduce below the floor: which links, and whose fault."""
+    """Return the problem of an all-reduce below the floor: which links, and whose fault."""
     text = f"all-reduce {found.bandwidth_bytes_per_second / GB:.2f} GB/s"
-    text += f", at least {floor / GB:.2f} GB/s wanted"
+    text += f", at least {floor / GB:.2f} GB/s required"
     links = found.links_bytes_per_second
     if links is None:
         return Unhealthy(text, guilty=meeting.num_nodes == 1)
@@ -203,7 +203,7 @@ def _too_slow(found: Measurement, meeting: Meeting, floor: float) -> Unhealthy:
         for (first, second), speed in zip(ring(meeting.num_nodes), links, strict=True)
         if speed < floor
     ]
-    text += f"; slow links: {', '.join(slow) or 'none alone'}"
+    text += f"; slow links: {', '.join(slow) or 'none individually'}"
     if meeting.rank in slow_nodes(links, meeting.num_nodes, floor):
-        return Unhealthy(f"{text}; those of this node all are", guilty=True)
+        return Unhealthy(f"{text}; all links of this node are slow", guilty=True)
     return Unhealthy(text)

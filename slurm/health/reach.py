@@ -1,7 +1,7 @@
 """Can each node open a connection to each other one, not only to the head node?
 
-A node whose firewall or route is wrong joins the meeting and lets the all-reduce hang, which then
-cannot say between whom.
+A node whose firewall or route is wrong joins the rendezvous and makes the all-reduce hang, which
+does not show between which nodes.
 """
 
 import socket
@@ -15,9 +15,9 @@ THREADS = 32
 
 
 def listen(towards: tuple[str, int]) -> tuple[socket.socket, tuple[str, int]]:
-    """Return a listening socket, and its address as seen by those who are reached like `towards`.
+    """Return a listening socket, and its address as seen by hosts that are reached like `towards`.
 
-    The kernel accepts for it: nobody has to answer.
+    The kernel accepts the connections: nobody has to answer.
 
     Raises:
         OSError: `towards`, an address and a port, cannot be connected to.
@@ -56,10 +56,10 @@ def wait_until_reachable(address: tuple[str, int], wait_s: float) -> bool:
 
 
 def cut_off(views: Sequence[Sequence[int]]) -> list[int]:
-    """Return the nodes to blame for connections that cannot be made.
+    """Return the nodes at fault for connections that fail.
 
-    That is the one node that has a part in all of them, or a minority that have no connection to
-    any other node. Between two nodes it cannot be told.
+    That is the one node that is part of all of them, or a minority that have no connection to any
+    other node. With two nodes, it cannot be determined.
 
     Args:
         views: by rank, the ranks that it could not connect to.

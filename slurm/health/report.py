@@ -15,16 +15,16 @@ class Unhealthy(Exception):
 
     def __init__(self, problem: str, *, guilty: bool | None = None) -> None:
         super().__init__(problem)
-        # None: as the check says that found it.
+        # None: the check that found it decides.
         self.guilty = guilty
 
 
 class Report:
-    """The results of one node, in node-K.json; a hang or a kill leaves what was found before."""
+    """The results of one node, in node-K.json; a hang or a kill keeps what was found before."""
 
     def __init__(self, folder: Path, node: str, rank: int) -> None:
         self.file = folder / f"node-{rank}.json"
-        # By the token the others know that they read the file of this very check.
+        # The token shows the others that they read the file of this very check.
         self.content: dict[str, Any] = {
             "node": node,
             "rank": rank,
@@ -39,27 +39,27 @@ class Report:
         }
         self._guilty = True
         self._began = time.monotonic()
-        # The watch at the deadline writes too.
+        # The timer at the deadline writes too.
         self._lock = threading.Lock()
         self._unwritable: str | None = None
 
     def begin(self, name: str, *, guilty: bool) -> None:
-        """Say which check begins, and whether this node is to blame should it fail or hang."""
+        """Record which check begins, and whether this node is at fault if it fails or hangs."""
         self._guilty = guilty
         self.content["during"] = name
         self.save()
 
     def passed(self, value: str) -> None:
-        """Record that the check that began is well."""
+        """Record that the current check passed."""
         self._record(value, None, guilty=False)
 
     def failed(self, problem: Unhealthy) -> None:
-        """Record what is wrong in the check that began."""
+        """Record what is wrong in the current check."""
         guilty = self._guilty if problem.guilty is None else problem.guilty
         self._record(None, str(problem), guilty=guilty)
 
     def finish(self) -> bool:
-        """Close the report and return whether all is well."""
+        """Close the report and return whether all checks passed."""
         self.content |= {"during": None, "done": True}
         self.save()
         return not self._unwritable and all(check["ok"] for check in self.content["checks"])
@@ -69,13 +69,13 @@ class Report:
         return time.monotonic() - self._began
 
     def hung(self, timeout_s: float) -> None:
-        """Record that the check that began does not end; the process is given up after this."""
+        """Record that the current check does not end; the process is given up after this."""
         during = self.content["during"]
-        self.failed(Unhealthy(f"{during}: did not end within {timeout_s:.0f} s"))
+        self.failed(Unhealthy(f"{during}: did not finish within {timeout_s:.0f} s"))
 
     def save(self) -> None:
-        """Write the file; where that fails, say so once and go on: the other nodes wait."""
-        # Held for longer only by a file system that hangs.
+        """Write the file; if that fails, print it once and continue: the other nodes wait."""
+        # Only a hanging file system holds it for longer.
         if not self._lock.acquire(timeout=2):
             return
         try:

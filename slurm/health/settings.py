@@ -1,4 +1,4 @@
-"""What the caller of a preflight resolved."""
+"""The settings of a preflight, which its caller resolved."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -38,7 +38,7 @@ class Settings:
     # cpu or cuda.
     device: str
     gpus_per_node: int
-    # Bus bandwidth of an all-reduce over all processes; 0: none is asked for.
+    # Bus bandwidth of an all-reduce over all processes; 0: no minimum.
     floor_bytes_per_second: float
     max_clock_skew_s: float
     min_free_memory_bytes: float
@@ -47,7 +47,7 @@ class Settings:
     min_free_scratch_bytes: float
     # Of the whole check on a node.
     preflight_timeout_s: float
-    # The site's own between the nodes; without one, that which leads to the first.
+    # The site's interface between the nodes; if empty, the one that leads to the first node.
     interface: str = ""
 
     @classmethod

@@ -12,10 +12,10 @@ from runfolder import attempts
 from runfolder.decision import ALL_NODES_ALIKE, GUILTY_NODES, SUSPECT_NODES
 from runfolder.files import write_json
 
-# What lies on a node itself. With a single node there is none to compare with, and only these are
-# its own fault; a data set that is missing there would be missing on the next one, too.
+# Problems of a node itself. A single node cannot be compared with others, and only these are its
+# own fault; a data set that is missing there would be missing on the next one, too.
 OF_THE_NODE = ("scratch", "memory", "gpus", "all-reduce", "bandwidth")
-# Where a node waits for the others: that it has not come further may be their fault.
+# Checks in which a node waits for the others: if it hangs there, it may be their fault.
 WITH_OTHERS = (
     "rendezvous",
     "clock",
@@ -38,12 +38,12 @@ class Finding:
     check: str
     problem: str
     guilty: bool
-    # Whether all nodes have it, each by itself: the job's fault then, or the site's.
+    # Whether all nodes have it, each on its own: then it is the job's fault, or the site's.
     is_common: bool = False
 
 
 def judge(environment: Mapping[str, str]) -> int:
-    """Read what the nodes left, print and write the verdict, and return the exit code.
+    """Read the nodes' reports, print and write the verdict, and return the exit code.
 
     Raises:
         ValueError: a variable is missing or wrong.
@@ -55,7 +55,7 @@ def judge(environment: Mapping[str, str]) -> int:
     names = attempts.read(run, number).nodes
     num_nodes = len(names)
     if not names:
-        raise ValueError(f"{attempts.folder_of(run, number)}: its slurm.json names no nodes")
+        raise ValueError(f"{attempts.folder_of(run, number)}: its slurm.json lists no nodes")
     folder = attempts.preflight_folder(run, number)
     reports = [read_report(folder / f"node-{rank}.json") for rank in range(num_nodes)]
     findings = find(names, reports)
@@ -110,7 +110,7 @@ def find(names: list[str], reports: list[dict[str, Any] | str | None]) -> list[F
     read = {rank: report for rank, report in enumerate(reports) if isinstance(report, dict)}
     missing = {rank for report in read.values() for rank in report["missing"]}
     elsewhere = {rank for report in read.values() for rank in report["elsewhere"]}
-    # Those whose files do not appear here did answer, if the meeting came so far.
+    # If the rendezvous got this far, nodes whose files do not appear here did answer.
     met = any(each["name"] == "shared run folder" for r in read.values() for each in r["checks"])
     unfinished = [rank for rank in range(len(names)) if rank not in read or not read[rank]["done"]]
     findings: list[Finding] = []
@@ -124,29 +124,29 @@ def find(names: list[str], reports: list[dict[str, Any] | str | None]) -> list[F
             during = report["during"]
             if not report["done"] and all(each["name"] != during for each in report["checks"]):
                 guilty = during not in WITH_OTHERS or rank in missing or len(unfinished) == 1
-                findings.append(Finding(name, "end", f"{during}: ended in the midst of it", guilty))
+                findings.append(Finding(name, "end", f"{during}: ended during this check", guilty))
             if rank in missing and report["done"] and len(missing) < len(names) / 2:
-                text = "did not answer in time at the head node, as most others did"
+                text = "did not answer the head node in time, while most others did"
                 findings.append(Finding(name, "answer", text, guilty=True))
         elif report is not None:
             findings.append(Finding(name, "report", report, guilty=True))
         elif met and rank not in missing:
-            text = "answered, but what it wrote is not in the run folder as the head node sees it"
+            text = "answered, but its report is missing from the run folder on the head node"
             findings.append(Finding(name, "report", text, guilty=rank in elsewhere))
         else:
-            text = "did not start: it left nothing in the run folder"
+            text = "did not start: it wrote nothing to the run folder"
             findings.append(Finding(name, "report", text, guilty=True))
     return _without_common_faults(findings, len(names), len(read))
 
 
 def _without_common_faults(findings: list[Finding], num_nodes: int, num_read: int) -> list[Finding]:
-    """Clear of guilt what is the same on all nodes: that is the job's fault or the site's."""
+    """Blame no node for what is the same on all: that is the job's fault or the site's."""
     blamed = Counter(check for check, _ in {(f.check, f.node) for f in findings if f.guilty})
 
     def common(finding: Finding) -> bool:
         if num_nodes == 1:
             return finding.check not in OF_THE_NODE
-        # A node that left no report cannot contradict what the others say of themselves.
+        # A node without a report cannot contradict what the others report.
         compared = finding.check in (*WITH_OTHERS, *OF_THE_JUDGE)
         all_of_them = num_nodes if compared else num_read
         return blamed[finding.check] >= all_of_them
@@ -157,7 +157,7 @@ def _without_common_faults(findings: list[Finding], num_nodes: int, num_read: in
             f.check,
             f.problem,
             guilty=f.guilty and not common(f),
-            # What is between nodes, or was not said at all, need not be the same with others.
+            # A problem between nodes, or a missing report, may differ on other nodes.
             is_common=common(f) and f.check not in (*WITH_OTHERS, *OF_THE_JUDGE),
         )
         for f in findings
@@ -176,7 +176,7 @@ def _lines(findings: list[Finding], num_nodes: int) -> list[str]:
 
 
 def _summary(reports: list[Any]) -> str:
-    """Return what to say of a healthy allocation."""
+    """Return the summary of a healthy allocation."""
     number = len(reports)
     seconds = max(report["seconds"] for report in reports)
     text = f"{number} node{'s' if number > 1 else ''} healthy in {seconds:.1f} s"
@@ -188,9 +188,9 @@ def _summary(reports: list[Any]) -> str:
 
 
 def skewed_clocks(clocks: list[float], allowed_s: float) -> dict[int, float]:
-    """Return by rank how many seconds a clock is off the median, of those that are off too far.
+    """Return, by rank, how many seconds a clock is off the median, for those too far off.
 
-    Two clocks have nothing between them to be measured by: both are named when they differ.
+    Two clocks have no useful median: both are returned if they differ.
     """
     if len(clocks) == 2:
         difference = clocks[0] - clocks[1]
@@ -202,7 +202,7 @@ def skewed_clocks(clocks: list[float], allowed_s: float) -> dict[int, float]:
 
 
 def largest_group(views: list[list[int]]) -> set[int]:
-    """Return the largest group of ranks of which each sees all, the head's among equals.
+    """Return the largest group of ranks that all see each other; among equals, the head's.
 
     Args:
         views: by rank, the ranks of which it sees the files.

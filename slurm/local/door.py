@@ -1,9 +1,9 @@
-"""The door of the private cluster: a port on this machine's loopback that leads to sshd inside.
+"""The way into the private cluster: a port on this machine's loopback that leads to sshd inside.
 
     door.py PORT PORT_FILE PID COMMAND...
 
-Each connection becomes the standard input and output of one COMMAND. Port 0 takes a free one; the
-one taken is written to PORT_FILE. When process PID has ended, so does this.
+Each connection becomes the standard input and output of one COMMAND. Port 0 means a free port; the
+port is written to PORT_FILE. This process ends when process PID ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(port: int, port_file: Path, pid: int, command: list[str]) -> None:
         door = socket.create_server(("127.0.0.1", port), backlog=16)
     except OSError as error:
         sys.exit(f"port {port}: {os.strerror(error.errno or 0)}")
-    # Under its name it is whole.
+    # Renamed when it is complete.
     unfinished = port_file.with_suffix(".new")
     unfinished.write_text(f"{door.getsockname()[1]}\n")
     unfinished.rename(port_file)

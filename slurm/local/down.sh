@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# End the private Slurm and leave nothing:  slurm/local/down.sh
+# Stop the private Slurm and remove everything:  slurm/local/down.sh
 #
 #   SLUICE_CLUSTER   the cluster's folder (.cluster)
 #
-# Also what is left of one that crashed, or was not up yet. Jobs in it are killed.
+# Also removes what is left of a cluster that crashed or was not up yet. Jobs in it are killed.
 set -euo pipefail
 
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/state.sh"
 
-(($# == 0)) || fail "down.sh: '$*' is not understood; it takes no arguments"
+(($# == 0)) || fail "down.sh: unknown argument '$*'; it takes none"
 outside_only down.sh
 state=$(state_folder)
 if [[ ! -e $state && ! -L $state ]]; then
@@ -18,4 +18,4 @@ if [[ ! -e $state && ! -L $state ]]; then
 fi
 require_ours "$state"
 end_cluster "$state"
-echo "$state: the cluster has ended; nothing is left of it"
+echo "$state: the cluster has stopped; everything is removed"

@@ -12,7 +12,7 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/state.sh"
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 node='' user=''
 while (($#)) && [[ $1 == -* ]]; do
@@ -22,7 +22,7 @@ while (($#)) && [[ $1 == -* ]]; do
     continue
     ;;
   --node | --user)
-    if (($# == 1)) || [[ -z $2 ]]; then fail "exec.sh: $1 wants a name; see slurm/local/exec.sh"; fi
+    if (($# == 1)) || [[ -z $2 ]]; then fail "exec.sh: $1 needs a name; see slurm/local/exec.sh"; fi
     case $1 in
     --node) node=$2 ;;
     --user) user=$2 ;;
@@ -33,7 +33,7 @@ while (($#)) && [[ $1 == -* ]]; do
     shift
     break
     ;;
-  *) fail "exec.sh: '$1' is not understood; choose from --node NAME, --user NAME" ;;
+  *) fail "exec.sh: unknown option '$1'; choose from --node NAME, --user NAME" ;;
   esac
 done
 (($#)) || fail "exec.sh: no command; use slurm/local/exec.sh [--node NAME] [--user NAME] COMMAND..."
@@ -71,7 +71,7 @@ fi
 
 enter=(nsenter --target "$pid" --mount --net --uts --ipc --pid)
 if ((EUID != 0)); then enter+=(--user --preserve-credentials); fi
-# The folder is entered in there, where it may be another than outside, and before the user
+# The folder is entered inside, where it may differ from the one outside, and before the user
 # changes, as su does.
 exec env PATH="$PATH:/usr/sbin:/sbin" SLURM_CONF="$state/etc/slurm.conf" SLUICE_CLUSTER="$state" \
   SLUICE_CLUSTER_INSIDE=1 "${enter[@]}" env --chdir="$PWD" "${as[@]}" "$@"

@@ -2,7 +2,7 @@
 # Pid 1 of the login node's namespaces:  login.sh STATE NET NODES USER,USER
 #
 # Started by up.sh, which has written the settings. Brings up the network, munge, the accounting,
-# the controller and the nodes, then does what drill.sh writes to its pipe.
+# the controller and the nodes, then runs the drills that drill.sh writes to its pipe.
 set -euo pipefail
 
 readonly state=$1 net=$2 nodes=$3 users=$4 log=$1/log
@@ -14,9 +14,9 @@ readonly here me
 
 say() { printf '%s %s\n' "$EPOCHREALTIME" "$*"; }
 
-# Errors that are none, or say only that something failed.
+# Lines that are not errors, or only say that something failed.
 readonly untelling='initialization failed|state file|not recommended|process config|read/parse'
-stop() { # stop WHAT LOG: what did not start, and the line of its log that tells why
+stop() { # stop WHAT LOG: what did not start, and the line of its log that says why
   local line=''
   if [[ -s $2 ]]; then
     line=$(grep -i -E 'fatal|error|cannot|denied' -- "$2" | grep -v -E "$untelling" | tail -n 1) ||
@@ -29,9 +29,9 @@ stop() { # stop WHAT LOG: what did not start, and the line of its log that tells
 
 drop=() force=()
 if ((EUID != 0)); then
-  # The rights that mounts and the network need are not for daemons and their jobs.
+  # The capabilities for mounts and the network are not for daemons and their jobs.
   drop=(setpriv --ambient-caps=-all --inh-caps=-all)
-  # Inside a user namespace / looks as if nobody owned it, which munged minds.
+  # Inside a user namespace, / seems to be owned by nobody, which munged rejects.
   force=(--force)
 fi
 
@@ -42,10 +42,10 @@ cover() { mount -n --bind "$state/etc/$1" "/etc/$1" || stop "/etc/$1" "$log/logi
 cover hosts
 cover nsswitch.conf
 if ((EUID == 0)); then
-  # sshd turns away a user whose password is locked; nobody's password is of use in here.
+  # sshd rejects users whose password is locked; passwords are of no use in here.
   cover shadow
   if [[ ! -d /run/sshd ]]; then
-    # sshd insists on this folder. It is made in a /run of our own, with all else of the host's.
+    # sshd requires this folder. It is created in our own /run, with all else from the host's.
     mount -n --rbind /run "$state/run"
     mount -n -t tmpfs -o mode=755 run /run
     for entry in "$state"/run/*; do
@@ -69,13 +69,13 @@ fi
 
 hostname login
 ip link set lo up
-# A card's address stays the same over a loss of power. Random ones would change with each boot, and
-# the other nodes would go on for half a minute to send to the one that they remember.
+# A card keeps its address over a power loss. A random one would change with each boot, and the
+# other nodes would keep sending to the old one for half a minute.
 card_of() { printf '02:00:00:00:00:%02x\n' "$1"; } # card_of LAST_PART_OF_ADDRESS
 { ip link add sluice0 address "$(card_of 10)" type bridge && ip link set sluice0 up &&
   ip address add "$net.10/24" dev sluice0 &&
   # sacctmgr and slurmdbd send a message in two parts, and hold the second back (Nagle) until the
-  # first is acknowledged; at once, not after 40 ms, each question takes a tenth of its time.
+  # first is acknowledged; at once instead of after 40 ms, a request takes a tenth of the time.
   ip route replace local "$net.10" dev sluice0 table local src "$net.10" quickack 1; } ||
   stop "the network" "$log/login.log"
 
@@ -84,7 +84,7 @@ has_child() { children_of "$1" >/dev/null; }
 
 power_on() { # power_on NODE
   local leader last=$((10 + ${1#node}))
-  # The interface of a node that lost its power goes a moment after the node.
+  # The interface of a node that lost its power disappears a moment after the node.
   wait_until 60 is_unplugged "$1"
   unshare --mount --net --uts --ipc --pid --fork --kill-child --mount-proc \
     "$here/node.sh" "$net.$last" "$state" "$1" >>"$log/$1.log" 2>&1 3>&- &
@@ -98,7 +98,7 @@ power_on() { # power_on NODE
 # ---- munge and the accounting ---------------------------------------------------------------
 
 case $(slurmctld -V) in
-# What newer releases need without cgroups is unknown to these, and an error.
+# These releases reject the setting that newer ones need without cgroups.
 *' 2'[012].*) : >"$state/etc/cgroup.conf" ;;
 *) echo CgroupPlugin=disabled >"$state/etc/cgroup.conf" ;;
 esac
@@ -136,12 +136,12 @@ say 'the accounting is up'
 
 {
   enter add account research,closed Description=sluice Organization=sluice &&
-    # What preempts a job gives it this many seconds to save.
+    # A preempted job gets this many seconds to save.
     enter modify qos normal set GraceTime=20 &&
     enter add qos short Priority=100 MaxWall=00:10:00 Flags=DenyOnLimit &&
     enter add qos urgent Priority=1000 Preempt=normal PreemptMode=requeue &&
     enter add user "$users" account=research qos=normal,short,urgent defaultqos=normal &&
-    # Slurm has given root an account of its own already.
+    # Slurm has already created an account for root.
     if ((EUID == 0)); then enter modify user root set defaultaccount=research; fi
 } || stop sacctmgr "$log/sacctmgr.log"
 
@@ -181,7 +181,7 @@ restart_controller() {
 mkfifo -m 600 "$state/drills"
 exec 3<>"$state/drills"
 : >"$state/ready"
-# From here on nothing may end this shell, and the cluster with it: drill.sh sees what came of it.
+# From here on, no failure may end this shell, and with it the cluster; drill.sh checks the result.
 set +e
 while read -r drill node <&3; do
   say "drill: $drill $node"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Another userland under the private cluster:  rootfs.sh STATE DIR COMMAND...
-# Runs COMMAND in DIR's system with the host's users and folders of data. Called by up.sh as root,
-# in a mount namespace of its own. DIR itself is not changed: what is written goes to memory.
+# Another userland for the private cluster:  rootfs.sh STATE DIR COMMAND...
+# Runs COMMAND in DIR's system with the host's users and data folders. Called by up.sh as root, in
+# its own mount namespace. DIR itself is not changed: writes go to memory.
 set -euo pipefail
 
 readonly state=$1 tree=$2
@@ -23,7 +23,7 @@ bind() { # bind FOLDER
 for folder in /*; do
   if [[ -L $folder || ! -d $folder ]]; then continue; fi
   case $folder in
-  # These make the system; /proc comes anew.
+  # These belong to the system; /proc is mounted below.
   /bin | /boot | /etc | /lib* | /lost+found | /proc | /run | /sbin | /usr | /var) ;;
   *) bind "$folder" ;;
   esac
@@ -40,7 +40,7 @@ for file in passwd group; do
 done
 touch "$root"/etc/{hosts,nsswitch.conf,shadow}
 
-# ---- go there; processes that join later land there as well ----
+# ---- go there; processes that join later end up there as well ----
 mkdir "$root/.host"
 cd -- "$root"
 pivot_root . .host

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Where the private cluster's state lies, and which of its processes live.  Sourced by the scripts
-# beside it; every path and pid is one of the host, outside the cluster.
+# Where the private cluster's state is, and which of its processes are alive.  Sourced by the
+# scripts beside it; every path and pid is one of the host, outside the cluster.
 
 note() { printf '%s\n' "$*" >&2; }
 fail() {
@@ -17,11 +17,11 @@ state_folder() { # $SLUICE_CLUSTER, or .cluster; a relative path counts from the
   esac
 }
 
-# This file says that up.sh made the folder, so that it may be removed.
+# This file marks a folder that up.sh made, so that it may be removed.
 marker_of() { printf '%s\n' "$1/made-by-up.sh"; }
 is_clusters() { [[ -f $(marker_of "$1") ]]; }
 
-outside_only() { # outside_only SCRIPT: pids are others inside
+outside_only() { # outside_only SCRIPT: pids differ inside
   if [[ ${SLUICE_CLUSTER_INSIDE:-} == 1 ]]; then
     fail "$1: this is inside the private cluster; leave it (exit) and run this outside"
   fi
@@ -29,22 +29,22 @@ outside_only() { # outside_only SCRIPT: pids are others inside
 
 # ---- processes ------------------------------------------------------------------------------
 
-start_of() { # start_of PID: when it started, in ticks; fails if it is no more
+start_of() { # start_of PID: when it started, in ticks; fails if it is gone
   local stat fields
   { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-  # The name, in brackets, may hold anything; behind it are the state and 18 others.
+  # The name, in parentheses, may contain anything; after it come the state and 18 others.
   read -r -a fields <<<"${stat##*) }"
   [[ ${fields[0]} != [ZX] ]] || return 1
   printf '%s\n' "${fields[19]}"
 }
 
-# A pid alone may be another process's by the time that it is read.
+# A pid alone may belong to another process by the time it is read.
 record() { # record FILE: note down the shell that calls this, and what it then becomes
   local pid=$BASHPID
   printf '%s %s\n' "$pid" "$(start_of "$pid")" >"$1"
 }
 
-recorded() { # recorded FILE: the pid, if that process lives
+recorded() { # recorded FILE: the pid, if that process is alive
   local pid start
   { read -r pid start <"$1"; } 2>/dev/null || return 1
   [[ $(start_of "$pid") == "$start" ]] || return 1
@@ -68,7 +68,7 @@ wait_until() { # wait_until SECONDS COMMAND...
 
 is_gone() { ! start_of "$1" >/dev/null; }
 
-end_process() { # end_process PID: kill it, unless it ends by itself meanwhile
+end_process() { # end_process PID: kill it, unless it ends by itself in the meantime
   kill -KILL "$1" 2>/dev/null || is_gone "$1" || kill -KILL "$1"
 }
 
@@ -92,16 +92,16 @@ node_pid() { # node_pid STATE NODE: pid 1 of a node, if it is on
   return 1
 }
 
-require_ours() { # require_ours STATE: it is there, and ours to act on
+require_ours() { # require_ours STATE: it exists and belongs to this user
   [[ -e $1 ]] || fail "$1: no cluster is up; start it with make cluster-up"
   is_clusters "$1" || fail "$1: is not a cluster's folder; set SLUICE_CLUSTER to one that is"
-  [[ -O $1 ]] || fail "$1: is $(stat -c %U -- "$1")'s; run this as that user"
+  [[ -O $1 ]] || fail "$1: belongs to $(stat -c %U -- "$1"); run this as that user"
 }
 
 require_up() { # require_up STATE
   require_ours "$1"
-  login_pid "$1" >/dev/null || fail "$1: the cluster in it has ended; make cluster-down removes it"
-  [[ -e $1/ready ]] || fail "$1: the cluster in it is being started; wait for make cluster-up"
+  login_pid "$1" >/dev/null || fail "$1: its cluster has stopped; remove it with make cluster-down"
+  [[ -e $1/ready ]] || fail "$1: its cluster is starting; wait for make cluster-up"
 }
 
 require_node() { # require_node STATE NODE
@@ -114,7 +114,7 @@ require_node() { # require_node STATE NODE
 
 end_cluster() { # end_cluster STATE: end every process of it, then remove its folder
   local leader login door
-  # With its pid 1 ends everything in a pid namespace; mounts and interfaces go with the last
+  # When pid 1 ends, so does everything in its pid namespace; mounts and interfaces go with the last
   # process that sees them.
   if leader=$(recorded "$1/login.pid"); then
     if login=$(children_of "$leader"); then
@@ -126,11 +126,11 @@ end_cluster() { # end_cluster STATE: end every process of it, then remove its fo
       fail "$1: process $leader does not end; see what it waits for, then make cluster-down"
   fi
   if door=$(recorded "$1/door.pid"); then
-    # It leaves by itself when the login node is gone, after the last connection.
+    # It ends by itself when the login node is gone, after the last connection.
     if ! wait_until 3 is_gone "$door"; then end_process "$door"; fi
   fi
   if ! rm -rf --one-file-system -- "$1" 2>/dev/null; then
-    # A job may have left a folder that not even its owner may write to.
+    # A job may have left a folder that even its owner cannot write to.
     chmod -R u+rwX -- "$1"
     rm -rf --one-file-system -- "$1"
   fi

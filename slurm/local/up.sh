@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Start a private Slurm on this machine:  slurm/local/up.sh [OPTION...]
 #
-#   --nodes N          compute nodes of 4 CPUs, 8 GB and 2 pretended GPUs each (2)
+#   --nodes N          compute nodes of 4 CPUs, 8 GB and 2 simulated GPUs each (2)
 #   --users NAME,NAME  other users of this machine who may submit jobs too (only as root)
 #   --no-names         the nodes resolve no names, not even their own
-#   --rootfs DIR       take Slurm and all else from the system in DIR (only as root)
+#   --rootfs DIR       use Slurm and all else from the system in DIR (only as root)
 #   --ssh-port PORT    the port of this machine that leads to sshd inside (a free one; 0: none)
-#   SLUICE_CLUSTER     the folder that holds all of it (.cluster)
+#   SLUICE_CLUSTER     the cluster's folder (.cluster)
 #
 # A real Slurm: controller, accounting, munge, sshd, nodes. Each node is a set of namespaces with
-# a network of its own; nothing of this machine changes. Root is not needed. down.sh ends it all.
+# its own network; nothing on this machine changes. Root is not needed. down.sh removes it all.
 set -euo pipefail
 umask 022
 
@@ -19,7 +19,7 @@ readonly here net=10.77.0
 # shellcheck source=/dev/null
 . "$here/state.sh"
 
-# ---- what is asked for ----------------------------------------------------------------------
+# ---- arguments ------------------------------------------------------------------------------
 
 nodes=2 others=() names=true rootfs='' port=''
 while (($#)); do
@@ -30,7 +30,7 @@ while (($#)); do
     ;;
   --no-names) names=false ;;
   --nodes | --users | --rootfs | --ssh-port)
-    if (($# == 1)) || [[ -z $2 ]]; then fail "up.sh: $1 wants a value; see slurm/local/up.sh"; fi
+    if (($# == 1)) || [[ -z $2 ]]; then fail "up.sh: $1 needs a value; see slurm/local/up.sh"; fi
     case $1 in
     --nodes) nodes=$2 ;;
     --users) IFS=, read -r -a others <<<"$2" ;;
@@ -39,7 +39,7 @@ while (($#)); do
     esac
     shift
     ;;
-  *) fail "up.sh: '$1' is not understood; choose from --nodes N, --users NAME,NAME, --no-names," \
+  *) fail "up.sh: unknown option '$1'; choose from --nodes N, --users NAME,NAME, --no-names," \
     "--rootfs DIR, --ssh-port PORT" ;;
   esac
   shift
@@ -61,27 +61,27 @@ if ((${#others[@]})); then
   done
 fi
 if [[ -n $rootfs ]]; then
-  ((EUID == 0)) || fail "--rootfs: only root can take another system; leave it out, or run this" \
+  ((EUID == 0)) || fail "--rootfs: only root can use another system; leave it out, or run this" \
     "as root"
-  [[ -d $rootfs ]] || fail "--rootfs $rootfs: no such folder; name one that holds a Debian"
+  [[ -d $rootfs ]] || fail "--rootfs $rootfs: no such folder; give one with a Debian system"
   rootfs=$(realpath -- "$rootfs")
 fi
 
 state=$(state_folder)
 readonly state log=$state/log
-# Slurm's files of settings have no way to quote.
+# Slurm's configuration files have no quoting.
 [[ $state =~ ^/[A-Za-z0-9._/+@~-]+$ && $state$rootfs != *[:,]* ]] ||
-  fail "$state: Slurm cannot take this path (spaces, signs); set SLUICE_CLUSTER to a plain one," \
+  fail "$state: Slurm cannot use this path (spaces, signs); set SLUICE_CLUSTER to a plain one," \
     "such as /tmp/$me-cluster"
-# The longest socket is that of a job's step; the kernel takes 107 bytes.
+# The longest socket path is a job step's; the kernel allows 107 bytes.
 longest=$state/spool/node$nodes/node${nodes}_9999999.4294967291
 ((${#longest} <= 107)) ||
-  fail "$state: $((${#longest} - 107)) characters too long, as sockets lie in it; set" \
+  fail "$state: $((${#longest} - 107)) characters too long for the sockets in it; set" \
     "SLUICE_CLUSTER to a shorter path, such as /tmp/$me-cluster"
 
-# ---- what it takes --------------------------------------------------------------------------
+# ---- requirements ---------------------------------------------------------------------------
 
-# Each command with the package of Debian that has it.
+# Each command with its Debian package.
 readonly in_system=(
   slurmctld:slurmctld slurmd:slurmd slurmdbd:slurmdbd sinfo:slurm-client munged:munge
   mariadbd:mariadb-server mariadb-install-db:mariadb-server mariadb:mariadb-client
@@ -93,7 +93,7 @@ readonly on_host=(
 missing=() packages=()
 look_for() { # look_for COMMAND:PACKAGE FOLDERS
   local path
-  # Where there is none, `type` finds a file that is not to be executed.
+  # If there is none, `type` finds a file that is not executable.
   if ! path=$(PATH=$2 type -P "${1%%:*}") || [[ ! -x $path ]]; then
     missing+=("${1%%:*}")
     if [[ " ${packages[*]-} " != *" ${1#*:} "* ]]; then packages+=("${1#*:}"); fi
@@ -111,8 +111,8 @@ fi
 
 namespaces=(--mount --net --uts --ipc --pid --fork --kill-child --mount-proc)
 if ((EUID != 0)); then
-  # The rights over mounts and the network come with a user namespace, in which the user keeps
-  # its name.
+  # A user namespace gives the capabilities for mounts and the network; the user keeps its name in
+  # it.
   namespaces=(--user --map-current-user --keep-caps "${namespaces[@]}")
   if ! unshare --user --map-current-user true 2>/dev/null; then
     remedy='ask the administrator to allow them'
@@ -123,37 +123,37 @@ if ((EUID != 0)); then
     elif [[ -e /proc/sys/user/max_user_namespaces ]]; then
       remedy='root can: sysctl -w user.max_user_namespaces=15000'
     fi
-    fail "user namespaces: $me may not make them; $remedy, or run this as root"
+    fail "user namespaces: $me may not create them; $remedy, or run this as root"
   fi
 fi
 reason=$(unshare "${namespaces[@]}" true 2>&1) ||
-  fail "namespaces: $me may not make them here (${reason//$'\n'/ }); run this on a machine of its" \
-    "own, not in a container without the right to"
+  fail "namespaces: $me may not create them here (${reason//$'\n'/ }); run this on the machine" \
+    "itself, not in a container that forbids them"
 for file in /etc/hosts /etc/nsswitch.conf; do
-  [[ -e $file ]] || fail "$file: missing, and the nodes get one in its place; root can: touch $file"
+  [[ -e $file ]] || fail "$file: missing, but the nodes mount theirs over it; root can: touch $file"
 done
 
 # ---- the folder -----------------------------------------------------------------------------
 
 if [[ -e $state || -L $state ]]; then
   is_clusters "$state" ||
-    fail "$state: is there already, and no cluster's; set SLUICE_CLUSTER to a folder yet to be made"
+    fail "$state: exists and is not a cluster's folder; set SLUICE_CLUSTER to a new folder"
   require_ours "$state"
   exec 9<"$(marker_of "$state")"
-  flock -n 9 || fail "$state: a cluster is being started in it; wait for that"
+  flock -n 9 || fail "$state: its cluster is starting; wait for that"
   if recorded "$state/login.pid" >/dev/null; then
     fail "$state: a cluster is up in it; use it (make cluster-shell), or end it (make cluster-down)"
   fi
-  note "$state: held a cluster that had ended; removed"
+  note "$state: removed a cluster that had stopped"
   end_cluster "$state"
 fi
 for user in "${users[@]:1}"; do
   setpriv --reuid "$user" --regid "$(id -g -- "$user")" --init-groups test -x "${state%/*}/" ||
-    fail "$state: $user may not go there; set SLUICE_CLUSTER to a folder that all may enter, such" \
-      "as /tmp/cluster"
+    fail "$state: $user has no access; set SLUICE_CLUSTER to a folder that all users can enter," \
+      "such as /tmp/cluster"
 done
 mkdir -- "$state" 2>/dev/null ||
-  fail "$state: cannot be made; set SLUICE_CLUSTER to a folder that can"
+  fail "$state: cannot be created; set SLUICE_CLUSTER to a folder that can"
 
 is_up=false
 # shellcheck disable=SC2329  # The trap calls it.
@@ -173,7 +173,7 @@ for ((i = 1; i <= nodes; i++)); do
   mkdir "$state/spool/node$i"
   mkdir -m 1777 "$state/scratch/node$i"
 done
-# Nobody else has a use for it.
+# Nobody else needs access.
 if ((EUID != 0)); then chmod 700 "$state"; fi
 
 # ---- settings -------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ render() { # render NAME OUT
   printf '%s\n' "$text" >"$2"
 }
 for name in slurm.conf gres.conf; do render "$name" "$state/etc/$name"; done
-# slurmdbd refuses settings that others may read.
+# slurmdbd rejects a configuration file that others can read.
 (umask 077 && render slurmdbd.conf "$state/etc/slurmdbd.conf")
 
 echo '127.0.0.1 localhost' >"$state/etc/hosts.node"
@@ -201,7 +201,7 @@ echo '127.0.0.1 localhost' >"$state/etc/hosts.node"
   for ((i = 1; i <= nodes; i++)); do echo "$net.$((10 + i)) node$i"; done
 } >"$state/etc/hosts"
 if $names; then cp -- "$state/etc/hosts" "$state/etc/hosts.node"; fi
-# Users as on the host; names of hosts from the file alone, so that no server is waited for.
+# Users as on the host; host names only from the file, so that nothing waits for a DNS server.
 {
   sed '/^[[:space:]]*hosts:/d' /etc/nsswitch.conf
   echo 'hosts: files'
@@ -213,7 +213,7 @@ fi
 
 # ---- start it -------------------------------------------------------------------------------
 
-# As at boot: nothing of the caller's environment, in which a job of another Slurm may run.
+# As at boot: nothing from the caller's environment, which may be a job of another Slurm.
 readonly clean=(
   env -i PATH="$PATH" HOME="$HOME" USER="$me" LOGNAME="$me" LC_ALL=C.UTF-8
   SLURM_CONF="$state/etc/slurm.conf" SLUICE_CLUSTER="$state" SLUICE_CLUSTER_INSIDE=1
@@ -234,12 +234,12 @@ leader=$!
 settled() { [[ -e $state/ready || -e $state/failed ]] || is_gone "$leader"; }
 wait_until 150 settled || fail "the cluster: not up after 150 s; $(tail -n 1 -- "$log/login.log")"
 if [[ -e $state/failed ]]; then
-  fail "$(tail -n 1 -- "$state/failed"); nothing is left of it, try again"
+  fail "$(tail -n 1 -- "$state/failed"); everything is removed, try again"
 elif [[ ! -e $state/ready ]]; then
-  fail "the cluster: ended while it started: $(tail -n 1 -- "$log/login.log"); try again"
+  fail "the cluster: stopped while starting: $(tail -n 1 -- "$log/login.log"); try again"
 fi
 
-# ---- the door for ssh -----------------------------------------------------------------------
+# ---- the port for ssh -----------------------------------------------------------------------
 
 if [[ $port != 0 ]]; then
   for key in host_key client_key; do
@@ -250,7 +250,7 @@ if [[ $port != 0 ]]; then
   login=$(login_pid "$state")
   inside=(nsenter --target "$login" --mount --net --uts --ipc --pid)
   if ((EUID != 0)); then inside+=(--user --preserve-credentials); fi
-  # sshd wants to be called by its full path; in another system that is Debian's.
+  # sshd must be started by its full path; in another system that is Debian's.
   sshd=/usr/sbin/sshd
   if [[ -z $rootfs ]]; then sshd=$(type -P sshd); fi
   launch door python3 -I "$here/door.py" "${port:-0}" "$state/ssh/port" "$login" \
@@ -269,4 +269,4 @@ is_up=true
 echo "A private Slurm is up after $SECONDS s: login, node1 to node$nodes"
 echo "  make cluster-shell     a shell on its login node"
 if [[ $port != 0 ]]; then echo "  ssh -F $state/ssh/client_config login"; fi
-echo "  make cluster-down      end it, and leave nothing"
+echo "  make cluster-down      stop it, and remove everything"

@@ -182,7 +182,7 @@ CASES = {
     "wrong type": Case("-- --max_steps many", "--max_steps: 'many' is not a whole number"),
     "not a choice": Case("-- --schedule.kind x", r"--schedule\.kind: 'x' is not one of cosine"),
     "no value": Case("-- --max_steps", "--max_steps: give a value, a whole number"),
-    "word without dashes": Case("-- max_steps 5", "'max_steps' is not a setting; one begins with"),
+    "word without dashes": Case("-- max_steps 5", "'max_steps' is not a setting; settings begin"),
     "negative steps": Case("-- --max_steps -1", "--max_steps: -1 is not positive"),
     "learning rate of 0": Case("-- --optimizer.lr 0", r"--optimizer\.lr: 0\.0 is not positive"),
     "unknown preset": Case("-- --model.preset tinny", r"--model\.preset: .*did you mean 'tiny'"),
@@ -212,7 +212,7 @@ CASES = {
         "a.txt", " \n\t\n", r"data\.train: \S+/a\.txt holds no text, or only white"
     ),
     "binary as text": text(
-        "a.txt", b"\x7fELF\x02\x01\x00", r"\S+/a\.txt:1: is not text: it holds a"
+        "a.txt", b"\x7fELF\x02\x01\x00", r"\S+/a\.txt:1: is not text: it contains a"
     ),
     "invalid UTF-8": text("a.txt", b"one\ntwo \xe4\n", r"\S+/a\.txt:2: is not UTF-8 text .*iconv"),
     "csv without the column": text(

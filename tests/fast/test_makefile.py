@@ -117,7 +117,7 @@ def test_a_run_without_a_name_is_refused(checkout: Checkout) -> None:
     for target in ("submit", "run"):
         done = checkout.make(target, "RUN=")
         assert done.returncode == 2
-        assert "RUN= is empty: name the run" in done.stderr
+        assert "RUN= is empty: give the run" in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert not checkout.noted.exists()
 

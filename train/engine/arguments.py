@@ -71,8 +71,8 @@ def parse(
         raise UserError(f"{where}{error}") from None
 
 
-# What a run has read once and keeps reading (`staged`): other values would be ignored. Of these
-# groups some settings count anew each time; a checkpoint knows with which of them it was made.
+# Settings that are fixed once a run's model and data are staged: other values would be ignored.
+# The exceptions take effect at every start; a checkpoint records the values it was made with.
 _STAGED = ("model.", "data.")
 _COUNTS_ANEW = (
     "model.gradient_checkpointing",
@@ -93,7 +93,7 @@ def _check_unchanged(
             now = parsed[name]
             if (list(now) if isinstance(now, tuple) else now) != before:
                 raise UserError(
-                    f"--{name}: a run goes on with what it began with, which was {before}; leave "
+                    f"--{name}: cannot change during a run, which started with {before}; leave "
                     "it out, or start a new run"
                 )
 
@@ -112,7 +112,7 @@ def _parser(config_class: Any, prog: str, *, with_help: bool) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog, description=config_class.__doc__, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", metavar="FILE", help="a file of configs/jobs, or of settings")
+    parser.add_argument("--config", metavar="FILE", help="a job file or a settings file")
 
     def add(target: Any, kind: Any, prefix: str) -> None:
         help_of = _field_docstrings(kind) if with_help else {}
@@ -123,7 +123,7 @@ def _parser(config_class: Any, prog: str, *, with_help: bool) -> ArgumentParser:
             if _is_group(hint):
                 add(parser.add_argument_group(name, hint.__doc__), hint, f"{name}.")
                 continue
-            # What the set-up writes, not the user (`staged`): its keys are checked, not shown.
+            # Written by the set-up, not by the user (`staged`): its keys are checked but not shown.
             hidden = _dataclass_in(hint) is not None
             text = argparse.SUPPRESS if hidden else help_of.get(field.name)
             plain = dict | None if hidden else hint
@@ -217,7 +217,7 @@ def _read_settings(path: Path, config_class: Any) -> dict[str, Any]:
         raise UserError(f"{path}: is not YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: is not a mapping of settings, such as 'max_steps: 500'")
-    # A job file also says script and resources, which are not the script's business.
+    # A job file also has script and resources, which do not concern the script.
     settings = loaded.get("arguments") or {} if "script" in loaded else loaded
     if not isinstance(settings, dict):
         raise UserError(f"{path}: 'arguments' is not a mapping, such as 'max_steps: 500'")
@@ -227,7 +227,7 @@ def _read_settings(path: Path, config_class: Any) -> dict[str, Any]:
 def _check_keys(
     settings: dict[str, Any], config_class: Any, path: Path, prefix: str
 ) -> dict[str, Any]:
-    """Return `settings` without groups that are empty: a heading whose lines are comments."""
+    """Return `settings` without empty groups: a heading whose lines are all comments."""
     hints = typing.get_type_hints(config_class)
     checked = {}
     for key, value in settings.items():
@@ -242,7 +242,7 @@ def _check_keys(
             continue
         if nested is not None and value is not None:
             if not isinstance(value, dict):
-                raise UserError(f"{path}: {name}: takes settings of its own, not '{value}'")
+                raise UserError(f"{path}: {name}: is a group of settings, not '{value}'")
             value = _check_keys(value, nested, path, f"{name}.")
         checked[key] = value
     return checked
@@ -266,7 +266,7 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def _describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {type(None): "null", tuple[str, ...]: "a list of texts"}
+    words |= {type(None): "null", tuple[str, ...]: "a list of strings"}
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     options = [words.get(option, "settings") for option in _options_of(hint)]
@@ -283,5 +283,5 @@ def _explain(message: str, where: str, hints: dict[str, Any]) -> str:
         return f"--{name[1]}: give a value, {_describe(hints[name[1]])}"
     if message.startswith("unrecognized arguments: "):
         word = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
-        return f"'{word}' is not a setting; one begins with --, as in --max_steps 500"
+        return f"'{word}' is not a setting; settings begin with --, as in --max_steps 500"
     return message

@@ -23,8 +23,8 @@ from train.engine.data import Piece
 from train.engine.tokenization import LoadedTokenizer
 
 FORMAT = 2
-# More bytes a token than this on average, and the tokenizer left text out: the longest tokens of
-# the field stand for some 80 spaces, and a text is not made of them.
+# With more bytes per token than this on average, the tokenizer dropped text: the longest tokens
+# in use stand for about 80 spaces, and no text consists of those.
 MAX_BYTES_PER_TOKEN = 64
 _MASK = (1 << 64) - 1
 
@@ -39,30 +39,30 @@ class PackedText:
     num_documents: int
     num_bytes: int
     vocab_size: int
-    """One more than the largest id among the tokens; in format 1, that of the tokenizer."""
+    """The largest id among the tokens, plus one; in format 1, among the tokenizer's."""
     num_unknown: int = 0
-    """Tokens that stand for what the tokenizer does not know."""
+    """Unknown tokens: text that the tokenizer does not know."""
     spelled: dict[str, int] = field(default_factory=dict)
-    """How often the text spells a special token that only we place: it was taken as text."""
+    """How often the text spells a special token that only Sluice inserts: it was taken as text."""
     read: dict[str, int] = field(default_factory=dict)
-    """How often it spells an end that was taken as the token."""
+    """How often the text spells an end token that was taken as that token."""
 
     def describe(self) -> str:
-        """Return what was made of the text, in a line."""
+        """Return a one-line summary of the packed text."""
         plural = "" if self.num_documents == 1 else "s"
         told = [
             f"{self.num_documents:,} document{plural}, {self.num_bytes:,} bytes, "
-            f"{self.num_tokens:,} tokens ({self.num_bytes / self.num_tokens:.2f} bytes a token)"
+            f"{self.num_tokens:,} tokens ({self.num_bytes / self.num_tokens:.2f} bytes per token)"
         ]
         if self.num_unknown:
             told.append(f"{self.num_unknown / self.num_tokens:.2%} unknown to the tokenizer")
         told += [
-            f"'{token}' stands {count:,} times in it and is taken as text "
+            f"'{token}' appears {count:,} times and is taken as text "
             "(for the token: --data.parse_special_tokens true)"
             for token, count in self.spelled.items()
         ]
         told += [
-            f"'{token}' stands {count:,} times in it and is taken as the end that it spells"
+            f"'{token}' appears {count:,} times and is taken as the end token"
             for token, count in self.read.items()
         ]
         return "; ".join(told)
@@ -73,11 +73,11 @@ def pack(
 ) -> PackedText:
     """Tokenize `pieces` into `folder`: tokens.bin, one document after the other, and meta.json.
 
-    A document is framed by the tokenizer's bos and eos where it has them, once: one that begins
-    or ends with them already is left as it is.
+    Each document gets the tokenizer's bos and eos, where it has them, once: a document that
+    already begins or ends with them is unchanged.
 
     Raises:
-        UserError: there is no text, or the tokenizer leaves most of it out.
+        UserError: there is no text, or the tokenizer drops most of it.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     num_tokens = num_documents = num_bytes = num_unknown = largest = 0
@@ -98,7 +98,7 @@ def pack(
                 if piece.ends and ids[-1:] != ends:
                     ids = ids + ends
                 tokens = np.asarray(ids, dtype=dtype)
-                # Not tofile, which says of a full disk only that it wrote too little.
+                # Not tofile: on a full disk it only reports a short write.
                 stream.write(tokens.tobytes())
                 num_tokens += len(ids)
                 num_documents += piece.ends
@@ -110,7 +110,7 @@ def pack(
                 for token in (*tokenizer.literal, *tokenizer.read):
                     spelled[token] += piece.text.count(token)
                 is_blank = is_blank and not piece.text.strip()
-            # An encoding takes about 100 bytes a character; two batches at once would double it.
+            # An encoding takes about 100 bytes per character; two batches at once would double it.
             del batch, encoded, piece, encoding, ids, tokens
         stream.flush()
         os.fsync(stream.fileno())
@@ -129,7 +129,7 @@ def pack(
     )
     if num_bytes > MAX_BYTES_PER_TOKEN * num_tokens:
         raise UserError(
-            f"{source}: {packed.describe()}: the tokenizer leaves text out; give another with "
+            f"{source}: {packed.describe()}: the tokenizer drops text; choose another with "
             "--model.tokenizer"
         )
     (folder / "meta.json").write_text(json.dumps(asdict(packed), indent=2) + "\n")
@@ -157,24 +157,24 @@ class Blocks:
             self._tokens = np.frombuffer(mapped, dtype=self.packed.dtype)
         except (OSError, TypeError, ValueError) as error:
             raise UserError(
-                f"{folder}: is not packed text ({error}); delete it, it is made again"
+                f"{folder}: is not packed text ({error}); delete it, and it will be rebuilt"
             ) from None
         if len(self._tokens) != self.packed.num_tokens:
             raise UserError(
                 f"{folder}: tokens.bin holds {len(self._tokens)} tokens but meta.json says "
-                f"{self.packed.num_tokens}; delete the folder, it is made again"
+                f"{self.packed.num_tokens}; delete the folder, and it will be rebuilt"
             )
         self.sequence_length = sequence_length
         self._num_targets = self.packed.num_tokens - 1
 
     @property
     def num_full(self) -> int:
-        """Blocks that are full: what training reads; the tail of under T tokens is left out."""
+        """Full blocks, which training reads; a tail of fewer than T tokens is dropped."""
         return self._num_targets // self.sequence_length
 
     @property
     def num_all(self) -> int:
-        """Blocks with the last one, which may be short: what evaluation reads."""
+        """All blocks, with the last one, which may be short; evaluation reads these."""
         return -(-self._num_targets // self.sequence_length)
 
     def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -204,8 +204,8 @@ def micro_batch_positions(
 ) -> list[list[int]]:
     """Return the positions that a rank reads in the step that starts at `position`.
 
-    A list for each micro batch. Together the ranks read each position of the step once, whatever
-    their number: that keeps the trajectory.
+    One list per micro batch. Together the ranks read each position of the step once, however many
+    ranks there are, so the trajectory stays the same.
     """
     firsts = [
         position + (micro * world_size + rank) * micro_batch_size
@@ -217,7 +217,7 @@ def micro_batch_positions(
 def block_at(position: int, *, num_blocks: int, seed: int) -> int:
     """Return the block that is read at `position` (0 is the run's first sequence).
 
-    Each epoch is a permutation of all blocks, another one each time.
+    Each epoch is a permutation of all blocks, a different one each time.
     """
     epoch, offset = divmod(position, num_blocks)
     return permute(offset, size=num_blocks, key=_mix(_mix(seed) + epoch))

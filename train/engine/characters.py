@@ -1,4 +1,4 @@
-"""The bytes of a file as characters: UTF-8, or refused with the command that converts the file."""
+"""Read files as UTF-8 text; reject other encodings with the command that converts the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runfolder.errors import UserError
 from train.engine.compression import opened, rewrite_command
 
 _PIECE = 64 * 1024
-# The longer mark first: that of UTF-32 begins with that of UTF-16.
+# The longer BOM first: the UTF-32 one begins with the UTF-16 one.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -31,9 +31,9 @@ _UTF8_SEQUENCE = re.compile(
 
 
 def read(file: Path) -> Iterator[str]:
-    """Yield a file's text with every byte of it, line ends too, so that bits per byte hold.
+    """Yield a file's text with every byte, line endings too, so that bits per byte are correct.
 
-    But for a mark (BOM) that it may begin with, which is no text.
+    Only a byte order mark (BOM) at the start is dropped, as it is not text.
 
     Raises:
         UserError: it is not UTF-8 text, with the line; or as `compression.opened`.
@@ -69,15 +69,15 @@ def refusal(file: Path) -> UserError:
 def _zero_byte(file: Path, line: int) -> UserError:
     if encoding := _wide_encoding(_head(file)):
         return _convert(file, line, encoding)
-    return UserError(f"{file}:{line}: is not text: it holds a zero byte")
+    return UserError(f"{file}:{line}: is not text: it contains a null byte")
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """Return the encoding of several bytes a character that a file begins in, by its look."""
+    """Guess the multi-byte encoding that a file begins in, or return None."""
     if encoding := next((name for mark, name in _MARKS if head.startswith(mark)), None):
         return encoding
     evens, odds = head[::2].count(0), head[1::2].count(0)
-    # Without a mark: a letter of Latin script has a zero byte, after it or before.
+    # Without a BOM: a Latin letter has a zero byte before or after it.
     if max(evens, odds) > len(head) / 5 and min(evens, odds) < max(evens, odds) / 4:
         return "UTF-16LE" if odds > evens else "UTF-16BE"
     return None
@@ -89,17 +89,17 @@ def _not_utf8(file: Path, line: int, around: bytes) -> UserError:
         return _convert(file, line, encoding)
     if suffix := next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), None):
         name = shlex.quote(file.name + suffix)
-        return UserError(f"{file}:{line}: is not text but compressed; name it {name}")
-    # A file that is cut short ends in a piece of a few bytes.
+        return UserError(f"{file}:{line}: is compressed, not text; rename it to {name}")
+    # A truncated file ends in a piece of a few bytes.
     around = head + around
     high = sum(byte >= 0x80 for byte in around)
     valid = sum(len(found) for found in _UTF8_SEQUENCE.findall(around))
     if valid > high / 2:
         return UserError(
-            f"{file}:{line}: is not UTF-8 text, unlike the text around it; mend that line, or "
-            f"drop the bytes that are wrong: {_command(file, '-c -f UTF-8')}"
+            f"{file}:{line}: is not UTF-8 text, unlike the text around it; fix that line, or "
+            f"drop the invalid bytes: {_command(file, '-c -f UTF-8')}"
         )
-    # One letter in five at most has an accent in any language that it is made for.
+    # In the languages that cp1252 is made for, at most one letter in five has an accent.
     if high < len(around) / 5 and _is_cp1252(around):
         return _convert(file, line, "WINDOWS-1252")
     return UserError(
@@ -110,7 +110,7 @@ def _not_utf8(file: Path, line: int, around: bytes) -> UserError:
 
 def _convert(file: Path, line: int, encoding: str) -> UserError:
     return UserError(
-        f"{file}:{line}: is not UTF-8 text but {encoding}, it seems; convert it: "
+        f"{file}:{line}: is not UTF-8 text (it looks like {encoding}); convert it: "
         + _command(file, f"-f {encoding}")
     )
 

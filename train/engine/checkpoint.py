@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or not there: written aside, hashed, then published by rank 0.
+"""Atomic checkpoints: written to a hidden folder, hashed, then published by rank 0.
 
-A checkpoint is the same whatever the strategy and the number of processes: for each parameter that
-trains its fp32 weight and AdamW moments, full shape, spread over one safetensors file a rank, and
-the buffers that belong to the model's state. So a run goes on under another strategy or world
-size, and `export` needs neither.
+A checkpoint is the same for every strategy and world size: the fp32 weight and AdamW moments of
+each trainable parameter, in full shape, spread over one safetensors file per rank, and the buffers
+that belong to the model's state. So a run can resume with another strategy or world size, and
+`export` needs neither.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Checkpoints:
     def save(self, step: int, strategy: Strategy, state: dict[str, Any]) -> None:
         """Copy the state of the run and start writing it as checkpoint `step`.
 
-        All ranks take part. Publishing waits for `finish`; with `asynchronous` off, it
-        is done on return. `state` must hold what else the run needs, as JSON.
+        All ranks take part. The checkpoint is published by `finish`; with `asynchronous` off, on
+        return. `state` must hold everything else that the run needs, as JSON.
 
         Raises:
-            RunFailed: it could not be written; the earlier checkpoints are as they were.
+            RunFailed: it could not be written; earlier checkpoints are unchanged.
         """
         self.finish()
         unpublished = self.folder / f".{folder_name(step)}"
@@ -102,30 +102,30 @@ class Checkpoints:
                 config.save_pretrained(folder)
                 files += ["config.json", "state.json"]
                 if generation is not None:
-                    # Not save_pretrained, which refuses what many models of the field come with.
+                    # Not save_pretrained, which rejects the config of many published models.
                     generation.to_json_file(folder / GENERATION)
                     files.append(GENERATION)
                 write_json(folder / "state.json", state)
             self._report = {"files": {name: describe(folder / name) for name in files}}
         except Exception as error:
-            # Whatever it is, the other ranks must hear of it: they wait for this one's report.
+            # Any error goes to the other ranks, which wait for this one's report.
             self._report = {"error": f"rank {rank()}: {error or type(error).__name__}"}
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes; publish when no rank does."""
+        """Whether this rank is still writing; publish when no rank is."""
         return self._writer is not None and self._writer.is_alive()
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint was started that is not yet published."""
+        """Whether a checkpoint was started but not yet published."""
         return self._pending is not None
 
     def finish(self) -> None:
-        """Wait for the writing of all ranks and publish.
+        """Wait until all ranks have written, and publish.
 
         Raises:
-            RunFailed: a rank could not write; nothing of the checkpoint is left.
+            RunFailed: a rank could not write; the checkpoint is removed.
         """
         if self._pending is None:
             return
@@ -168,12 +168,12 @@ class Checkpoints:
             write_atomically(self.folder / "latest", f"{folder_name(step)}\n")
             reached("after-latest")
             for old in published(self.folder)[self.settings.keep :]:
-                # Renamed first: a deletion that is cut off must not leave half a checkpoint.
+                # Renamed first: an interrupted deletion must not leave half a checkpoint.
                 doomed = old.with_name(f".{old.name}.deleted")
                 old.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
         except OSError as error:
-            say(f"checkpoint {step} is complete, but {self.folder} could not be tidied: {error}")
+            say(f"checkpoint {step} is complete, but cleaning up {self.folder} failed: {error}")
         return None
 
     # ---- resuming ----
@@ -181,11 +181,10 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest checkpoint whose files have the sizes and hashes of its manifest.
 
-        One that is damaged is set aside under the name `*.damaged`, and said. The ranks share
-        the reading.
+        A damaged one is renamed to `*.damaged` and reported. The ranks share the reading.
 
         Raises:
-            RunFailed: there are checkpoints, set aside now or before, and none is complete.
+            RunFailed: there are checkpoints, renamed now or before, and none is complete.
         """
         # Rank 0 looks: another node may see an older listing of a network file system.
         found = from_main_process(json.dumps([path.name for path in published(self.folder)]))
@@ -197,10 +196,10 @@ class Checkpoints:
                     write_atomically(self.folder / "latest", f"{folder.name}\n")
                 return folder
             if is_main_process():
-                say(f"checkpoint {folder.name} is damaged ({problem}); trying the one before")
+                say(f"checkpoint {folder.name} is damaged ({problem}); trying the previous one")
                 folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
             barrier()
-        # Also when they were set aside before: to start from scratch would drop the run's metrics.
+        # Also when they were renamed before: starting from scratch would drop the run's metrics.
         damaged = from_main_process(str(len(list(self.folder.glob("step-*.damaged*")))))
         if int(damaged or 0):
             raise RunFailed(
@@ -210,12 +209,12 @@ class Checkpoints:
         return None
 
     def newest_folder(self) -> Path:
-        """Return the folder of the newest checkpoint, which is there and was looked at."""
+        """Return the folder of the newest checkpoint, which exists and was verified."""
         return published(self.folder)[0]
 
 
 def prepare(folder: Path) -> None:
-    """Make a folder, or clear it of what a killed attempt left half done; collective.
+    """Create a folder, or remove what a killed attempt left unfinished in it; collective.
 
     Raises:
         RunFailed: it cannot be written.

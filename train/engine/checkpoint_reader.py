@@ -1,4 +1,4 @@
-"""Checkpoints as they are read: is this one whole, what state is in it, which tensors."""
+"""Reading checkpoints: whether one is complete, its state and its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runfolder.errors import UserError
 from train.engine.durable import sha256
 
 FORMAT = 1
-# Beside the states of the parameters; as the model has it, in its own type of number.
+# Beside the states of the parameters; as the model has it, in its own dtype.
 BUFFER = "buffer"
 GENERATION = "generation_config.json"
 
@@ -38,7 +38,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
         for name, entry in expected[part::parts]:
             if sha256(folder / name) != entry["sha256"]:
-                return f"{name} has another sha256 than when it was written"
+                return f"{name} does not match its sha256"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None
@@ -47,11 +47,11 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 def read_state(folder: Path, must_match: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the state.json of a checkpoint.
 
-    `must_match` is what it would mean nothing without; what a checkpoint does not know of, because
-    its script learned of it since, is no mismatch.
+    `must_match` holds the values that the checkpoint depends on; a key that the checkpoint lacks,
+    because its script added it later, is not a mismatch.
 
     Raises:
-        UserError: it was written by a newer Sluice, or with something else than `must_match` says.
+        UserError: it was written by a newer Sluice, or with other values than `must_match`.
     """
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
@@ -92,7 +92,7 @@ def read_buffers(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy a checkpoint's weights and buffers into what trains of a model of the same shape."""
+    """Load a checkpoint's weights and buffers into the trainable part of a matching model."""
     read, names = reader(folder)
     buffers = dict(model.named_buffers())
     for name, value in read_buffers(folder).items():

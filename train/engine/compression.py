@@ -1,4 +1,4 @@
-"""The bytes of a file, compressed or not, and the shell command that rewrites it where it lies."""
+"""The bytes of a file, compressed or not, and the shell command that rewrites it in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 from runfolder.errors import UserError
 
-# For each suffix the program that packs and unpacks it, as a pipe.
+# For each suffix, the program that compresses and decompresses it in a pipe.
 PROGRAMS = {
     ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd", ".lz4": "lz4",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     """Open a file for its bytes, decompressed.
 
     Raises:
-        UserError: it cannot be read, or is damaged; also while it is read.
+        UserError: it cannot be read, or is damaged; also during reading.
     """
     try:
         with cast("IO[bytes]", _OPEN.get(file.suffix.lower(), _open)(file)) as stream:
@@ -59,21 +59,21 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(file, error) from None
     except OSError as error:
-        # The system's errors have a text of their own, those of gzip, bz2 and Arrow have not.
+        # Errors of the system have an errno; those of gzip, bz2 and Arrow do not.
         if error.errno is None:
             raise _damaged(file, error) from None
         raise unreadable(file, error) from None
 
 
 def unreadable(file: Path, error: OSError) -> UserError:
-    """Return what is said of a file that the system does not open or read."""
-    # Not strerror, which names the file once more in Arrow's errors.
+    """Return the error for a file that the system cannot open or read."""
+    # Not strerror: in Arrow's errors it repeats the file name.
     reason = os.strerror(error.errno) if error.errno else str(error)
     return UserError(f"{file}: cannot be read: {reason}")
 
 
 def rewrite_command(file: Path, program: str) -> str:
-    """Return the shell command that puts a file through `program` and keeps the original beside it.
+    """Return the shell command that pipes a file through `program` and keeps the original.
 
     `program` reads standard input and writes standard output.
     """
@@ -97,5 +97,5 @@ def _open(file: Path) -> IO[bytes]:
 
 def _damaged(file: Path, error: Exception) -> UserError:
     return UserError(
-        f"{file}: is cut short or damaged, or no {file.suffix} file ({error}); copy it again"
+        f"{file}: is truncated or damaged, or not a {file.suffix} file ({error}); copy it again"
     )

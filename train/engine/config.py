@@ -1,4 +1,4 @@
-"""What every training script can be told, and the whole of what one for language models can."""
+"""The settings of every training script, and all settings of the language-model scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.engine.settings import (
 
 @dataclass(kw_only=True)
 class StagedPaths:
-    """Where `make fetch` or `make run` put what the run reads, below $SLUICE_DATASETS."""
+    """Where `make fetch` or `make run` put the run's inputs, under $SLUICE_DATASETS."""
 
     model: str | None = None
     tokenizer: str = ""
@@ -29,23 +29,23 @@ class StagedPaths:
 
 @dataclass(kw_only=True)
 class LoopSettings:
-    """What every training script takes beside its model and data."""
+    """The settings of every training script besides its model and data."""
 
     max_steps: int = 1000
     """Optimizer steps in the whole run, over all its attempts."""
     seed: int = 42
-    """Initial weights, the order of the data and dropout follow from it."""
+    """Determines the initial weights, the order of the data and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: what the strategy file says on a GPU, fp32 on a CPU. bf16 is autocast: the weights
+    """auto: the strategy file's precision on a GPU, fp32 on a CPU. bf16 is autocast: the weights
     and the optimizer stay in fp32."""
     compile: bool = False
     """torch.compile: slow first step, then faster; needs a compiler."""
     log_every_steps: int = 10
-    """A line of metrics every so many steps."""
+    """Log a line of metrics every N steps."""
     export: bool = True
-    """Write the Hugging Face folder at the end."""
+    """Export a Hugging Face model folder at the end."""
     timeout_s: int = 600
-    """A collective that takes longer is a lost peer: the run ends instead of waiting for ever."""
+    """A collective that takes longer means a lost peer: the run ends instead of hanging."""
 
     def __post_init__(self) -> None:
         require(self.max_steps >= 1, f"max_steps: {self.max_steps} is not positive")

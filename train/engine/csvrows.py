@@ -1,7 +1,7 @@
-"""Rows of csv and tsv files (RFC 4180), or the line where a file is not what it should be.
+"""Rows of csv and tsv files (RFC 4180), or the line where a file is malformed.
 
-Nothing is guessed: a row has as many fields as the first line has names, and a quote stands around
-a whole field or twice within one. A lenient reader cuts texts at their commas without a word.
+Nothing is guessed: a row has as many fields as the first line has names, and a quote encloses a
+whole field or is doubled within one. A lenient reader silently cuts texts at their commas.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from runfolder.errors import UserError
 from train.engine import characters
 from train.engine.compression import opened, rewrite_command
 
-# A quote that never closes takes the rest of the file for one field: so much is held of it.
+# An unclosed quote makes the rest of the file one field: at most this much of it is kept.
 LONGEST_FIELD = 64 * 2**20
 
 
 class _Lines:
-    """The lines of a file, and those that the row at hand was made of."""
+    """The lines of a file, and those of the current row."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -43,7 +43,7 @@ class _NotText(Exception):
 
 
 def read(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (file:line, fields) of each row, the names of the columns first; blank lines are none.
+    """Yield (file:line, fields) of each row, the column names first; blank lines are skipped.
 
     The line is the one on which the row begins.
 
@@ -112,7 +112,7 @@ def _malformed(file: Path, where: str, reason: str, lines: _Lines, line_num: int
         begins = int(where.rpartition(":")[2])
         place = f" in line {line_num}" if line_num > begins else ""
         return UserError(
-            f"{where}: a quoted field of this row ends{place} before other text than a comma; "
+            f"{where}: a quoted field of this row ends{place} before text other than a comma; "
             f'close its quote, and write a quote in a text twice (""){hint}'
         )
     return UserError(f"{where}: is not CSV: {reason}")

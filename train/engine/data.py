@@ -1,6 +1,6 @@
-"""Text out of local files, and the embedded sample; hub.py has the datasets.
+"""Text from local files and the embedded sample; hub.py reads the datasets.
 
-Text streams through here in pieces, so that memory does not grow with the corpus.
+Text is streamed in pieces, so that memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Piece:
 def pieces(files: Iterable[Path], *, text_column: str, join_rows: bool) -> Iterator[Piece]:
     """Yield the text of local files.
 
-    A txt file is one document; a row of the others is one, unless `join_rows` makes the rows of
+    A txt file is one document; so is a row of the other files, unless `join_rows` makes the rows of
     a file the lines of one document.
 
     Raises:
-        UserError: a file that is not what its name says, or lacks the column; with its line.
+        UserError: a file does not match its suffix, or lacks the column; with its line.
     """
     for file in files:
         if suffix_of(file) == ".txt":
@@ -45,19 +45,19 @@ def pieces(files: Iterable[Path], *, text_column: str, join_rows: bool) -> Itera
 
 
 def from_rows(rows: Iterable[str], *, join_rows: bool) -> Iterator[Piece]:
-    """Yield rows as documents of their own, or as the lines of one document."""
+    """Yield rows as separate documents, or as the lines of one document."""
     if join_rows:
         yield from running_text(row if row.endswith("\n") else row + "\n" for row in rows)
         return
     for row in rows:
         if row.strip():
-            # A long row comes in pieces too: a book in one line would take gigabytes to tokenize.
+            # A long row is split too: a book on one line would take gigabytes to tokenize.
             size = PIECE_CHARACTERS
             yield from running_text(row[i : i + size] for i in range(0, len(row), size))
 
 
 def running_text(stretches: Iterable[str]) -> Iterator[Piece]:
-    """Yield one document in pieces of about 64 Ki characters, cut at ends of lines.
+    """Yield one document in pieces of about 64 Ki characters, cut at line ends.
 
     A cut costs at most one token: some tokenizers put a space before the first word of a piece.
     """

@@ -1,6 +1,6 @@
-"""Which files a path in the settings means, and what is left out of it.
+"""Which files a path in the settings selects, and which are left out.
 
-A folder means what the `datasets` library reads in it, and nothing is left out without its name.
+A folder selects what the `datasets` library reads in it, and every file left out is named.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class DataFiles:
-    """The files that a setting means, in a fixed order, and the names of what is left out."""
+    """The files that a setting selects, in a fixed order, and the names of what is left out."""
 
     setting: str
     given: Path
@@ -40,33 +40,33 @@ class DataFiles:
         line += f"; left out: {_some(self.left_out)}" if self.left_out else ""
         if others := self.of_other_splits():
             line += (
-                f"; read too, though named like another split: {_some(others)} (move it elsewhere "
+                f"; also read, though named like another split: {_some(others)} (move it elsewhere "
                 "if it is one)"
             )
         return line
 
     def of_other_splits(self) -> list[str]:
-        """Return the names of files below the folder that is given which say another split."""
+        """Return the names of files in the given folder that name another split."""
         split = self.setting.rpartition(".")[2]
         names = [file.relative_to(self.given) for file in self.files if file != self.given]
         return [str(name) for name in names if filenames.is_of_other_split(name, split)]
 
 
 def find(given: str, setting: str) -> DataFiles:
-    """Return the files that `given` (a file or a folder) means.
+    """Return the files that `given` (a file or a folder) selects.
 
-    A folder means all files below it with one of `SUFFIXES`, compressed or not, through links
-    too. Hidden ones are left out, folders such as __pycache__, what describes the data
-    (README.txt, dataset_info.json), and what `datasets` itself keeps beside it; a file that is
-    there twice by links counts once.
+    A folder selects all files under it with one of `SUFFIXES`, compressed or not; links are
+    followed. Left out are hidden files, folders such as __pycache__, files about the data
+    (README.txt, dataset_info.json), and files that `datasets` itself keeps there; a file that
+    links make appear twice counts once.
 
     Raises:
-        UserError: there is none, its kind is unknown, something below it cannot be read, or data
-            lies in a form that is not read.
+        UserError: there is none, its suffix is unsupported, something under it cannot be read, or
+            there is data in an unsupported form.
     """
     with refusing(setting):
         path = Path(given)
-        # For a user that there is not.
+        # ~name, without such a user.
         with suppress(RuntimeError):
             path = path.expanduser()
         if path.is_dir():
@@ -84,7 +84,7 @@ def find(given: str, setting: str) -> DataFiles:
 
 
 def find_rows(given: str, setting: str) -> DataFiles:
-    """Return the files that `given` means, all of which have columns.
+    """Return the files that `given` selects, all of which have columns.
 
     Raises:
         UserError: one is a txt file; or as `find`.
@@ -97,7 +97,7 @@ def find_rows(given: str, setting: str) -> DataFiles:
 
 @contextmanager
 def refusing(setting: str) -> Iterator[None]:
-    """Raise `UserError` where the system refuses something: a closed folder, a broken link."""
+    """Turn an `OSError`, such as no permission or a broken link, into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -108,14 +108,14 @@ def refusing(setting: str) -> Iterator[None]:
 
 
 def _some(names: list[str]) -> str:
-    # What is hidden is hardly ever missed.
+    # Hidden files last: they are hardly ever missed.
     names = sorted(names, key=lambda name: (name.startswith("."), name))
     others = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {others:,} more" if others > 0 else "")
 
 
 def _below(folder: Path, setting: str) -> tuple[list[Path], list[str]]:
-    """Return the data files below a folder, and the names of what is left out."""
+    """Return the data files under a folder, and the names of what is left out."""
     names, left_out = _walk(folder)
     found: list[Path] = []
     first_names: dict[tuple[int, int], Path] = {}
@@ -149,19 +149,19 @@ def _below(folder: Path, setting: str) -> tuple[list[Path], list[str]]:
 
 
 def _check_copies(files: list[Path], setting: str) -> None:
-    """Raise `UserError` for a file beside its compressed self."""
+    """Raise `UserError` for a file that is next to its compressed copy."""
     firsts: dict[str, Path] = {}
     for file in files:
         first = firsts.setdefault(filenames.plain_name(file), file)
         if first != file and (is_compressed(first) or is_compressed(file)):
             raise UserError(
-                f"{setting}: {file} lies beside {first.name}; move one of them out of the "
+                f"{setting}: {file} is next to {first.name}; move one of them out of the "
                 "folder, or the same text is read twice"
             )
 
 
 def _saved_files(folder: Path, setting: str) -> set[str] | None:
-    """Return the files that save_to_disk of `datasets` wrote to a folder; None: it did not."""
+    """Return the files that save_to_disk of `datasets` wrote to a folder, or None."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
         names = {entry["filename"] for entry in state["_data_files"]}
@@ -169,29 +169,29 @@ def _saved_files(folder: Path, setting: str) -> set[str] | None:
         return None
     if missing := sorted(name for name in names if not (folder / name).exists()):
         raise UserError(
-            f"{setting}: {folder / missing[0]} does not exist, but state.json beside it names it; "
+            f"{setting}: {folder / missing[0]} does not exist, but state.json lists it; "
             "copy the folder again"
         )
     return names
 
 
 def _is_stale(file: Path, saved: set[str] | None) -> bool:
-    """Return whether an arrow file is what `datasets` made of the data: it would be read twice."""
+    """Return whether an arrow file is a cache of `datasets`: the data would be read twice."""
     if suffix_of(file) != ".arrow":
         return False
     return fnmatchcase(file.name, "cache-*.arrow") if saved is None else file.name not in saved
 
 
 def _check_is_data(file: Path, setting: str) -> None:
-    """Raise `UserError` for what a clone without Git LFS has instead of a large file."""
+    """Raise `UserError` for a Git LFS pointer, as in a clone without Git LFS."""
     if file.is_file() and file.stat().st_size < 200 and file.read_bytes().startswith(_POINTER):
         raise UserError(
-            f"{setting}: {file} is a pointer of Git LFS, not the data; run git lfs pull there"
+            f"{setting}: {file} is a Git LFS pointer, not the data; run git lfs pull there"
         )
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the files below a folder, by names below it, and the folders that are left out."""
+    """Return the files under a folder, as relative paths, and the folders that are left out."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -204,7 +204,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
         status = Path(place).stat()
         if (status.st_dev, status.st_ino) in seen:
             # A link back to a folder above, or to one beside.
-            left_out.append(f"{below}/ (a link to a folder that is read already)")
+            left_out.append(f"{below}/ (a link to a folder that is already read)")
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run: nccl with GPUs, gloo without, also for one process."""
+"""The process group of a run: nccl with GPUs, gloo without, also for one process."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def init_distributed(timeout_s: int = 600) -> torch.device:
 
 
 def check_promises() -> None:
-    """Refuse the starts that would train one process, or copies that never meet.
+    """Reject launches that would train on one process, or separate copies of the run.
 
-    Each was seen to exit 0 with plausible losses under a script that does not ask.
+    Each was seen to exit 0 with plausible losses under a script that does not check.
 
     Raises:
         UserError: the launcher started something else than it promised.
@@ -58,14 +58,14 @@ def check_promises() -> None:
     promised = environment.get("SLUICE_WORLD_SIZE")
     if promised is not None and int(promised) != world_size:
         raise UserError(
-            f"{promised} processes were promised but the launcher made a world of {world_size}; "
+            f"SLUICE_WORLD_SIZE is {promised} but the launcher's WORLD_SIZE is {world_size}; "
             "start the run with `make run` or slurm/node.sh"
         )
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
     if promised is None and launched_by_accelerate and "WORLD_SIZE" not in environment:
         raise UserError(
             "accelerate launch started one process without a rank, as it does with --cpu or "
-            "MULTI_CPU whatever --num_processes says; launch with a file of configs/accelerate"
+            "MULTI_CPU whatever --num_processes says; launch with a file from configs/accelerate"
         )
     if "WORLD_SIZE" in environment and not launched_by_accelerate and world_size > 1:
         raise UserError(
@@ -84,7 +84,7 @@ def check_promises() -> None:
     if expects_gpus and not torch.cuda.is_available():
         raise UserError(
             "the launcher asked for GPUs but torch sees none; set SLUICE_DEVICE=cpu to train "
-            "on the CPU, or look at nvidia-smi on this node"
+            "on the CPU, or check nvidia-smi on this node"
         )
 
 
@@ -93,7 +93,7 @@ def _cpu_was_asked() -> bool:
 
 
 def truth(variable: str) -> bool:
-    """Return whether an environment variable of the launcher says yes."""
+    """Return whether an environment variable of the launcher is true."""
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
@@ -113,7 +113,7 @@ def is_main_process() -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this point."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""Files that are on the disk, whole, or not there."""
+"""Files that are written to disk completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from train.engine.errors import RunFailed
 
 @contextlib.contextmanager
 def folder_at_once(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which is `output` when the block is left.
+    """Yield a folder to write into, which becomes `output` at the end of the block.
 
-    Until then it is hidden beside it, and what was at `output` stays; then it is replaced.
+    Until then it is a hidden folder beside `output`, and an existing `output` stays in place.
 
     Raises:
         RunFailed: it could not be written.
@@ -30,7 +30,7 @@ def folder_at_once(output: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
-        # safetensors makes files that only their owner reads; the folder has the umask's mode.
+        # safetensors creates files that only the owner can read; the folder follows the umask.
         for file in unfinished.iterdir():
             file.chmod(unfinished.stat().st_mode & 0o666)
             fsync(file)

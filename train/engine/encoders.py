@@ -19,10 +19,10 @@ from train.engine.pretrained import ENCODER
 
 
 def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
-    """Return the encoder of a model folder, or a small one of random weights; fp32, on the CPU.
+    """Return the encoder of a model folder, or a small one with random weights; fp32, on the CPU.
 
     Raises:
-        UserError: the folder holds no encoder, or one that knows fewer tokens than the tokenizer.
+        UserError: the folder holds no encoder, or one with fewer tokens than the tokenizer.
     """
     torch.manual_seed(seed)
     vocab_size = tokenization.load(tokenizer_folder).vocab_size
@@ -30,15 +30,15 @@ def load(folder: Path | None, tokenizer_folder: Path, seed: int) -> PreTrainedMo
         return BertModel(tiny_shape(vocab_size), add_pooling_layer=False)
     model: Any = from_folder(folder, vocab_size)
     model.pooling = pooling.read(folder)
-    # The head on [CLS], which pooling leaves out: without a gradient DDP would wait for it.
+    # The head on [CLS], which pooling does not use: it gets no gradient, and DDP would wait for it.
     if getattr(model, "pooler", None) is not None:
         setattr(model, "pooler", None)  # noqa: B010 (mypy takes it for a module always)
     return model
 
 
 def quiet() -> None:
-    """Keep transformers from progress bars, and from warnings about a head that is new or left."""
-    # It asks for DeepSpeed when it saves; that must not look for a GPU, or warn that it has none.
+    """Turn off transformers' progress bars, and its warnings about new or unused heads."""
+    # It imports DeepSpeed to save a model; that must not look for a GPU, or warn about none.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
@@ -66,23 +66,23 @@ def from_folder(folder: Path, vocab_size: int) -> PreTrainedModel:
     """Return the encoder of a folder, without a head, in fp32, on the CPU.
 
     Raises:
-        UserError: the folder holds none, or one that knows fewer tokens than `vocab_size`.
+        UserError: the folder holds none, or one with fewer tokens than `vocab_size`.
     """
     quiet()
     model = models.from_folder(folder, ENCODER)
     known = model.config.vocab_size
     if vocab_size > known:
         raise UserError(
-            f"model.name: the tokenizer of {folder} has {vocab_size} tokens, but its weights know "
+            f"model.name: the tokenizer of {folder} has {vocab_size} tokens, but its embedding has "
             f"only {known}; download the model again"
         )
     return model
 
 
 def max_length(model: PreTrainedModel, wanted: int) -> int:
-    """Return the tokens that are read of a text: `wanted`, or fewer where positions end."""
+    """Return how many tokens of a text are read: `wanted`, or the model's positions if fewer."""
     positions = int(getattr(model.config, "max_position_embeddings", wanted))
-    # RoBERTa and its kin count positions from the padding's id on.
+    # RoBERTa-like models count positions from the padding id on.
     if "roberta" in model.config.model_type:
         positions -= model.config.pad_token_id + 1
     return min(wanted, positions)
@@ -105,7 +105,7 @@ def pad(rows: Iterable[Sequence[int]], pad_id: int = 0) -> tuple[torch.Tensor, t
 
 
 def pooling_of(model: Any) -> pooling.Pooling:
-    """Return what the folder of a model of `load` says; the mean for one of random weights."""
+    """Return the pooling of a model from `load`; the mean for random weights."""
     found: pooling.Pooling = getattr(model, "pooling", pooling.Pooling())
     return found
 
@@ -137,7 +137,7 @@ def embed_all(
 ) -> torch.Tensor:
     """Return the vectors, (N, D) on the CPU, of tokenized texts in their order; dropout off.
 
-    Texts of like length share a batch, which spares padding.
+    Texts of similar length share a batch, which saves padding.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What the name of a data file says: how it is read, why it is not, and which split it is of."""
+"""What a data file's name says: how it is read, why it cannot be read, and its split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from train.engine.compression import PROGRAMS, is_compressed
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-# Those two are read by jumping about in them, which a compressed stream does not allow.
+# These two need random access, which a compressed stream does not allow.
 _NOT_STREAMED = (".parquet", ".arrow")
 # `datasets` leaves these out as well, apart from the last, which its save_to_disk writes.
 _ABOUT_THE_DATA = (
@@ -29,7 +29,7 @@ _WRAPPINGS = {
     **dict.fromkeys((".br", ".z", ".sz", ".snappy", ".lzo", ".zstd", ".gzip"), _COMPRESSED),
 }
 
-# The words by which `datasets` tells the splits of a folder.
+# The words by which `datasets` recognizes the splits of a folder.
 _SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val", "eval", "evaluation"},
@@ -39,7 +39,7 @@ _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 
 
 def suffix_of(file: Path) -> str | None:
-    """Return which of `SUFFIXES` a file has, in any case and below a compression; None: none."""
+    """Return which of `SUFFIXES` a file has, in any case, compressed or not; or None."""
     suffix = file.suffix.lower()
     if is_compressed(file):
         inner = Path(file.stem).suffix.lower()
@@ -48,7 +48,7 @@ def suffix_of(file: Path) -> str | None:
 
 
 def unread_form(file: Path) -> str | None:
-    """Return what a message says of a file that is data in a form that is not read, or None."""
+    """Return the message about a data file in an unsupported form, or None."""
     if suffix_of(file):
         return None
     reason = None
@@ -57,30 +57,30 @@ def unread_form(file: Path) -> str | None:
             return reason or _COMPRESSED
         if suffix not in (*_WRAPPINGS, *PROGRAMS):
             return None
-        # The outermost counts, but a compression says less than an archive within.
+        # The outermost suffix counts, but an archive inside says more than a compression.
         reason = reason or _WRAPPINGS.get(suffix)
     return None
 
 
 def refusal(file: Path) -> str:
-    """Return what a message says of a file that was named and is not read."""
+    """Return the message about a file that was named but cannot be read."""
     outer = (_WRAPPINGS.get(suffix.lower()) for suffix in reversed(file.suffixes[-2:]))
     unsupported = f"has an unsupported suffix; use {', '.join(SUFFIXES)}"
     return unread_form(file) or next(filter(None, outer), unsupported)
 
 
 def is_about_data(file: Path) -> bool:
-    """Return whether a file describes the data that it lies beside: README.txt, state.json."""
+    """Return whether a file describes the data next to it: README.txt, state.json."""
     return file.name.lower() in _ABOUT_THE_DATA or bool(_FOR_READERS.fullmatch(file.name))
 
 
 def plain_name(file: Path) -> str:
-    """Return what is the same of a file and of its copies in capitals or compressed."""
+    """Return the name that a file shares with its copies in capitals or compressed."""
     return str(file.with_suffix("") if is_compressed(file) else file).lower()
 
 
 def is_of_other_split(file: Path, split: str) -> bool:
-    """Return whether a file's name, or else a folder's of its path, says another split.
+    """Return whether a file's name, or else a folder in its path, names another split.
 
     The words are those of `datasets`: validation_01.jsonl, dev/a.txt, my-test.csv.
     """

@@ -1,4 +1,4 @@
-"""What ends a run before it can do harm: a loss that is not finite, a peer that is gone."""
+"""Checks that end a run before it does harm: a loss that is not finite, a lost peer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_loss(
     guilty = [text for text in gather_strings(mine) if text] or ["the sum over ranks"]
     raise RunFailed(
         f"the loss of step {step} is not finite ({'; '.join(guilty)}); the last checkpoint is from "
-        "before it: continue with a smaller optimizer.lr, or look at the text there"
+        "before it: resume with a smaller optimizer.lr, or check the text at these positions"
     )
 
 
@@ -34,13 +34,14 @@ def check_gradient(norm: float, *, step: int, positions: list[list[int]]) -> Non
     everywhere = gather_strings(f"rank {rank()}, positions {_span(positions)}")
     raise RunFailed(
         f"the gradient of step {step} is not finite ({'; '.join(everywhere)}); the last checkpoint "
-        "is from before it: continue with a smaller optimizer.lr, or look at the text there"
+        "is from before it: resume with a smaller optimizer.lr, or check the text at these "
+        "positions"
     )
 
 
 @contextmanager
 def lost_peers() -> Iterator[None]:
-    """Turn a collective's failure into one line: the rank that caused it has said why."""
+    """Turn a failed collective into one line: the rank that caused it has printed the reason."""
     try:
         yield
     except RunFailed:

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: a model's files and a dataset's rows. Only `make fetch` comes here.
+"""The Hugging Face hub: a model's files and a dataset's rows. Only `make fetch` uses it.
 
-Every use begins with one short request, because without a network the libraries try again for
-half a minute, and then some of them fall back on whatever revision they find in their cache.
+Every use begins with one short request, because without a network the libraries retry for half a
+minute, and then some of them fall back on whatever revision they find in their cache.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from train.engine.rows import Row, check_columns, class_name
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
-    """Return the commit that `revision` of a repository stands for (None: its newest).
+    """Return the commit that `revision` of a repository refers to (None: the newest).
 
     Raises:
-        UserError: there is no such repository or revision, it is closed to us, or no network.
+        UserError: there is no such repository or revision, no access to it, or no network.
     """
     import httpx2
     from huggingface_hub import HfApi, constants, errors
@@ -34,28 +34,28 @@ def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None) 
         )
     except errors.GatedRepoError:
         raise UserError(
-            f"{setting}: {name} is open to those who asked; ask on its page at {hub}, then set "
-            "HF_TOKEN to a token of yours"
+            f"{setting}: {name} is gated; request access on its page at {hub}, then set "
+            "HF_TOKEN to your token"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{setting}: {hub} has no {kind} {name} that is open to us; mind the spelling, or set "
-            "HF_TOKEN if it is private"
+            f"{setting}: {hub} has no {kind} {name} that you can access; check the spelling, or "
+            "set HF_TOKEN if it is private"
         ) from None
     except errors.RevisionNotFoundError:
         section = setting.partition(".")[0]
         raise UserError(
-            f"{section}.revision: {name} has no revision {revision}; take one from its page at "
-            f"{hub}, or null for its newest"
+            f"{section}.revision: {name} has no revision {revision}; choose one from its page at "
+            f"{hub}, or null for the newest"
         ) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        steps = {401: "look at HF_TOKEN", 403: "look at HF_TOKEN", 404: "look at HF_ENDPOINT"}
+        steps = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 404: "check HF_ENDPOINT"}
         step = steps.get(status, "try again later")
         raise UserError(f"{setting}: {hub} answers {status} for {name}; {step}") from None
     except errors.OfflineModeIsEnabled:
         raise UserError(
-            f"{setting}: {name} is not here yet and HF_HUB_OFFLINE is set; unset it to fetch"
+            f"{setting}: {name} is not downloaded yet and HF_HUB_OFFLINE is set; unset it to fetch"
         ) from None
     except errors.HFValidationError:
         raise UserError(f"{setting}: '{name}' is not a hub id such as owner/name") from None
@@ -72,7 +72,7 @@ def download_model(name: str, revision: str | None, folder: Path, patterns: list
     """Download the files of a model that match `patterns` and are not in `folder` yet.
 
     Raises:
-        CutOff: it ended before its end.
+        CutOff: it was interrupted.
         UserError: as `resolve`.
     """
     commit = resolve("model", name, revision)
@@ -85,8 +85,8 @@ def download_model(name: str, revision: str | None, folder: Path, patterns: list
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
         raise CutOff(
-            f"model.name: the download of {name} was cut off ({_reason(error)}); run it again: "
-            "files that are complete are not asked for again"
+            f"model.name: the download of {name} was interrupted ({_reason(error)}); run it again: "
+            "complete files are not downloaded again"
         ) from None
 
 
@@ -106,7 +106,7 @@ def dataset_rows(
     # Not `import`: tools that read the code take the checkout's folder `datasets` for it.
     datasets: Any = importlib.import_module("datasets")
     what = f"data.name: {name} ({config}, {split})"
-    # Its warnings are about the next lines, which say more.
+    # Its warnings concern the errors below, which say more.
     datasets.logging.set_verbosity_error()
     try:
         rows = datasets.load_dataset(name, config, split=split, revision=commit)
@@ -116,7 +116,7 @@ def dataset_rows(
         raise UserError(f"{what} cannot be loaded: {_reason(error)}") from None
     except datasets.exceptions.DatasetsError as error:
         raise UserError(f"{what} cannot be loaded: {_reason(error)}") from None
-    # The library may have lost the hub since, and taken another revision from its cache.
+    # The library may have lost the connection, and used another revision from its cache.
     if not all(commit in Path(file["filename"]).parts for file in rows.cache_files):
         raise UserError(
             f"{what} could not be loaded at revision {commit[:12]}, only an earlier one from the "

@@ -13,7 +13,7 @@ from train.engine import characters
 from train.engine.compression import opened
 
 _READ = 2**20
-# Of characters: a list is read row by row, an object only whole.
+# In characters: a list is read row by row, an object only as a whole.
 LARGEST_VALUE = 128 * 2**20
 
 
@@ -59,8 +59,8 @@ def read_lines(file: Path) -> Iterator[tuple[str, Any]]:
 def read_document(file: Path, columns: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Yield (file: row n, row) of a file that is a list of rows, a row in memory at a time.
 
-    It may as well be values one after the other, or one object: a row, if it has `columns`, or
-    else what is around a single list of rows.
+    It may also be values one after the other, or one object: a row, if it has `columns`, or else
+    a wrapper around a single list of rows.
 
     Raises:
         UserError: it is not JSON.
@@ -76,15 +76,15 @@ def read_document(file: Path, columns: Iterable[str]) -> Iterator[tuple[str, Any
         raise
     except _TooLarge:
         raise UserError(
-            f"{where}: is one JSON value of over {LARGEST_VALUE:,} characters; write the rows "
-            "one on each line, as .jsonl"
+            f"{where}: is one JSON value of over {LARGEST_VALUE:,} characters; write one row per "
+            "line, as .jsonl"
         ) from None
     except _ERRORS as error:
         line = scanner.line_at(error.pos) if isinstance(error, json.JSONDecodeError) else 0
         raise _refusal(file, where, error, f":{line}") from None
 
 
-# Of a number of thousands of digits, and of thousands of brackets: ValueError, RecursionError.
+# ValueError for a number of thousands of digits, RecursionError for thousands of brackets.
 _ERRORS = (_Twice, ValueError, RecursionError)
 
 
@@ -92,13 +92,13 @@ def _refusal(file: Path, where: str, error: Exception, place: str) -> Exception:
     if isinstance(error, UnicodeDecodeError):
         return characters.refusal(file)
     if isinstance(error, _Twice):
-        return UserError(f"{where}: has '{error}' twice in one object; leave one")
+        return UserError(f"{where}: has '{error}' twice in one object; keep one")
     if isinstance(error, json.JSONDecodeError):
         if "\0" in error.doc:
             return characters.refusal(file)
         column = f" (column {error.colno})" if place == where[len(str(file)) :] else ""
         return UserError(f"{file}{place}: is not JSON: {error.msg}{column}")
-    return UserError(f"{where}: is not JSON that can be read: {error}")
+    return UserError(f"{where}: cannot be parsed as JSON: {error}")
 
 
 def _rows(scanner: _Scanner, columns: Iterable[str]) -> Iterator[Any]:
@@ -134,7 +134,7 @@ def _is_rows(value: Any) -> bool:
 
 
 class _Scanner:
-    """Takes JSON values from a stream, holding the text of one at a time."""
+    """Takes JSON values from a stream, with the text of one at a time in memory."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -144,7 +144,7 @@ class _Scanner:
         self._lines = 1
 
     def next_character(self) -> str:
-        """Return the next character that is no white space, not taking it; empty at the end."""
+        """Return the next non-blank character without consuming it; empty at the end."""
         while True:
             while self._at < len(self._held):
                 if self._held[self._at] not in " \t\r\n":
@@ -165,7 +165,7 @@ class _Scanner:
             try:
                 value, end = _DECODER.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
-                # The value may go on in what is not read yet.
+                # The value may continue in text that is not read yet.
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._held) - 16
                 if self._is_done or not is_cut:
                     raise
@@ -185,7 +185,7 @@ class _Scanner:
         left = len(self._held) - self._at
         if left > LARGEST_VALUE:
             raise _TooLarge
-        # Twice as much each time, so that a long value is not begun again and again.
+        # Twice as much each time, so that a long value is not restarted over and over.
         new = self._stream.read(max(_READ, left))
         self._is_done = not new
         self._lines += self._held.count("\n", 0, self._at)

@@ -34,11 +34,12 @@ class LoraSettings:
     rank: int = 8
     """The inner size of an adapter; its parameters grow with it."""
     alpha: float = 16.0
-    """The adapter counts alpha / rank times."""
+    """The adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On an adapter's input, in training. 0 keeps the loss the same at any number of processes."""
+    """On an adapter's input, in training. With 0, the loss is the same on any number of
+    processes."""
     target_modules: str = ALL_LINEAR
-    """The layers that get one: all-linear (in the decoder), or names such as q_proj,v_proj."""
+    """The layers that get adapters: all-linear (in the decoder), or names: q_proj,v_proj."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -49,7 +50,7 @@ class LoraSettings:
             raise UserError(f"lora.dropout: {self.dropout} is not in [0, 1)")
         if not all(self.targets):
             raise UserError(
-                f"lora.target_modules: '{self.target_modules}' holds an empty name; give "
+                f"lora.target_modules: '{self.target_modules}' contains an empty name; give "
                 f"{ALL_LINEAR}, or names such as q_proj,v_proj"
             )
 
@@ -71,7 +72,7 @@ def check(settings: LoraSettings, sides: Sides, model_name: str) -> None:
         if settings.rank > sides[name]:
             raise UserError(
                 f"lora.rank: {settings.rank} is more than {sides[name]}, the smaller side of "
-                f"{name} in {model_name}; an adapter is worth it only far below that"
+                f"{name} in {model_name}; choose a rank far below that"
             )
 
 
@@ -105,7 +106,7 @@ def add_adapters(
 ) -> Any:
     """Return `model` (on the CPU) frozen, with adapters that train; a peft.PeftModel.
 
-    `name` and `revision` say in the adapter's own folder what it belongs to.
+    `name` and `revision` are recorded in the adapter's folder as its base model.
 
     Raises:
         UserError: the model has none of the layers.
@@ -118,33 +119,33 @@ def add_adapters(
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=settings.rank,
-        # peft says int, and divides.
+        # peft annotates it as int, but divides it.
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=chosen,
-        # GPT-2's layers hold their matrices the other way round.
+        # GPT-2's layers store their matrices transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     # The first halves (A) are drawn at random; the same for a seed, on every rank.
     torch.manual_seed(seed)
-    # peft asks transformers by a name that this has renamed; not for the user to mend.
+    # peft uses a name that transformers has deprecated; the user cannot fix that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # Of its own settings for experts, which it makes and then does not use.
+    # About peft's own settings for experts, which it creates and then does not use.
     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
     try:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from None
-    # get_peft_model writes where the model was loaded from, which is this machine's business.
+    # get_peft_model records the path of the model, which only exists on this machine.
     config.base_model_name_or_path, config.revision = name, revision
     return adapted
 
 
 def describe_adapted(model: Any) -> str:
-    """Return which layers have adapters, and which matrices beside them have none, in words.
+    """Describe which layers have adapters, and which other matrices have none.
 
-    peft's all-linear takes the stacked matrices of experts, and then leaves out others that it
-    takes elsewhere (DeepSeek-V3's shared experts). Empty for a model without adapters.
+    peft's all-linear includes the stacked matrices of experts, and then leaves out others that it
+    includes elsewhere (DeepSeek-V3's shared experts). Empty for a model without adapters.
     """
     adapted: set[str] = set()
     left: dict[str, int] = {}
@@ -171,7 +172,7 @@ def describe_adapted(model: Any) -> str:
 
 
 def describe(settings: LoraSettings) -> dict[str, Any]:
-    """Return what of the settings makes the weights mean what they mean, for a checkpoint."""
+    """Return the settings that the weights depend on, for a checkpoint."""
     return {f"lora.{key}": value for key, value in asdict(settings).items() if key != "dropout"}
 
 
@@ -179,7 +180,7 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
     """Return the peft.PeftModel that a checkpoint of adapters stands for, in fp32 on the CPU.
 
     Raises:
-        UserError: the model that was adapted is not where it was.
+        UserError: the base model is no longer where it was, or has changed.
     """
     from train.engine import models
     from train.engine.checkpoint_reader import load_weights, read_state
@@ -193,8 +194,8 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
         folder = staged_path(base["staged"])
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{checkpoint}: holds adapters of {base['name']}, which is not at {folder}; name "
-                "the datasets folder that the run was made with (SLUICE_DATASETS)"
+                f"{checkpoint}: holds adapters of {base['name']}, which is not at {folder}; set "
+                "SLUICE_DATASETS to the datasets folder of the run"
             )
         model = models.from_folder(folder)
     values = {field: state[f"lora.{field}"] for field in ("rank", "alpha", "target_modules")}
@@ -207,15 +208,15 @@ def from_checkpoint(checkpoint: Path, tokenizer_folder: Path) -> Any:
     )
     if base_sha256(adapted) != state["weights under the adapters"]:
         raise UserError(
-            f"{checkpoint}: holds adapters of another model than {base['name']} is now; put back "
-            "the one that the run was made with"
+            f"{checkpoint}: holds adapters of {base['name']}, whose weights have changed since; "
+            "restore the weights that the run used"
         )
     load_weights(adapted, checkpoint)
     return adapted
 
 
 def base_sha256(adapted: Any) -> str:
-    """Return the hash of the weights that adapters leave as they are."""
+    """Return the hash of the frozen weights under the adapters."""
     from train.engine.models import weights_sha256
 
     return weights_sha256(adapted, frozen_only=True)
@@ -225,5 +226,5 @@ def save_adapters(adapted: Any, folder: Path) -> None:
     """Write the adapters in peft's format: adapter_config.json, adapter_model.safetensors."""
     # "auto" would ask the hub for the model's vocabulary; no adapter touches the embedding.
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    # A model card without a word about the model.
+    # An empty model card.
     (folder / "README.md").unlink(missing_ok=True)

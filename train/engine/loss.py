@@ -1,7 +1,7 @@
 """The loss: a sum over tokens, divided by the target tokens of the whole step.
 
 Dividing once, by the count over all ranks and micro batches, makes 8 x 1 = 1 x 8 = 2 ranks x 4.
-The mean of means that most loops take is another loss whenever the parts differ in length.
+The mean of means, which most loops use, is a different loss whenever the parts differ in length.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class TokenLoss(nn.Module):
     def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the loss in nats, summed over targets, fp32, for inputs and labels of (B, T).
 
-        Without labels, the logits of (B, T, V): what samples text must come in by the same door,
-        where a sharded model gathers its weights.
+        Without labels, the logits of (B, T, V): sampling must go through `forward` too, where a
+        sharded model gathers its weights.
 
         No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
         """
@@ -88,7 +88,7 @@ class Validation:
     num_tokens: int
 
     def metrics(self) -> dict[str, float]:
-        """Return what of it goes into a line of metrics.jsonl."""
+        """Return the values for a line of metrics.jsonl."""
         return {
             "validation_loss": self.loss,
             "validation_perplexity": self.perplexity,
@@ -125,7 +125,7 @@ def evaluate(
         inputs, labels = (torch.from_numpy(part).to(device) for part in blocks.rows(indices))
         total += torch.stack([module(inputs, labels).double(), (labels != -100).sum().double()])
         reached("in-evaluation")
-        # Asking costs a collective and, on a GPU, a wait: every tenth batch is soon enough.
+        # Asking costs a collective and, on a GPU, a sync: every tenth batch is often enough.
         if turn % 10 == 9 and agree(signals.received() is not None, device=device)[0]:
             return None
     dist.all_reduce(total)

@@ -31,7 +31,7 @@ PEAK_FLOPS = {
     "NVIDIA L40S": 362e12,
     "NVIDIA RTX A6000": 154.8e12,
 }
-# Names that start like one above and are another chip.
+# Names that start like one above but are different chips.
 OTHER_DEVICES = (
     "NVIDIA A10G",
     "NVIDIA A10M",
@@ -43,9 +43,9 @@ OTHER_DEVICES = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device in FLOP/s, or None for one that is not known.
+    """Return the dense bf16 peak of a device in FLOP/s, or None for an unknown one.
 
-    Raising no guess is the point: the wrong table entry has inflated published figures threefold.
+    There is no guess on purpose: wrong table entries have inflated published figures threefold.
     """
     known = [name for name in (*PEAK_FLOPS, *OTHER_DEVICES) if _is_chip(device_name, name)]
     return PEAK_FLOPS.get(max(known, key=len)) if known else None
@@ -58,7 +58,7 @@ def _is_chip(device_name: str, chip: str) -> bool:
 
 
 class StepTimer:
-    """Tokens per second of training steps alone: evaluation and the first steps do not count."""
+    """Tokens per second of training steps only: evaluation and the first steps do not count."""
 
     def __init__(self, warmup_steps: int = 2) -> None:
         self._warmup_left = warmup_steps
@@ -118,7 +118,7 @@ class Metrics:
         )
 
     def progress(self, step: int) -> None:
-        """Move the progress bar, where there is one."""
+        """Move the progress bar, if there is one."""
         self._bar.update(step - self._bar.n)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -176,6 +176,6 @@ def _short(value: float) -> str:
 
 def _drop_from(path: Path, step: int) -> None:
     """Remove the lines of `step` and later: the run was ahead of its last checkpoint."""
-    # A last line without its end was being written when the attempt was killed.
+    # An incomplete last line was being written when the attempt was killed.
     lines = [text for text in path.open(encoding="utf-8") if text.endswith("\n")]
     write_atomically(path, "".join(text for text in lines if json.loads(text)["step"] < step))

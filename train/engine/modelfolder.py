@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as files: whether it is whole, told by its headers."""
+"""A Hugging Face model folder as files: whether it is complete, by its headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from runfolder.errors import UserError
 
-# The library reads no longer one.
+# The library rejects a longer one.
 MAX_HEADER = 100_000_000
 
 
@@ -22,7 +22,7 @@ def check_whole(folder: Path) -> None:
             )
         raise UserError(f"model.name: {folder} holds no config.json; give a model folder")
     if (folder / "adapter_config.json").exists():
-        # transformers would load the adapters along, by a file that this does not look at.
+        # transformers would load the adapters too, from a file that is not checked here.
         raise UserError(
             f"model.name: {folder} holds adapters (adapter_config.json) beside a model; merge them "
             "with it, or move them to a folder of their own"
@@ -33,7 +33,7 @@ def check_whole(folder: Path) -> None:
 
 
 def read_json(path: Path, setting: str) -> Any:
-    """Return what a JSON file of a model's folder holds; None where there is no such file.
+    """Return the content of a JSON file of a model's folder; None if there is no such file.
 
     Raises:
         UserError: it cannot be read; `setting` is what named the folder.
@@ -56,14 +56,14 @@ def weights_of(folder: Path) -> list[Path]:
     except FileNotFoundError:
         raise UserError(
             f"model.name: {folder} holds neither {whole.name} nor {index.name}; convert its "
-            "weights: load them with transformers where you trust them, and save_pretrained"
+            "weights: if you trust them, load them with transformers and call save_pretrained"
         ) from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"model.name: {index} is damaged; download the model again") from None
 
 
 def _find_damage(file: Path) -> str | None:
-    """Return what is wrong with a safetensors file, as far as its header tells.
+    """Return what is wrong with a safetensors file, as far as its header shows.
 
     8 bytes with the header's length, the header in JSON, the tensors one after the other.
     """
@@ -73,7 +73,7 @@ def _find_damage(file: Path) -> str | None:
         with file.open("rb") as stream:
             start = stream.read(8)
             if start == b"version ":
-                return "is a pointer of Git LFS, not the weights"
+                return "is a Git LFS pointer, not the weights"
             length = int.from_bytes(start, "little")
             header = json.loads(stream.read(min(length, MAX_HEADER)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]

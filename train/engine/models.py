@@ -18,7 +18,7 @@ from train.engine.once import staged_path
 from train.engine.presets import PRESETS
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
 
-# What makes two models of one run the same; the rest of config.json may differ by version.
+# What must match between models of one run; the rest of config.json may differ by version.
 SHAPE = (
     "model_type",
     "vocab_size",
@@ -61,13 +61,13 @@ def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
 def _check_sees(folder: Path, kind: str, model: PreTrainedModel) -> None:
     """Raise `UserError` if a language model looks ahead, or an encoder does not.
 
-    Changes a token of a text and looks at what the model makes of those before it.
+    Changes one token of a text and checks the model's outputs for the tokens before it.
     """
     embedding: Any = model.get_input_embeddings()
     vocab_size = int(embedding.weight.shape[0])
     length = min(12, getattr(model.config, "max_position_embeddings", None) or 12)
     changed = length * 2 // 3
-    # Special tokens, which padding is, mostly have the first ids or the last.
+    # Special tokens, such as padding, mostly have the first or the last ids.
     first = torch.arange(length)[None] * 5 % max(1, vocab_size // 2) + vocab_size // 4
     second = first.clone()
     second[0, changed] = (first[0, changed] + vocab_size // 8 + 1) % vocab_size
@@ -76,7 +76,7 @@ def _check_sees(folder: Path, kind: str, model: PreTrainedModel) -> None:
         one, other = (
             model(input_ids=ids, **caches)[0][0, :changed].float() for ids in (first, second)
         )
-    except Exception as error:  # whatever a model raises that wants more than ids
+    except Exception as error:  # anything, from a model that needs more than ids
         raise not_read(folder, kind, model.config, error) from None
     # Experts see batches of other sizes, and sum in another order.
     looks_ahead = bool((one - other).abs().max() > 1e-4 * one.abs().max())
@@ -122,7 +122,7 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def check_same_shape(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Raise `UserError` if the config.json of a checkpoint is of another architecture."""
+    """Raise `UserError` if the config.json of a checkpoint has a different architecture."""
     saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     for key in SHAPE:
         mine = getattr(model.config, key, None)
@@ -146,8 +146,8 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
 
     6 N + 12 L d T: N the parameters that multiply (embedding look-ups do not), L layers, d the
     hidden size, T the sequence length; attention counted as if not causal. Chowdhery et al. 2022
-    (PaLM), arXiv:2204.02311, appendix B. Of the 6 a parameter that is frozen takes 4: nobody needs
-    its own gradient.
+    (PaLM), arXiv:2204.02311, appendix B. A frozen parameter takes 4 of the 6: its own gradient is
+    not needed.
     """
     config = model.config
     parameters = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters())

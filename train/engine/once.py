@@ -18,7 +18,7 @@ from train.engine.errors import check_writable_folder
 
 
 class CutOff(UserError):
-    """A download ended before its end; the next one need not start afresh."""
+    """A download was interrupted; the next one can continue it."""
 
 
 def datasets_folder() -> Path:
@@ -27,24 +27,24 @@ def datasets_folder() -> Path:
 
 
 def staged_path(name: str) -> Path:
-    """Return the place of a path of `StagedPaths`; relative ones are below the datasets folder."""
+    """Return the full path of a `StagedPaths` entry; relative ones are in the datasets folder."""
     return datasets_folder() / name
 
 
 def relative_to_datasets(path: Path) -> str:
-    """Return how `StagedPaths` names a path: below the datasets folder without that folder's."""
+    """Return a path as `StagedPaths` has it: relative if it is in the datasets folder."""
     root = datasets_folder()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def fingerprint(files: Iterable[Path]) -> list[Any]:
-    """Return what tells files from others, and from themselves once changed; unread."""
+    """Return what identifies the files and changes when they change, without reading them."""
     stats = [(str(file.absolute()), file.stat()) for file in files]
     return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
 def named_by_content(parent: Path, *made_of: Any) -> Path:
-    """Return the folder below `parent` whose name follows from what it is made of (JSON)."""
+    """Return the folder in `parent` whose name is a hash of what it is made of (JSON)."""
     return parent / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
@@ -58,11 +58,11 @@ def make_once(
 ) -> Path:
     """Return `folder`, made by `make` if it is not there; a second process waits for the first.
 
-    `make` fills a folder beside it, which is renamed when all is there. `goes_on` says that it can
-    go on with what it left when it was cut off.
+    `make` fills a folder beside it, which is renamed when it is complete. `goes_on` says that
+    `make` can continue from what it left when it was interrupted.
 
     Raises:
-        UserError: the place cannot be written, or `online` is False: what is made needs a network.
+        UserError: the folder cannot be written, or it needs a network and `online` is False.
     """
     if folder.is_dir():
         return folder
@@ -97,11 +97,11 @@ def _lock(path: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process, which stages {what} or the like", flush=True)
+            print(f"waiting for another process that is staging {what} or similar", flush=True)
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"SLUICE_DATASETS: {path.parent} has no file locks ({error.strerror}); choose "
-                "another place"
+                f"SLUICE_DATASETS: {path.parent} does not support file locks ({error.strerror}); "
+                "choose another place"
             ) from None
         yield

@@ -1,4 +1,4 @@
-"""What is in the training data and in the data that measures as well: whole files, and lines."""
+"""What the training data and the held-out data have in common: whole files, and lines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import NamedTuple
 from train.engine.data import Piece
 from train.engine.datafiles import DataFiles, refusing
 
-# Another number when the same texts give another share.
+# Increment when the same texts give a different share.
 FORMAT = 2
 
-# Shorter lines ("return None", a heading) are in any two texts. A row of one line always counts.
+# Shorter lines ("return None", a heading) occur in any two texts. A row of one line always counts.
 SHORTEST_LINE = 25
-# Lines that are held: some 70 MB. Of more lines, those with the smallest digests are
-# taken, which are a fair sample and the same one each time.
+# Lines kept in memory: about 70 MB. Of more lines, those with the smallest digests are
+# kept, which is a fair sample and the same one each time.
 MAX_LINES = 2**18
-# Of the training text: some 40 seconds, where all of a large one would take hours.
+# Of the training text: about 40 seconds; all of a large text would take hours.
 MAX_CHARACTERS = 2 * 10**9
 
 
@@ -29,8 +29,8 @@ MAX_CHARACTERS = 2 * 10**9
 def apart(training: DataFiles, held_out: DataFiles) -> tuple[DataFiles, DataFiles]:
     """Return both without what they share: a file within the other's folder, or a copy of one.
 
-    Training data loses it to the data that measures, unless that is the larger folder, with the
-    training data within it. Two settings that mean the same keep it: that is what was asked for.
+    The training data loses it, unless the held-out data includes all of the training data and
+    more; then the held-out data does. Two settings with the same files keep them, as requested.
 
     Raises:
         UserError: a file cannot be read.
@@ -51,7 +51,7 @@ def _sizes(data: DataFiles) -> set[int]:
 
 
 def _identities(data: DataFiles, candidates: set[int]) -> list[object]:
-    """Return what each file holds, which is read where its size is one of `candidates`."""
+    """Return an identity of each file; it is a hash if its size is one of `candidates`."""
 
     def identity(file: Path) -> object:
         status = file.stat()
@@ -82,7 +82,7 @@ def _without(
 class Beginnings:
     """The beginnings of texts: an equal part of each, `limit` characters in all.
 
-    Texts that are shorter leave their part to those after them.
+    Shorter texts leave the rest of their part to those after them.
     """
 
     def __init__(self, texts: Sequence[Callable[[], Iterable[Piece]]], limit: int) -> None:
@@ -105,7 +105,7 @@ class Beginnings:
 
 
 def share(train: Callable[[], Iterable[Piece]], held_out: Callable[[], Iterable[Piece]]) -> float:
-    """Return which share of the characters of `held_out` stands in lines that `train` has too.
+    """Return the share of the characters of `held_out` in lines that `train` has too.
 
     Lines are equal if their words are. Memory does not grow with either text.
     """
@@ -115,7 +115,7 @@ def share(train: Callable[[], Iterable[Piece]], held_out: Callable[[], Iterable[
         shortest = 1
         wanted = _sample(_lines(held_out(), shortest))
     total = sum(line.size for line in wanted.values())
-    # Most lines of a corpus are told from all of these by their first words.
+    # The first words rule out most lines of a corpus.
     starts = {line.start for line in wanted.values()}
     for line in _lines(train(), shortest, starts):
         wanted.pop(line.digest, None)
@@ -125,29 +125,29 @@ def share(train: Callable[[], Iterable[Piece]], held_out: Callable[[], Iterable[
 
 
 def share_of_texts(train: Iterable[str], held_out: Iterable[str]) -> float:
-    """Return which share of the texts of `held_out` is in `train` too, word for word."""
+    """Return the share of the texts of `held_out` that are in `train` too, word for word."""
     known = {_digest(text.split()) for text in train}
     found = [_digest(text.split()) in known for text in held_out]
     return sum(found) / len(found) if found else 0.0
 
 
 def warning(share: float, held_out: str, train: str, what: str) -> str | None:
-    """Return the line that says a share, if it is one to speak of: at least half a percent."""
+    """Return a warning about a share, or None if it is below half a percent."""
     if share < 0.005:
         return None
     amount = "all" if share == 1 else f"{share:.1%}"
     return (
-        f"warning: {held_out}: {amount} of its {what} in {train} as well; what is measured on "
-        "it looks better than it is"
+        f"warning: {held_out}: {amount} of its {what} in {train} as well; results measured on "
+        "it look better than they are"
     )
 
 
 class _Line(NamedTuple):
     digest: int
     size: int
-    """Its characters that are no white space, in all its copies."""
+    """Its non-blank characters, over all its copies."""
     start: int
-    """Follows from its first words; another in another process."""
+    """A hash of its first words; differs between processes."""
 
 
 def _sample(lines: Iterable[_Line]) -> dict[int, _Line]:
@@ -168,7 +168,7 @@ def _sample(lines: Iterable[_Line]) -> dict[int, _Line]:
 def _lines(
     pieces: Iterable[Piece], shortest: int, starts: Container[int] | None = None
 ) -> Iterator[_Line]:
-    """Yield the lines that count; of some starts only, if they are given."""
+    """Yield the lines that count; only those with one of `starts`, if given."""
     for piece in pieces:
         lines = [line for line in piece.text.split("\n") if line.strip()]
         is_row = piece.starts and piece.ends and len(lines) == 1

@@ -15,7 +15,7 @@ from train.engine.modelfolder import read_json
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
-# By the kind of encoder that the library thought of first.
+# One for each model type that the library first supported.
 KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 TRANSFORMERS = tuple(f"sentence_{kind}_config.json" for kind in KINDS)
 FILES = (MODULES, PROMPTS, *TRANSFORMERS, "*_Pooling/config.json")
@@ -29,27 +29,27 @@ class Pooling:
     mode: str = "mean"
     """mean: over all tokens. cls: the first one's vector."""
     query_prompt: str = ""
-    """Stands before a text that asks."""
+    """Put before a query."""
     document_prompt: str = ""
-    """Stands before a text that is looked for."""
+    """Put before a document."""
     default_prompt: str = ""
-    """Stands before a text that is neither."""
+    """Put before any other text."""
     max_length: int | None = None
-    """Tokens that are read of a text; None: as many as there are positions."""
+    """Tokens of a text that are read; None: as many as there are positions."""
 
 
 def check_plain(folder: Path | None) -> None:
-    """Raise `UserError` if a folder wants a prompt before every text, where none is given."""
+    """Raise `UserError` if an encoder needs a prompt before every text, as none is added."""
     if prompt := read(folder).default_prompt:
         raise UserError(
-            f"model.name: {folder} wants '{prompt}' before every text, which this lab does not "
-            "write; put it into the texts and take default_prompt_name out of "
+            f"model.name: {folder} needs '{prompt}' before every text, which this lab does not "
+            "add; put it into the texts and remove default_prompt_name from "
             f"{PROMPTS}, or choose another encoder"
         )
 
 
 def check_compared(folder: Path | None) -> None:
-    """Raise `UserError` if vectors of a folder are not compared by their angle alone."""
+    """Raise `UserError` if an encoder's vectors are not compared by cosine similarity."""
     if folder is None:
         return
     wanted = _object(folder / PROMPTS).get("similarity_fn_name") or "cosine"
@@ -62,7 +62,7 @@ def check_compared(folder: Path | None) -> None:
 
 
 def prompt_tokens(folder: Path | None, tokenizer_folder: Path) -> int:
-    """Return the tokens that the longer of the prompts takes of what the encoder reads."""
+    """Return how many of the encoder's tokens the longer of the prompts takes."""
     found = read(folder)
     encode = tokenization.load(tokenizer_folder).tokenizer.encode
     prompts = (found.query_prompt, found.document_prompt)
@@ -73,7 +73,7 @@ def read(folder: Path | None) -> Pooling:
     """Return the pooling of an encoder's folder.
 
     Raises:
-        UserError: it asks for something else than the mean or the first token, or a text.
+        UserError: it asks for something other than the mean or the first token.
     """
     if folder is None:
         return Pooling()
@@ -102,7 +102,7 @@ def read(folder: Path | None) -> Pooling:
 def _max_length(folder: Path, transformer: dict[str, Any]) -> int | None:
     if not (folder / MODULES).exists():
         return None
-    # Newer folders have it in the tokenizer's file, where a huge number means none.
+    # Newer folders have it in the tokenizer's file, where a huge number means no limit.
     found = transformer.get("max_seq_length")
     found = found or _object(folder / "tokenizer_config.json").get("model_max_length")
     return int(found) if found and found < 1e6 else None
@@ -110,24 +110,25 @@ def _max_length(folder: Path, transformer: dict[str, Any]) -> int | None:
 
 def _mode(folder: Path) -> str:
     modules = _list(folder / MODULES)
-    # A vector of length one is made where vectors are compared, with Normalize and without.
+    # Vectors are normalized where they are compared, with Normalize or without.
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     for module, kind in zip(modules, kinds, strict=True):
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise UserError(
                 f"model.name: {folder / MODULES} asks for a module {kind} ({module.get('path')}), "
-                "which is not supported; choose an encoder of Transformer, Pooling and Normalize"
+                "which is not supported; choose an encoder with only Transformer, Pooling and "
+                "Normalize"
             )
     if modules and "Pooling" not in kinds:
         raise UserError(
-            f"model.name: {folder / MODULES} has no module Pooling, so that a text has no one "
-            "vector; choose a sentence encoder"
+            f"model.name: {folder / MODULES} has no Pooling module, so a text does not get a "
+            "single vector; choose a sentence encoder"
         )
     if not modules:
         return "mean"
     path = folder / str(modules[kinds.index("Pooling")].get("path", "")) / "config.json"
     settings = _object(path)
-    # Older files say a mode each; newer ones a name, or several joined by +.
+    # Older files have a flag for each mode; newer ones a name, or several joined by +.
     chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
     if "pooling_mode" in settings:
         chosen = [f"pooling_mode_{settings['pooling_mode']}"]
@@ -137,7 +138,7 @@ def _mode(folder: Path) -> str:
         if settings.get("include_prompt") is False:
             said += " without the prompt (include_prompt: false)"
         raise UserError(
-            f"model.name: {path} asks for {said}; supported is the mean over all tokens "
+            f"model.name: {path} asks for {said}; use the mean over all tokens "
             "(pooling_mode_mean_tokens) or the first one (pooling_mode_cls_token)"
         )
     return names[chosen[0]]

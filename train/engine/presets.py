@@ -1,4 +1,4 @@
-"""Shapes that start from random weights: of Llamas, by name, and of a dry run's encoder."""
+"""Model shapes for random weights: named presets of Llama, and the encoder of a dry run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The fields of `transformers.LlamaConfig` that make a model's size."""
+    """The fields of `transformers.LlamaConfig` that determine a model's size."""
 
     vocab_size: int
     hidden_size: int
@@ -65,6 +65,6 @@ PRESETS = {
     ),
 }
 
-# Of the encoder that stands for a pretrained one in a dry run.
+# The encoder that replaces a pretrained one in a dry run.
 TINY_ENCODER_LAYERS = 2
 TINY_ENCODER_POSITIONS = 256

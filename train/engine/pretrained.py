@@ -1,7 +1,7 @@
-"""A model folder as transformers reads it, with its silences refused or said.
+"""A model folder as transformers loads it, with errors and notes where it only logs.
 
-`from_pretrained` gives a weight that the files lack a random value, leaves out what it has no use
-for, and reports it in a log. Here the first is refused and the second said.
+`from_pretrained` gives a weight that the files lack a random value, ignores weights that it does
+not use, and reports both in a log. Here the first is an error and the second a note.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def load(folder: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model of a folder in fp32 and eval mode, and transformers' report on it.
 
     Raises:
-        UserError: it is none of this kind, or its files lack a weight or have another shape.
+        UserError: it is not of this kind, or its files lack a weight or have another shape.
     """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
@@ -30,7 +30,7 @@ def load(folder: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
     config = read_config(folder)
     disable_progress_bar()
-    # What it would report is said here, in a line.
+    # What it would report is printed here, in one line.
     set_verbosity_error()
     kinds = {LANGUAGE_MODEL: AutoModelForCausalLM, ENCODER: AutoModel}
     try:
@@ -44,31 +44,31 @@ def load(folder: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
             trust_remote_code=False,
             **options,
         )
-    except Exception as error:  # whatever transformers and what it calls raise
+    except Exception as error:  # whatever transformers and its dependencies raise
         raise not_read(folder, kind, config, error) from None
     _check_weights(folder, kind, model, loading)
     loading["notes"] = _notes(folder, model, loading)
     if model.config.tie_word_embeddings and has_own_head(model):
-        # transformers takes the head that the files have; an export must not tie it again.
+        # transformers uses the head that the files have; an export must not tie it again.
         model.config.tie_word_embeddings = False
         loading["notes"].append(
-            f"model.name: {folder}: its files have a head of its own, which config.json ties to "
-            "the embedding; the head is kept, and trained on its own"
+            f"model.name: {folder}: config.json ties the head to the embedding, but the files have "
+            "a separate head; it is kept, and trained separately"
         )
     return model, loading
 
 
 def has_own_head(model: Any) -> bool:
-    """Return whether the weights of a model's head are others than those of its embedding."""
+    """Return whether a model's head has other weights than its embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def read_config(folder: Path) -> Any:
-    """Return the config of a folder, of a model that takes text and has numbers for weights.
+    """Return the config of a folder; the model must take only text and not be quantized.
 
     Raises:
-        UserError: it is of none.
+        UserError: it is not such a model.
     """
     from transformers import AutoConfig
 
@@ -77,31 +77,31 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"model.name: {folder} holds no config.json; give a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers and what it calls raise
+    except Exception as error:  # whatever transformers and its dependencies raise
         raise not_read(folder, "model", json.loads(path.read_bytes()), error) from None
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"model.name: {path}: the weights are quantized, which cannot be trained; give the "
-            "model that they were made from"
+            f"model.name: {path}: the weights are quantized and cannot be trained; give the "
+            "original model"
         )
     if config.is_encoder_decoder:
         raise UserError(
-            f"model.name: {path}: a {config.model_type} is an encoder with a decoder, which no "
+            f"model.name: {path}: {config.model_type} is an encoder-decoder model, which no "
             "script here trains; give a causal language model, such as a Llama or GPT-2"
         )
     if config.get_text_config() is not config:
         raise UserError(
-            f"model.name: {path}: a {config.model_type} takes more than text; save its language "
-            "model alone, with a config.json of its own, and give that"
+            f"model.name: {path}: {config.model_type} takes more than text; save its language "
+            "model separately, with its own config.json, and give that"
         )
     missing = [k for k in ("vocab_size", "num_hidden_layers") if not hasattr(config, k)]
     if missing:
-        raise UserError(f"model.name: {path} is not of a language model: no {missing[0]!r}")
+        raise UserError(f"model.name: {path} is not of a language model: it has no {missing[0]!r}")
     return config
 
 
 def not_read(folder: Path, kind: str, config: Any, error: Exception) -> UserError:
-    """Return the error for a folder that transformers does not read, in a line."""
+    """Return the one-line error for a folder that transformers cannot load."""
     import transformers
 
     fields = config if isinstance(config, dict) else config.to_dict()
@@ -115,12 +115,12 @@ def not_read(folder: Path, kind: str, config: Any, error: Exception) -> UserErro
         )
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return UserError(
-            f"{where}: transformers {transformers.__version__} knows no model_type {model_type!r}; "
-            "correct config.json, or give another model"
+            f"{where}: transformers {transformers.__version__} does not know model_type "
+            f"{model_type!r}; correct config.json, or give another model"
         )
     if "Unrecognized configuration class" in text:
         return UserError(
-            f"{where}: a {model_type} is no causal {kind} (it has no AutoModelForCausalLM); give "
+            f"{where}: {model_type} is not a causal {kind} (it has no AutoModelForCausalLM); give "
             "one, such as a Llama or GPT-2"
         )
     lines = text.strip().splitlines() or [type(error).__name__]
@@ -144,7 +144,7 @@ def _check_weights(folder: Path, kind: str, model: Any, loading: dict[str, Any])
     for name, given, wanted in sorted(loading["mismatched_keys"]):
         if not _is_head(model, kind, name):
             raise UserError(
-                f"{where}: {name} is of {tuple(given)} in the file and of {tuple(wanted)} by "
+                f"{where}: {name} has shape {tuple(given)} in the file, but {tuple(wanted)} by "
                 "config.json; give the config.json that belongs to the weights"
             )
     lacking = sorted(n for n in loading["missing_keys"] if not _is_head(model, kind, n))
@@ -152,10 +152,10 @@ def _check_weights(folder: Path, kind: str, model: Any, loading: dict[str, Any])
         hint = "give the files that belong to config.json"
         if all(not name.startswith(f"{model.base_model_prefix}.") for name in lacking):
             made = ", ".join(model.config.architectures or ["a model without a head"])
-            hint = f"they are of {made}, not of {_a(kind)}; give one"
+            hint = f"they belong to {made}, not to {_a(kind)}; give one"
         unused = sorted(loading["unexpected_keys"])
         if prefix := _common_prefix(lacking, unused):
-            hint = f"the files have them as {prefix}...; save them without that"
+            hint = f"in the files, their names begin with {prefix}; save them without it"
         raise UserError(
             f"{where}: its files lack {_count(lacking, 'weight')} of config.json's model "
             f"({named(lacking)}); {hint}"
@@ -163,7 +163,7 @@ def _check_weights(folder: Path, kind: str, model: Any, loading: dict[str, Any])
 
 
 def _is_head(model: Any, kind: str, name: str) -> bool:
-    """Return whether a weight is of what the task replaces: an encoder's pooler, or a head."""
+    """Return whether a weight belongs to what the task replaces: an encoder's pooler, or a head."""
     if kind == LANGUAGE_MODEL:
         return False
     prefix = f"{model.base_model_prefix}."
@@ -186,7 +186,7 @@ def _notes(folder: Path, model: Any, loading: dict[str, Any]) -> list[str]:
 
 
 def _common_prefix(lacking: list[str], unused: Iterable[str]) -> str | None:
-    """Return what stands before all the names in a file (`_orig_mod.` of torch.compile), if so."""
+    """Return the prefix of all names in a file (`_orig_mod.` of torch.compile), if there is one."""
     first = next((name for name in unused if name.endswith(lacking[0])), None)
     prefix = first and first.removesuffix(lacking[0])
     names = set(unused)
@@ -194,7 +194,7 @@ def _common_prefix(lacking: list[str], unused: Iterable[str]) -> str | None:
 
 
 def named(names: list[str]) -> str:
-    """Return the first few names of weights, as a message has them."""
+    """Return the first few names of weights, for a message."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 

@@ -1,6 +1,6 @@
-"""What transformers would make of a model folder, found out before a job waits for anything.
+"""How transformers would load a model folder, checked before a job is queued.
 
-The answer is kept below the datasets folder, so that torch is imported once a model.
+The result is kept in the datasets folder, so that torch is imported once per model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from runfolder.errors import UserError
 from train.engine.models import empty, from_folder, layers
 from train.engine.pretrained import LANGUAGE_MODEL, load, named
 
-# A model of at most as many parameters is read as a whole, so that what only its values tell is
-# told before a job waits; in fp32 they take 2 GB of memory. A larger one tells when it is trained.
+# A model of at most this many parameters is loaded completely, so that problems with its values
+# are found before a job is queued; in fp32 they take 2 GB of memory. For a larger model they are
+# found when it is trained.
 READ_WHOLE = 500_000_000
 
 
@@ -25,8 +26,8 @@ def rehearse(folder: Path, kind: str) -> dict[str, Any]:
     limit), model_type, pad_token_id, and `notes` for the user.
 
     Raises:
-        UserError: transformers cannot read it as this, it is quantized or of several kinds of
-            input, or its files lack a weight, or have one of another shape than config.json says.
+        UserError: transformers cannot load it as `kind`, it is quantized or takes more than text,
+            or its files lack a weight, or have one of another shape than config.json says.
     """
     model, loading = load(folder, kind, device_map="meta")
     config = model.config
@@ -46,21 +47,22 @@ def rehearse(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _check_trainable(folder: Path, model: Any) -> None:
-    """Raise `UserError` for a model that could not be split into layers, or not be exported."""
+    """Raise `UserError` for a model that cannot be split into layers, or cannot be exported."""
     try:
         layers(model)
     except StopIteration:
         raise UserError(
-            f"model.name: {folder}: a {model.config.model_type} has no list of its "
-            f"{model.config.num_hidden_layers} layers, which strategies split; give another model"
+            f"model.name: {folder}: {model.config.model_type} has no list of its "
+            f"{model.config.num_hidden_layers} layers for the strategies to split; give another "
+            "model"
         ) from None
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
-        # An export is made of a checkpoint, which has the config as the model has it.
+        # An export is made from a checkpoint, which has the model's config.
         model.config.save_pretrained(scratch)
         again = empty(Path(scratch))
     lost = sorted(set(model.state_dict()) ^ set(again.state_dict()))
     if lost:
         raise UserError(
-            f"model.name: {folder}: saving and loading its config.json gives another model, which "
-            f"would lose {named(lost)} in an export; give another model"
+            f"model.name: {folder}: saving and loading its config.json gives a different model, "
+            f"and an export would lose {named(lost)}; give another model"
         )

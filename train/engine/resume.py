@@ -1,4 +1,4 @@
-"""Where a run goes on: at its newest whole checkpoint, or at step 0."""
+"""Where a run resumes: at its newest complete checkpoint, or at step 0."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from train.engine.strategy.base import ReadState
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What the loop begins with; all of it as it was when the checkpoint was made."""
+    """The start values of the loop, as they were when the checkpoint was made."""
 
     folder: Path | None = None
-    """The checkpoint, or None for a run that begins."""
+    """The checkpoint, or None for a new run."""
     step: int = 0
-    """Optimizer steps that were taken."""
+    """Optimizer steps taken so far."""
     position: int = 0
-    """Sequences that were read."""
+    """Sequences read so far."""
     line: dict[str, Any] = field(default_factory=lambda: {"step": 0})
     """The metrics of the step, which may not be logged yet."""
     state: dict[str, Any] = field(default_factory=dict)
@@ -32,13 +32,13 @@ class Start:
 def restore(
     checkpoints: checkpoint.Checkpoints, model: Any, must_match: Mapping[str, Any]
 ) -> Start:
-    """Put the newest whole checkpoint's weights into `model`, and say where the run goes on.
+    """Load the newest complete checkpoint into `model`, and return where the run resumes.
 
-    `must_match` is what the position in the data, or the weights, would mean nothing without.
+    `must_match` holds the values that the position in the data, or the weights, depend on.
 
     Raises:
-        UserError: the checkpoint is of another model, or was made with something else than
-            `must_match` says.
+        UserError: the checkpoint is from another model, or was made with other values than
+            `must_match`.
     """
     newest = checkpoints.newest()
     if newest is None:

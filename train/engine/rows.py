@@ -1,4 +1,4 @@
-"""Rows of files of every kind: the columns that are asked for, one row at a time."""
+"""Rows of files of every kind: the requested columns, one row at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from train.engine import csvrows, jsonrows
 from train.engine.compression import unreadable
 from train.engine.filenames import suffix_of
 
-# Where a row stands (file and line, where there are lines), and its values in the order asked for.
+# Where a row is (file and line, if there are lines), and its values in the order asked for.
 Row = tuple[str, tuple[Any, ...]]
 
-# Another number when files are read to other rows: what was staged before is not found again.
+# Increment when files give other rows, so that what was staged before is not used again.
 READ_FORMAT = 3
 
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
@@ -29,7 +29,7 @@ def read_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     {"text_column": "text"}. A message about a column that is missing names that setting.
 
     Raises:
-        UserError: a file that is not what its name says, or lacks a column; with its line.
+        UserError: a file does not match its suffix, or lacks a column; with its line.
     """
     yield from _READERS[suffix_of(file) or file.suffix](file, columns)
 
@@ -46,7 +46,7 @@ def as_text(value: Any, where: str, column: str) -> str:
         kind = type(value).__name__
         hint = "give a column of text"
         if isinstance(value, list | dict):
-            hint = "make a text of it first; of a conversation by tokenizer.apply_chat_template"
+            hint = "convert it to text first; a conversation with tokenizer.apply_chat_template"
         raise UserError(f"{where}: '{column}' is not text but {kind}; {hint}")
     try:
         value.encode()
@@ -58,13 +58,13 @@ def as_text(value: Any, where: str, column: str) -> str:
 
 
 def class_name(names: Sequence[str] | None, value: Any) -> Any:
-    """Return the name of a class by its number; another value as it is, and -1, which is none."""
+    """Return the name of a class by its number; other values, and -1 (no class), are unchanged."""
     is_class = names and isinstance(value, int) and 0 <= value < len(names)
     return names[value] if names and is_class else value
 
 
 def check_columns(where: str, columns: Mapping[str, str], found: Iterable[str]) -> None:
-    """Raise `UserError` if a column is not among those `found`, which it names, or is twice."""
+    """Raise `UserError` if a column is not among those `found`, or is there twice."""
     names = [str(name) for name in found]
     for setting, column in columns.items():
         if column not in names:
@@ -80,7 +80,7 @@ def _csv_rows(file: Path, columns: Mapping[str, str], delimiter: str = ",") -> I
     _, header = next(rows, ("", []))
     if not header:
         raise UserError(f"{file}: is empty; its first line names the columns")
-    # Who writes "label, text" means the columns label and text.
+    # "label, text" means the columns label and text.
     names = [name.strip() for name in header]
     wanted = {setting: column.strip() for setting, column in columns.items()}
     if not set(wanted.values()) <= set(names):
@@ -96,11 +96,11 @@ def _tsv_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
 
 
 def _check_header(file: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise `UserError` if a first line without the columns is none, or has other separators."""
+    """Raise `UserError` if a first line without the columns is a row, or has other separators."""
     missing = f"{file}: has no column '{next(name for name in wanted if name not in names)}'"
     if len(names) == 1 and (mark := next((mark for mark in ";\t|," if mark in names[0]), None)):
         shown = "tabs" if mark == "\t" else f"'{mark}'"
-        step = "name it .tsv" if mark == "\t" else "save it with commas, or with tabs as .tsv"
+        step = "rename it to .tsv" if mark == "\t" else "save it with commas, or with tabs as .tsv"
         raise UserError(f"{missing}: its columns are separated by {shown}; {step}")
     if any(_NUMBER.fullmatch(name) or len(name.split()) > 3 for name in names):
         raise UserError(
@@ -184,7 +184,7 @@ def _table_rows(
                         tuple(map(class_name, classes, values)),
                     )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow's errors about what a file holds have no number.
+        # Arrow's errors about a file's content have no errno.
         if isinstance(error, OSError) and error.errno is not None:
             raise unreadable(file, error) from None
         reason = str(error).splitlines()[0]
@@ -192,7 +192,7 @@ def _table_rows(
 
 
 def _class_names(schema: Any, column: str) -> list[str]:
-    """Return the names that the `datasets` library keeps of a column's numbers; mostly none."""
+    """Return the class names that `datasets` stores for a column's numbers; mostly none."""
     try:
         kept = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = kept["info"]["features"][column]

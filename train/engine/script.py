@@ -32,7 +32,7 @@ class Script(Generic[Config]):
     prog: str
     config_class: type[Config]
     dry_run: dict[str, Any]
-    """What --dry_run changes; the command line still wins over it."""
+    """What --dry_run changes; the command line still overrides it."""
     stage: Callable[..., Config]
     """(config, *, online) -> config with `staged` filled in."""
     train: Callable[..., str]
@@ -46,7 +46,7 @@ class Script(Generic[Config]):
         config = arguments.parse(self.config_class, argv, prog=self.prog, dry_run=self.dry_run)
         named = config.run_folder or os.environ.get("SLUICE_RUN_FOLDER")
         if not named:
-            raise UserError("run_folder: is not set; `make run` sets it, by hand give --run_folder")
+            raise UserError("run_folder: is not set; use `make run`, or give --run_folder")
         run_folder = Path(named)
         if config.staged is None:
             with said_of_the_disk():
@@ -55,8 +55,8 @@ class Script(Generic[Config]):
             run_folder.mkdir(parents=True, exist_ok=True)
             lock(run_folder)  # held until this process ends, however it ends
 
-        # Only now, so that a mistake above is answered at once: torch and transformers. What they
-        # make stays; to look through it again and again for garbage takes a fifth of their time.
+        # torch and transformers only now, so that a mistake above is reported at once. What they
+        # create stays; repeated garbage collection would take a fifth of their import time.
         gc.disable()
         from train.engine import guard
         from train.engine.distributed import check_promises, init_distributed, is_main_process
@@ -78,7 +78,7 @@ class Script(Generic[Config]):
 
 
 def only_under_ddp(job: str) -> None:
-    """Refuse another strategy while a run is resolved, before it waits for anything.
+    """Reject other strategies while a run is resolved, before it is queued.
 
     Raises:
         UserError: the strategy that was asked for (SLUICE_ACCEL) is not ddp.

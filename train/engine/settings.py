@@ -1,6 +1,6 @@
-"""The settings that the training scripts share; each knows what makes it wrong.
+"""The settings that the training scripts share; each validates itself.
 
-Nothing here imports torch: a wrong setting is answered before anything heavy is loaded.
+Nothing here imports torch: a wrong setting is reported before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from train.engine.presets import PRESETS
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise `UserError` with `message` unless a setting holds."""
+    """Raise `UserError` with `message` unless `holds`."""
     if not holds:
         raise UserError(message)
 
 
 @dataclass(kw_only=True)
 class ModelSettings:
-    """What is trained."""
+    """The model to train."""
 
     PATHS = ("name", "tokenizer")
-    """The settings that may name a file or a folder, for `make run` to say in full."""
+    """The settings that may be a path, which `make run` makes absolute."""
 
     name: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     """A hub id (owner/name), or a folder that holds a Hugging Face model."""
@@ -66,7 +66,7 @@ class EncoderSettings:
 
 @dataclass(kw_only=True)
 class DataSettings:
-    """What it is trained on."""
+    """The training and validation data."""
 
     PATHS = ("train", "validation")
 
@@ -77,16 +77,16 @@ class DataSettings:
     revision: str | None = "b08601e04326c79dfdd32d625aee71d232d685c3"
     """The commit of the dataset."""
     train: str | None = None
-    """Local text instead of `name`: a file or a folder of them; docs/data.md lists the kinds."""
+    """Local text instead of `name`: a file or a folder; docs/data.md lists the formats."""
     validation: str | None = None
-    """Local text to evaluate on; needed with `train`."""
+    """Local text to evaluate on; required with `train`."""
     text_column: str = "text"
-    """The column of rows (of files or the hub) that holds the text."""
+    """The column with the text, in files or in the hub dataset."""
     join_rows: bool = False
-    """Rows are lines of one running text (as in WikiText), not documents of their own."""
+    """Rows are lines of one running text (as in WikiText), not separate documents."""
     parse_special_tokens: bool = False
-    """Take `</s>` and the like in the text for the tokens that they spell. Else they are text, as
-    in HTML, but for the tokens that the model's chat template writes."""
+    """Tokenize `</s>` and the like in the text as special tokens. By default they are text, as in
+    HTML, except for the tokens that the model's chat template writes."""
     sequence_length: int | None = None
     """Tokens in a block; default: the model's context, at most 2048."""
 
@@ -110,7 +110,7 @@ class DataSettings:
 
 @dataclass(kw_only=True)
 class BatchSettings:
-    """How many sequences make a step. The trajectory depends on `global_batch_size` alone."""
+    """How many sequences make a step. The trajectory depends only on `global_batch_size`."""
 
     global_batch_size: int = 16
     """Sequences in an optimizer step, over all processes and micro batches."""
@@ -156,7 +156,7 @@ class OptimizerSettings:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """On matrices only; norms and biases are not decayed."""
+    """Applied to matrices only; norms and biases are not decayed."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this."""
 
@@ -184,7 +184,7 @@ class ScheduleSettings:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
-    """The last step's learning rate, as a part of the peak."""
+    """The last step's learning rate, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         require(self.warmup_steps >= 0, f"schedule.warmup_steps: {self.warmup_steps} is negative")
@@ -229,7 +229,7 @@ class CheckpointSettings:
     every_steps: int = 100
     """Also at the end, and when the cluster asks the run to stop."""
     keep: int = 3
-    """Checkpoints to keep; the newest that is complete is never deleted."""
+    """Checkpoints to keep; the newest complete one is never deleted."""
 
     def __post_init__(self) -> None:
         require(
@@ -243,13 +243,13 @@ class CheckpointSettings:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether training goes on while it is written."""
+        """Whether training continues while it is written."""
         return False
 
 
 @dataclass(kw_only=True)
 class ShardCheckpointSettings(CheckpointSettings):
-    """Of a run whose processes each write a share of the state."""
+    """For a run whose processes each write a share of the state."""
 
     asynchronous: bool = True
-    """Write in the background while training goes on; needs host memory for a process's share."""
+    """Write in the background while training continues; needs host memory for a process's share."""

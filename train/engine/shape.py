@@ -1,4 +1,4 @@
-"""The shape of a model folder, as transformers finds it: asked once, and kept beside the data."""
+"""The shape of a model folder, as transformers finds it: determined once and kept with the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.engine.errors import check_writable_folder
 from train.engine.modelfolder import MAX_HEADER, read_json, weights_of
 from train.engine.once import datasets_folder, make_once, named_by_content
 
-# Counts up when `rehearsal` asks more, so that folders are asked again.
+# Increment when `rehearsal` checks more, so that folders are checked again.
 FORMAT = 2
 
 
@@ -21,14 +21,14 @@ def read_shape(folder: Path, kind: str) -> dict[str, Any]:
     """Return the shape of a model folder as `rehearsal.rehearse` found it, now or before.
 
     Raises:
-        UserError: it is no model of this kind.
+        UserError: it is not a model of this kind.
     """
     path = folder / "config.json"
     if not isinstance(read_json(path, "model.name"), dict):
-        raise UserError(f"model.name: {path} is missing, or holds no JSON object")
+        raise UserError(f"model.name: {path} is missing, or is not a JSON object")
 
-    # What moves with a folder that is copied or mounted elsewhere, as on a node: the values of the
-    # weights are looked at again whenever they are read.
+    # Only what stays the same when a folder is copied or mounted elsewhere, as on a node: the
+    # values of the weights are checked again whenever they are loaded.
     config = hashlib.sha256(path.read_bytes()).hexdigest()
     made_of = (FORMAT, kind, config, [_identity(file) for file in weights_of(folder)])
     record = named_by_content(datasets_folder() / "shapes", *made_of)

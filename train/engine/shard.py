@@ -1,8 +1,8 @@
 """A rank's part of a checkpoint: fp32 tensors as a safetensors file, written one by one.
 
-The same bytes as safetensors' own `save_file` makes, which has no place between two tensors at
-which a test could cut it off, and whose files only their owner reads. The format: 8 bytes with the
-length of the header, little-endian, the header, the data (github.com/huggingface/safetensors).
+The same bytes as safetensors' own `save_file` writes, which a test cannot interrupt between two
+tensors, and whose files only their owner can read. The format: 8 bytes with the length of the
+header, little-endian, the header, the data (github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # Blanks, so that the data begins at a multiple of 8.
+    # Padding, so that the data begins at a multiple of 8.
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)

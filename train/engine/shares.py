@@ -1,7 +1,7 @@
-"""The rows of an evaluation, dealt out among the processes and put together again.
+"""The rows of an evaluation, split among the processes and gathered again.
 
-Row i belongs to rank i % world_size. No row is padded in or dropped, as a sampler that makes all
-shares equal does: two processes score exactly the rows that one does, in the same order.
+Row i belongs to rank i % world_size. No row is added or dropped, unlike with a sampler that makes
+all shares equal: two processes score exactly the rows that one does, in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from train.engine.distributed import rank, world_size
 
 
 def share(num_rows: int) -> range:
-    """Return the rows of this rank: its own number, and every world_size-th from there.
+    """Return the rows of this rank: row number `rank()`, and every world_size-th after it.
 
     Shares differ by one row at most. With fewer rows than ranks some are empty.
     """
@@ -23,10 +23,10 @@ def gather_in_order(local_rows: np.ndarray, *, total: int) -> np.ndarray:
     """Return the results of all `total` rows in order, on every rank; collective.
 
     `local_rows` holds this rank's, of shape (len(share(total)), ...). The dtype and the shape
-    after the first dimension must be the same on every rank, also where there are no rows.
+    after the first dimension must be the same on every rank, even on one without rows.
 
     Raises:
-        ValueError: a rank has another number of rows than its share; said by every rank, so that
+        ValueError: a rank's number of rows differs from its share; raised on every rank, so that
             none waits for it.
     """
     import torch.distributed as dist

@@ -16,7 +16,7 @@ _received: list[signal.Signals] = []
 def install_first() -> None:
     """From now on USR1 only sets the flag; for the start of a script, before it loads torch.
 
-    A cluster sends it without a look at how far the script is. The others still end it at once.
+    A cluster sends it however far the script is. The other signals still end it at once.
     """
     signal.signal(signal.SIGUSR1, _remember)
 
@@ -31,10 +31,10 @@ def install() -> None:
 
 
 def die_with_launcher() -> None:
-    """From now on be killed when the launcher dies, on Linux.
+    """From now on, be killed when the launcher dies (Linux only).
 
-    The launcher puts each process into a session of its own. A process that outlives a launcher
-    that was killed would train on unseen, and hold its GPU and the run folder.
+    The launcher starts each process in its own session. A process that outlives a killed launcher
+    would keep training unseen, and hold its GPU and the run folder.
     """
     if sys.platform == "linux" and "RANK" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -50,11 +50,11 @@ def received() -> str | None:
 
 
 def rehearse() -> None:
-    """Send this process what a cluster would."""
+    """Send this process the signal that a cluster would."""
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def forget_rehearsal() -> None:
-    """Go on after a rehearsed stop, unless a real request has come meanwhile."""
+    """Continue after a rehearsed stop, unless a real request has come in the meantime."""
     if signal.SIGUSR1 in _received:
         _received.remove(signal.SIGUSR1)

@@ -1,7 +1,7 @@
-"""What a run reads, put in place once: model, tokenizer, packed text, below one datasets folder.
+"""The inputs of a run, staged once: model, tokenizer, packed text, in one datasets folder.
 
-Each piece lives under a name that follows from what it was made of, so that it is found again,
-and appears there by a rename, so that nobody ever reads half of it.
+Each has a name derived from what it was made of, so that it is found again, and appears there by a
+rename, so that nobody ever reads half of it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from train.engine.presets import PRESETS
 from train.engine.pretrained import ENCODER, LANGUAGE_MODEL
 from train.engine.shape import read_shape
 
-# In the folder of an encoder of the hub that has no file about its pooling, and was asked for one.
+# Marks the folder of a hub encoder for which pooling files were requested and there are none.
 FETCHED = "fetched"
 MODEL_FILES = (
     "*.safetensors",
@@ -46,10 +46,10 @@ MODEL_FILES = (
 
 
 def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
-    """Put model, tokenizer and packed text in place, where they are not yet, and say where.
+    """Stage model, tokenizer and packed text, unless they are there already, and return the paths.
 
-    What `config.staged` names is taken as it is while it is there: a run goes on with the text
-    that it began with.
+    Paths in `config.staged` are used as they are if they exist: a run continues with the text
+    that it started with.
 
     Raises:
         UserError: something does not exist, is not what it should be, or is too short; or it
@@ -166,12 +166,12 @@ def _check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size:
     if config.model.preset or vocab_size <= (known := shape["vocab_size"]):
         return
     raise UserError(
-        f"model.tokenizer: gives ids up to {vocab_size - 1}, but the model {config.model.name} "
-        f"knows only {known} tokens; "
+        f"model.tokenizer: has ids up to {vocab_size - 1}, but the model {config.model.name} "
+        f"has only {known} tokens; "
         + (
             "leave it out to use the model's own"
             if config.model.tokenizer
-            else "take what was added out of its tokenizer files, or resize its embedding"
+            else "remove the added tokens from its tokenizer files, or resize its embedding"
         )
     )
 
@@ -207,10 +207,10 @@ def stage_model(
     folder = datasets_folder() / "models" / stem
     make_once(folder, download, f"model.name: {name}", online=online, goes_on=True)
     if kind == ENCODER and not any((folder / file).exists() for file in (FETCHED, pooling.MODULES)):
-        # Of a version that did not ask how an encoder's vectors are pooled.
+        # Fetched by a version that did not fetch the pooling files.
         if not online:
             raise UserError(
-                f"model.name: {folder} was fetched without the files that say how it is pooled; "
+                f"model.name: {folder} was fetched without its pooling files; "
                 "run `make fetch` where there is a network"
             )
         hub.download_model(name, revision, folder, list(pooling.FILES))
@@ -249,7 +249,7 @@ def place_tokenizer(source: Path, name: str) -> Path:
     """Return the staged folder of the tokenizer of `source`, a folder or a file of one.
 
     Raises:
-        UserError: it is no tokenizer.
+        UserError: it is not a tokenizer.
     """
     home = source if source.is_dir() else source.parent
     hashes = [

@@ -1,7 +1,7 @@
 """One optimizer step: read this rank's rows, forward and backward, divide once, clip, update.
 
 Every language-model script takes the same step; what it does between two steps (score, log, save,
-stop) is its own, and stands in its loop.
+stop) is in the script's own loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.engine.strategy.base import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step was, the same on every rank but for the times."""
+    """The result of one step, the same on every rank except for the times."""
 
     loss: float
     """Mean over the target tokens of all ranks and micro batches, in nats, before the update."""
@@ -52,18 +52,18 @@ def take_step(
 ) -> Step:
     """Train on the `global_batch_size` sequences from `position` on; collective.
 
-    `step` is the number of steps that were taken before; `writing`, whether this rank still writes
-    a checkpoint, travels in the same all-reduce as the loss.
+    `step` is the number of steps taken before; `writing`, whether this rank is still writing a
+    checkpoint, is part of the same all-reduce as the loss.
 
     Raises:
-        RunFailed: the loss or the gradient is not finite; the weights are as they were.
+        RunFailed: the loss or the gradient is not finite; the weights are unchanged.
     """
     started = time.perf_counter()
     device = wrapped.device
-    # Here and nowhere else, as a step needs it: a model comes from its folder in eval mode, and an
-    # evaluation or a sample leaves it so. Dropout and gradient checkpointing hang on it.
+    # Only here, where a step needs it: a model is loaded from its folder in eval mode, and an
+    # evaluation or a sample leaves it so. Dropout and gradient checkpointing depend on the mode.
     wrapped.module.train()
-    # Dropout, if a model has any, follows from seed, step and rank: nothing to save, and no two
+    # Dropout, if a model has any, depends only on seed, step and rank: nothing to save, and no two
     # of them share a value (a step below a million, a rank below 65,537).
     torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
     positions = micro_batch_positions(

@@ -23,13 +23,13 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The text of a split: its name in messages, what it is made of, and the way to read it."""
+    """The text of a split: its name in messages, what it is made of, and how to read it."""
 
     name: str
     made_of: list[Any]
-    """Cheap to compute, and another when the text is."""
+    """Cheap to compute, and different when the text is."""
     parts: list[Callable[[], Iterator[Piece]]]
-    """The ways to read its files, in their order."""
+    """A function to read each of its files, in order."""
     files: DataFiles | None = None
     """The files that the settings name; None for a dataset of the hub and the embedded sample."""
     is_local: bool = True
@@ -44,7 +44,7 @@ class Source:
 
 
 def name_of(config: TrainingConfig, split: str) -> str:
-    """Return what messages call the text of a split."""
+    """Return the name of a split's text in messages."""
     given = getattr(config.data, split)
     if given is not None:
         return f"data.{split}: {given}"
@@ -54,7 +54,7 @@ def name_of(config: TrainingConfig, split: str) -> str:
 
 
 def find(config: TrainingConfig) -> dict[str, Source]:
-    """Return the text of each split; a file that both mean is in one of them.
+    """Return the text of each split; a file that is in both is kept in one of them.
 
     Raises:
         UserError: as `datafiles.find`.
@@ -75,9 +75,9 @@ def find(config: TrainingConfig) -> dict[str, Source]:
 
 
 def say_overlap(sources: dict[str, Source], *, online: bool) -> None:
-    """Say how much of the validation text is trained on; found once for each pair of texts.
+    """Print how much of the validation text is trained on; computed once for each pair of texts.
 
-    Of a large training text only the beginnings of its files are compared, which is said as well.
+    Of a large training text only the beginnings of its files are compared; that is printed too.
     """
     train, validation = (sources[split] for split in SPLITS)
     limit = overlap.MAX_CHARACTERS
@@ -97,7 +97,7 @@ def say_overlap(sources: dict[str, Source], *, online: bool) -> None:
     found = json.loads((folder / "share.json").read_text(encoding="utf-8"))
     if not found["is_whole"]:
         say(
-            f"data.validation: is compared with {limit:,} characters of data.train only, an equal "
+            f"data.validation: is compared with only {limit:,} characters of data.train, an equal "
             "part from the beginning of each of its files"
         )
     what = "text, line by line, is"
@@ -106,7 +106,7 @@ def say_overlap(sources: dict[str, Source], *, online: bool) -> None:
 
 
 def is_sample(source: Source) -> bool:
-    """Return whether a text is ours, so that nobody needs to be told of it."""
+    """Return whether a text is the embedded sample, which needs no report."""
     return source.is_local and source.files is None
 
 

@@ -16,7 +16,7 @@ from runfolder.errors import UserError
 from train.engine.data import Piece
 from train.engine.modelfolder import read_json
 
-# What transformers writes of a tokenizer, or reads to make one.
+# The tokenizer files that transformers writes or reads.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,7 +31,7 @@ FILES = (
     "chat_template.jinja",
 )
 FORMAT = 2
-# How a document begins and ends, and what in it is text; ours, and no part of an export.
+# How a document begins and ends, and what in it is text; our own file, not exported.
 FRAME = "frame.json"
 # A tokenizer is trained on the head of the text, so that memory does not grow with the corpus.
 TRAINING_CHARACTERS = 16 * 1024 * 1024
@@ -42,19 +42,19 @@ class LoadedTokenizer:
     """A tokenizer with the ids that delimit documents; None where it has no such token."""
 
     tokenizer: Tokenizer
-    """Reads text as text: it neither cuts nor pads it, and does not take what spells one of
-    `literal` for that token."""
+    """Reads text as text: it neither truncates nor pads, and does not turn what spells one of
+    `literal` into that token."""
     bos_id: int | None
-    """Begins a document, unless `eos_id` is the same: then that alone stands between two."""
+    """Begins a document, unless `eos_id` is the same: then a single token separates two."""
     eos_id: int | None
     literal: tuple[str, ...] = ()
-    """Special tokens that only we place: a text that spells one (`<s>` in HTML) holds no token."""
+    """Special tokens that only we insert: a text that spells one (`<s>` in HTML) is just text."""
     read: tuple[str, ...] = ()
     """Ends of a document that a text may spell, as the chat template writes them."""
     special_ids: frozenset[int] = frozenset()
-    """All special tokens, which a person is not shown."""
+    """All special tokens; `decode` leaves them out."""
     unknown_id: int | None = None
-    """Stands for what the vocabulary lacks; None where it lacks nothing, as bytes do."""
+    """Stands for what the vocabulary lacks; None if it lacks nothing, as with bytes."""
 
     @property
     def starts(self) -> list[int]:
@@ -73,14 +73,14 @@ class LoadedTokenizer:
 
     @cached_property
     def text_vocab_size(self) -> int:
-        """One more than the largest id that a document can hold: no padding, for one."""
+        """One more than the largest id that a document can contain: no padding, for example."""
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
         return 1 + max(
             *self.starts,
             *self.ends,
             *(i for token, i in ids.items() if token not in self.literal),
             -1,
-            -1,  # max takes no single number
+            -1,  # max does not take a single number
         )
 
     def decode(self, ids: list[int]) -> str:
@@ -92,7 +92,7 @@ class LoadedTokenizer:
 def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer:
     """Return the tokenizer of a folder that `place` or `train` filled.
 
-    `parse_special_tokens` takes what a text spells for the tokens, all of them.
+    With `parse_special_tokens`, every special token that a text spells becomes that token.
 
     Raises:
         UserError: the folder holds none that can be read.
@@ -103,13 +103,13 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
         path = folder / FRAME
         frame = json.loads(path.read_bytes()) if path.exists() else _older_frame(folder, form)
         path = folder / "tokenizer.json"
-        # As transformers saves them once a tokenizer was called with them: each text would be cut.
+        # transformers saves the ones of its last call: each text would be truncated.
         form |= {"truncation": None, "padding": None}
         literal = [] if parse_special_tokens else frame["literal"]
         added = form.get("added_tokens") or ()
         special_ids = frozenset(token["id"] for token in added if token["special"])
         for token in added:
-            # The library leaves special tokens out of a text, or takes them all.
+            # The library ignores all special tokens in a text, or recognizes all of them.
             token["special"] = token["content"] in literal
         tokenizer = Tokenizer.from_str(json.dumps(form))
         tokenizer.encode_special_tokens = True
@@ -129,7 +129,7 @@ def load(folder: Path, *, parse_special_tokens: bool = False) -> LoadedTokenizer
 
 
 def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
-    """Return the frame of a folder of before there was `FRAME`: a run goes on with its own."""
+    """Return the frame of a folder older than `FRAME`: a run continues with its own."""
     tokens = special_tokens(folder)
     vocabulary = form["model"].get("vocab")
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
@@ -139,7 +139,7 @@ def _older_frame(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
 
 
 def special_tokens(folder: Path) -> dict[str, Any]:
-    """Return what the files of a tokenizer say of its special tokens, the newer file last."""
+    """Return what the files of a tokenizer say about its special tokens, the newer file last."""
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         said |= read_json(folder / name, "model.tokenizer") or {}
@@ -151,7 +151,7 @@ def _content(token: Any) -> Any:
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer, as far as they are there, into another folder."""
+    """Copy the files of a tokenizer, those that exist, into another folder."""
     for name in FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""A tokenizer of the field, as transformers reads it, put in place with the frame that we need."""
+"""A pretrained tokenizer, as transformers loads it, staged with the frame that we need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from train.engine.tokenization import FILES, copy, load, special_tokens, write_c
 
 
 def place(source: Path, folder: Path) -> None:
-    """Put the tokenizer that transformers makes of `source` into `folder`, and its frame.
+    """Write the tokenizer that transformers loads from `source` to `folder`, and its frame.
 
     Raises:
-        UserError: as `check`, or transformers makes no fast tokenizer of it.
+        UserError: as `check`, or transformers has no fast tokenizer for it.
     """
     home = check(source)
     loaded = _as_transformers(home, source)
@@ -31,9 +31,9 @@ def place(source: Path, folder: Path) -> None:
 
 
 def check(source: Path) -> Path:
-    """Return the folder of a tokenizer's `source`: itself, or that of the file it is.
+    """Return the folder of a tokenizer's `source`: the folder itself, or the one with the file.
 
-    Before torch is imported, as far as that goes.
+    What can be checked before torch is imported is checked here.
 
     Raises:
         UserError: it is neither a folder that holds a tokenizer nor its tokenizer.json or
@@ -57,7 +57,7 @@ def check(source: Path) -> Path:
 
 
 def _check_readable(home: Path) -> None:
-    """Raise `UserError` for a file that its own library does not read: it says less than we can."""
+    """Raise `UserError` for a file that its own library cannot read: its errors say less."""
     path, model = home / "tokenizer.json", home / "tokenizer.model"
     if path.exists():
         try:
@@ -77,7 +77,7 @@ def _check_readable(home: Path) -> None:
 
 
 def _as_transformers(home: Path, source: Path) -> Any:
-    """Return what `AutoTokenizer` makes of a folder: its rules, not the file's, hold later on."""
+    """Return what `AutoTokenizer` loads from a folder: its rules, not the file's, apply later."""
     # Slow to import (it brings torch), and needed only here: once for each tokenizer.
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
     from transformers.utils.logging import set_verbosity_error
@@ -93,26 +93,26 @@ def _as_transformers(home: Path, source: Path) -> Any:
             loaded = PreTrainedTokenizerFast.from_pretrained(home)
         else:
             loaded = LlamaTokenizer.from_pretrained(home)
-    except Exception as error:  # whatever the libraries below it raise
+    except Exception as error:  # whatever its dependencies raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"model.tokenizer: transformers makes no tokenizer of {source}: {lines[0]}"
+            f"model.tokenizer: transformers cannot load a tokenizer from {source}: {lines[0]}"
         ) from None
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise UserError(
-            f"model.tokenizer: {source} makes a {type(loaded).__name__}, which has no "
+            f"model.tokenizer: {source} loads as a {type(loaded).__name__}, which has no "
             "tokenizer.json; save it as a fast tokenizer first"
         )
     return loaded
 
 
 def _frame(home: Path, loaded: Any) -> dict[str, Any]:
-    """Return how documents of a tokenizer begin and end, and which special tokens we alone place.
+    """Return how documents of a tokenizer begin and end, and which special tokens only we insert.
 
-    bos and eos are what tokenizer_config.json or special_tokens_map.json says, also if it says
-    null; where they do not mention it, config.json's id; else what the tokenizer's class has.
-    `add_bos_token: false` says that the model never saw a bos. A special token that the chat
-    template writes is one wherever a text spells it, and so is the eos that it names.
+    bos and eos are what tokenizer_config.json or special_tokens_map.json says, even if it says
+    null; if neither mentions them, config.json's ids; else those of the tokenizer's class.
+    `add_bos_token: false` means that the model never saw a bos. A special token that the chat
+    template writes is a token wherever a text spells it, and so is the eos that it names.
     """
     said = special_tokens(home)
     shape = read_json(home / "config.json", "model.tokenizer") or {}
@@ -132,12 +132,12 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
     placed = {i for i in (bos, eos, *others) if i is not None}
     template = loaded.chat_template or ""
     template = template if isinstance(template, str) else "".join(template.values())
-    # By its name, as many templates end a message; a beginning is placed, and no text spells it.
+    # By its name, as many templates end a message; a bos is inserted, and no text spells it.
     written = {loaded.eos_token} if eos is not None and "eos_token" in template else set()
     return {
         "bos_id": None if said.get("add_bos_token") is False and bos != eos else bos,
         "eos_id": eos,
-        # GPT-2 has one token for all: what ends a document is not unknown.
+        # GPT-2 has one token for everything: the end of a document is not an unknown token.
         "unknown_id": None if loaded.unk_token_id in (bos, eos) else loaded.unk_token_id,
         "literal": sorted(
             token

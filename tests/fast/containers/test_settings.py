@@ -109,5 +109,5 @@ def test_a_missing_certificate_is_one_line(tmp_path: Path) -> None:
     done = run(tmp_path / "settings", PIP_CONFIG_FILE="/dev/null", PIP_CERT="/nowhere.pem")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: /nowhere.pem: No such file or directory; mend pip's or apt's settings"
+        "error: /nowhere.pem: No such file or directory; correct pip's or apt's settings"
     ]

@@ -19,7 +19,7 @@ def test_this_machine_is_reached_by_the_loopback(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["", "not an address", "300.1.1.1", "no-such-host.invalid"])
 def test_what_is_no_address_is_said_plainly(address: str) -> None:
-    with pytest.raises(ValueError, match=f"'{address}' is not an address that is known here"):
+    with pytest.raises(ValueError, match=f"'{address}' cannot be resolved here"):
         interface_towards(address)
 
 

@@ -193,7 +193,7 @@ def test_what_is_wrong_on_one_node_is_its_fault_and_the_rest_is_still_measured(
     assert (code, allocation.guilty()) == (3, ["node2"])
     assert lines[0] == f"node2: datasets {tmp_path}/nowhere: is missing"
     assert lines[1].startswith(f"node2: scratch {tmp_path}: ")
-    assert lines[1].endswith(" GB free, 1000000000.0 GB wanted")
+    assert lines[1].endswith(" GB free, 1000000000.0 GB required")
     assert len(lines) == 2
     assert allocation.report(0)["bandwidth_bytes_per_second"] > 0
 
@@ -213,7 +213,7 @@ def test_what_is_wrong_between_two_nodes_makes_both_suspects_and_what_all_lack_n
     code, lines = allocation.judge(capfd)
     assert allocation.guilty() == []
     assert lines[-1].startswith("all 2 nodes: all-reduce ")
-    assert "GB/s, at least 10000.00 GB/s wanted; slow links: node1-node2 " in lines[-1]
+    assert "GB/s, at least 10000.00 GB/s required; slow links: node1-node2 " in lines[-1]
     if data == "there":
         assert (code, len(lines), allocation.suspects()) == (5, 1, ["node1", "node2"])
     else:
@@ -226,7 +226,7 @@ def test_where_no_node_said_anything_all_are_suspects(
 ) -> None:
     allocation = Allocation(tmp_path, 2)
     code, lines = allocation.judge(capfd)
-    assert lines == ["all 2 nodes: did not start: it left nothing in the run folder"]
+    assert lines == ["all 2 nodes: did not start: it wrote nothing to the run folder"]
     assert (code, allocation.guilty(), allocation.suspects()) == (5, [], ["node1", "node2"])
 
 
@@ -248,8 +248,8 @@ def test_a_node_that_hangs_and_one_that_never_starts_are_guilty(
     assert (code, allocation.guilty()) == (3, ["node2", "node3"])
     assert lines[0].startswith("node1: rendezvous: 2 of 3 nodes did not answer within ")
     # On a busy machine the second may be over before it comes to the data.
-    assert re.fullmatch("node2: (run folder|code|datasets): did not end within 1 s", lines[1])
-    assert lines[2:] == ["node3: did not start: it left nothing in the run folder"]
+    assert re.fullmatch("node2: (run folder|code|datasets): did not finish within 1 s", lines[1])
+    assert lines[2:] == ["node3: did not start: it wrote nothing to the run folder"]
 
 
 def test_a_node_on_another_file_system_is_guilty(
@@ -265,9 +265,9 @@ def test_a_node_on_another_file_system_is_guilty(
     code, lines = allocation.judge(capfd)
     assert (code, allocation.guilty()) == (3, ["node2"])
     assert lines == [
-        "node1: run folder: what node2 wrote does not appear here: another file system, or not"
+        "node1: run folder: the files of node2 do not appear here: another file system, or not"
         " writable there",
-        "node2: answered, but what it wrote is not in the run folder as the head node sees it",
+        "node2: answered, but its report is missing from the run folder on the head node",
     ]
 
 
@@ -323,7 +323,7 @@ def test_a_run_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> 
         (["look"], {}, "usage: python -m slurm.preflight check|judge"),
         (["check"], {"attempt": ""}, "SLUICE_ATTEMPT is not set; the batch script"),
         (["check"], {"node_rank": "one"}, "SLUICE_NODE_RANK is not a number: 'one'"),
-        (["judge"], {"attempt": "7"}, "{run}/attempts/7: its slurm.json names no nodes"),
+        (["judge"], {"attempt": "7"}, "{run}/attempts/7: its slurm.json lists no nodes"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -540,8 +540,8 @@ class NotSupported(NvmlError):
     [
         ({}, None),
         ({"TotalEccErrors": 3}, "3 uncorrected memory errors since the driver was loaded"),
-        ({"RetiredPagesPendingStatus": 1}, "memory pages wait to be retired; the GPU needs"),
-        ({"RemappedRows": (5, 0, 1, 0)}, "memory rows wait to be remapped; the GPU needs a reset"),
+        ({"RetiredPagesPendingStatus": 1}, "memory pages are pending retirement; the GPU needs"),
+        ({"RemappedRows": (5, 0, 1, 0)}, "memory rows are pending remapping; the GPU needs"),
         ({"RemappedRows": (0, 1, 0, 1)}, "the remapping of a memory row failed; the GPU needs"),
         ({"HandleByUUID": NvmlError("lost")}, "the driver does not answer (lost)"),
         ({"TotalEccErrors": NotSupported(), "RemappedRows": NotSupported()}, None),

@@ -55,7 +55,7 @@ def test_the_address_is_one_that_others_reach(
 def test_without_one_it_is_said_where_to_look(
     of_interface: str | None, by_name: str, by_slurm: str
 ) -> None:
-    with pytest.raises(UserError, match=r"no address that other nodes could reach; look at netw"):
+    with pytest.raises(UserError, match=r"no address that other nodes can reach; check netw"):
         meeting_point(
             of_interface=of_interface,
             by_name=by_name,

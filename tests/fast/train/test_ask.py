@@ -162,14 +162,14 @@ def test_ctrl_c_ends_it_without_a_traceback(run: Path, monkeypatch: pytest.Monke
         (["--question", ""], r'^Q: is empty; give a question, such as Q="Who was it\?"$'),
         (["--question", " \t"], "Q: is empty; give a question"),
         (["--question", "\udcff"], "Q: is not UTF-8 text"),
-        ([], "Q: is empty, and there is no terminal to ask at"),
+        ([], "Q: is empty, and there is no terminal to ask on"),
         (["--question", "a", "--k", "0"], "--k: 0 is not positive"),
-        (["--question", "a", "--k", "4"], "--k: 4 is more than the 3 passages there are"),
+        (["--question", "a", "--k", "4"], "--k: 4 is more than the number of passages, 3"),
         (["--question", "a", "--threshold", "1.5"], "--threshold: 1.5 is not a cosine, between"),
         (["--question", "a", "--threshold", "nan"], "--threshold: 'nan' is not a number"),
         (
             ["--question", "a", "--show_prompt", "--max_prompt_tokens", "9"],
-            "--max_prompt_tokens: 9 tokens do not",
+            "--max_prompt_tokens: 9 tokens are too few",
         ),
         (["--question", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not positive"),
         (["--question", "a", "--generator.name", "none/of"], "generator.name: none/of is not stag"),
@@ -190,14 +190,14 @@ def test_an_answer_that_leaves_no_room_is_refused(run: Path, generator: Path) ->
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        ("index", "has no index; let the run come to its end, with `make run RUN=`"),
-        ("config", "has no config.yaml; give a run that `make run` made"),
-        ("lab", "is no run of the lab rag; give one, as RUN=rag does"),
+        ("index", "has no index; let the run finish, with `make run RUN=`"),
+        ("config", "has no config.yaml; give a run that `make run` started"),
+        ("lab", "is not a run of the lab rag; give one, such as RUN=rag"),
         ("encoder", r"index: was made with encoder tiny, random weights \(.*\), not tiny"),
         ("damage", r"index: is damaged \(flat-.*\.faiss has \d+ bytes instead of \d+\)"),
         ("manifest", r"index: is damaged \(manifest.json cannot be read\)"),
         ("chunks", "was made with chunk length 64, not 32"),
-        ("gone", "/no/such: is gone; SLUICE_DATASETS names the folder"),
+        ("gone", "/no/such: does not exist; set SLUICE_DATASETS to the datasets folder"),
     ],
 )
 def test_a_run_that_cannot_be_asked_is_refused(

@@ -185,7 +185,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_exported(
     assert export.main([str(run)]) == 0
     output = capsys.readouterr().out.splitlines()
     assert output[0].startswith("checkpoint step-00000004 is damaged (shard-00000-of-00001")
-    assert output[0].endswith("; trying the one before")
+    assert output[0].endswith("; trying the previous one")
     exported = load(run / "export")
     assert torch.equal(logits(exported), logits(from_checkpoint(run, 2, device)))
     # Looking for it changes nothing in the run.
@@ -195,10 +195,10 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_exported(
 def test_a_run_without_a_whole_checkpoint_is_refused(run: Path) -> None:
     for folder in published(run / "checkpoints"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="holds no complete checkpoint; let the run reach its"):
+    with pytest.raises(UserError, match="has no complete checkpoint; let the run reach its"):
         export.main([str(run)])
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with pytest.raises(UserError, match="has no complete checkpoint"):
         export.main([str(run)])
     assert not (run / "export").exists()
 
@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str | None)
 
 def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("staged: {tokenizer: t, train: rows/1, test: rows/2}\n")
-    with pytest.raises(UserError, match=r"trained no language model"):
+    with pytest.raises(UserError, match=r"did not train a language model"):
         export.main([str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

@@ -94,8 +94,8 @@ def test_a_prompt_that_fills_the_context_is_refused_in_one_line(
         (["--prompt", ""], 'PROMPT: is empty; give a beginning, such as PROMPT="The cluster"'),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not positive"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature: -1.0 is negative"),
-        (["--prompt", "a", "--top_p", "0"], "--top_p: 0.0 is not above 0 and up to 1"),
-        (["--prompt", "a", "--top_p", "1.5"], "--top_p: 1.5 is not above 0 and up to 1"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p: 0.0 is not in (0, 1]"),
+        (["--prompt", "a", "--top_p", "1.5"], "--top_p: 1.5 is not in (0, 1]"),
     ],
 )
 def test_a_wrong_word_is_refused_in_one_line(run: Path, options: list[str], line: str) -> None:
@@ -122,5 +122,5 @@ def test_gpt2_writes_text_too_whose_class_has_a_name_of_its_own(
 
 def test_a_model_that_writes_no_text_is_one_line(run: Path) -> None:
     (run / "export/config.json").write_text('{"architectures": ["BertModel"]}')
-    with pytest.raises(UserError, match="is no language model, and writes no text"):
+    with pytest.raises(UserError, match="is not a language model and cannot generate text"):
         generate.main([str(run), "--prompt", "x"])

@@ -235,8 +235,8 @@ def test_a_connection_that_keeps_breaking_ends_the_fetch_and_the_next_one_goes_o
     done = fetch(environment, hub)
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
-    assert error.startswith(f"error: model.name: the download of {MODEL} was cut off (")
-    assert error.endswith("run it again: files that are complete are not asked for again")
+    assert error.startswith(f"error: model.name: the download of {MODEL} was interrupted (")
+    assert error.endswith("run it again: complete files are not downloaded again")
     assert "Traceback" not in done.stderr
     # Half of a model is no model.
     assert not list(tmp_path.glob("datasets/models/[!.]*"))
@@ -254,8 +254,8 @@ def test_a_connection_that_keeps_breaking_ends_the_fetch_and_the_next_one_goes_o
 @pytest.mark.parametrize(
     ("status", "step"),
     [
-        (401, "look at HF_TOKEN"),
-        (404, "look at HF_ENDPOINT"),
+        (401, "check HF_TOKEN"),
+        (404, "check HF_ENDPOINT"),
         (503, "try again later"),
     ],
 )
@@ -268,10 +268,10 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, refusal: Refusal, status: int,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model.name", "a/b"], "model.name: .* has no model a/b that is open to us; mind"),
-        (["--model.revision", "abc"], f"model.revision: {MODEL} has no revision abc; take one"),
-        (["--data.name", "a/b"], "data.name: .* has no dataset a/b that is open to us; mind"),
-        (["--data.revision", "abc"], f"data.revision: {DATASET} has no revision abc; take one"),
+        (["--model.name", "a/b"], "model.name: .* has no model a/b that you can access; check"),
+        (["--model.revision", "abc"], f"model.revision: {MODEL} has no revision abc; choose"),
+        (["--data.name", "a/b"], "data.name: .* has no dataset a/b that you can access; check"),
+        (["--data.revision", "abc"], f"data.revision: {DATASET} has no revision abc; choose"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line_with_its_setting(

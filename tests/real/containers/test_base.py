@@ -308,9 +308,9 @@ def test_a_mirror_that_hangs_up_is_one_line_after_one_try(
 
 def test_what_cannot_be_is_one_line(ordinary_user: str, home: Path) -> None:
     for arguments, environment, what in (
-        ([], {}, "not understood"),
-        (["--help"], {}, "not understood"),
-        (["a", "b"], {}, "not understood"),
+        ([], {}, "unknown arguments"),
+        (["--help"], {}, "unknown arguments"),
+        (["a", "b"], {}, "unknown arguments"),
         (["/proc/base/out"], {}, "/proc/base/out: "),
         ([str(home / "out")], {"SUITE": "../etc"}, "SUITE=../etc: "),
         ([str(home / "out")], {"TMPDIR": "/nowhere"}, "TMPDIR=/nowhere: "),

@@ -110,15 +110,15 @@ def test_an_unreachable_base_is_said_with_another_way(refusal: Refusal, base: st
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"VARIANT": "rocm"}, "there are cuda and cpu"),
+        ({"VARIANT": "rocm"}, "choose cuda or cpu"),
         ({"BASE": "/nowhere"}, "BASE=/nowhere"),
         ({"BASE": "docker://someone:word@registry.example/debian"}, "apptainer registry login"),
         ({"IMAGE": "image.img"}, "ends in .sif"),
-        ({"IMAGE": "a,b.sif"}, "holds a comma or a colon"),
+        ({"IMAGE": "a,b.sif"}, "contains a comma or a colon"),
         ({"IMAGE": "/proc/image.sif"}, "IMAGE=/proc/image.sif"),
         ({"TMPDIR": "/nowhere"}, "TMPDIR=/nowhere"),
         ({"CUDA_ARCHITECTURES": "sm_90"}, "compute capabilities"),
-        ({"COMPRESSION": "rar"}, "zstd and gzip"),
+        ({"COMPRESSION": "rar"}, "choose zstd or gzip"),
         ({"BASE": "docker://127.0.0.1:port/debian"}, "is not a name such as"),
     ],
 )

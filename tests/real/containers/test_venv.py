@@ -374,7 +374,7 @@ def test_the_environment_holds_what_the_locks_name(finished: Checkout) -> None:
 
 
 def test_an_unknown_option_is_refused(checkout: Checkout) -> None:
-    assert "'--develop' is not understood" in checkout.refusal("--develop")
+    assert "unknown arguments '--develop'" in checkout.refusal("--develop")
     assert not checkout.venv.exists()
 
 
@@ -447,7 +447,7 @@ def test_dev_adds_to_a_plain_environment_and_satisfies_it(ready: Checkout) -> No
     (ready.venv / "left over").touch()
     done = ready.run("--dev")
     assert done.returncode == 0, done.stderr
-    assert "adding what containers/locks/dev.txt has beyond cpu" in done.stderr
+    assert "adding what containers/locks/dev.txt has in addition to cpu" in done.stderr
     assert ready.installed()["tool"] == "1.0"
     assert (ready.venv / "left over").exists()
     assert ready.run().stderr == ""
@@ -470,11 +470,11 @@ def test_base_grows_into_the_rest_and_of_two_at_once_the_second_waits(
     moment.wait(first)
     second = growing.start()
     assert second.stderr
-    assert second.stderr.readline() == ".venv: waiting for another set-up of it to end\n"
+    assert second.stderr.readline() == ".venv: waiting for another set-up of it to finish\n"
     moment.go_on()
     worked, waited = finish(first), finish(second)
     assert (worked.returncode, waited.returncode) == (0, 0), worked.stderr + waited.stderr
-    assert "adding what containers/locks/cpu.txt has beyond base" in worked.stderr
+    assert "adding what containers/locks/cpu.txt has in addition to base" in worked.stderr
     assert "ready after" in worked.stderr
     assert waited.stderr == ""
     assert growing.installed()["torch"] == "2.13.0+cpu"
@@ -607,7 +607,7 @@ def test_a_folder_of_the_user_is_never_cleared(checkout: Checkout, tmp_path: Pat
 def test_a_path_that_cannot_be_made_is_refused(checkout: Checkout, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     error = checkout.refusal(VENV=str(tmp_path / "file" / "venv"))
-    assert "cannot be made or written" in error
+    assert "cannot be created or written" in error
 
 
 # ---- torch: the CPU build, and nothing else -------------------------------------------------

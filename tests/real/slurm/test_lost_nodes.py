@@ -54,16 +54,16 @@ def test_a_bad_node_is_named_and_left_out_where_there_are_others(desk: Desk) -> 
         # All nodes that there are: to leave one out would be to wait for ever.
         needs_both = desk.submit("NODES=2", "ARGS=--dry_run --max_steps 2")
         log = needs_both.folder / "attempts/1/batch.log"
-        desk.wait_until(lambda: log.exists() and "not left out" in log.read_text(), needs_both)
+        desk.wait_until(lambda: log.exists() and "not excluded" in log.read_text(), needs_both)
     desk.wait(needs_both)
-    assert "not left out: node1: without it the job could not run" in log.read_text()
+    assert "not excluded: node1: without it the job could not run" in log.read_text()
     assert [each["outcome"] for each in needs_both.outcomes()] == ["unhealthy", "finished"]
     first, last = run.outcomes()
     assert (first["outcome"], last["outcome"]) == ("unhealthy", "finished"), run.logs()
     assert [record["nodes"] for record in run.slurm()] == [["node1"], ["node2"]]
     said = (run.attempts()[0] / "batch.log").read_text()
     assert "preflight: node1: scratch" in said
-    assert "left out from now on: node1" in said
+    assert "excluded from now on: node1" in said
 
 
 def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
@@ -85,7 +85,9 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
             *("bash", str(run.folder / "code/slurm/task.sh"), "save"),
             environment={"SLUICE_ATTEMPT": "1", "SLUICE_RUN_FOLDER": str(run.folder)},
         )
-        assert late.stdout.count("attempt 1 does not train here") == 2, late.stdout + late.stderr
+        assert late.stdout.count("attempt 1 has not begun to train here") == 2, (
+            late.stdout + late.stderr
+        )
         # Nobody needs it while the job runs.
         desk.cluster.drill("restart", "controller")
         desk.cluster.drill("power-off", "node2")

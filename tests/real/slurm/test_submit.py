@@ -176,7 +176,7 @@ def test_nodes_between_which_the_network_is_slow_end_the_job(desk: Desk, tmp_pat
     assert (last["outcome"], last["next"]) == ("unhealthy", "stop")
     said = (run.attempts()[0] / "batch.log").read_text()
     assert "preflight: all 2 nodes: all-reduce " in said
-    assert "not left out: node1,node2: without it the job could not run" in said
+    assert "not excluded: node1,node2: without it the job could not run" in said
 
 
 def test_a_job_does_not_run_in_another_image_than_it_was_queued_with(
@@ -193,5 +193,5 @@ def test_a_job_does_not_run_in_another_image_than_it_was_queued_with(
     desk.wait(run)
     assert not (run.folder / "attempts").exists()
     said = (run.folder / f"slurm-{run.job_id}.log").read_text()
-    assert "is another one than when the job was queued" in said
-    assert f"go on in it with make submit RUN={run.name}" in said
+    assert "has changed since the job was queued" in said
+    assert f"continue in it with make submit RUN={run.name}" in said

@@ -287,7 +287,7 @@ def a_run(
 # Every kind of damage: tests/fast/train/engine/test_checkpoint.py.
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(flip_a_byte, "another sha256"), (empty_the_folder, "manifest.json is missing")],
+    [(flip_a_byte, "does not match its sha256"), (empty_the_folder, "manifest.json is missing")],
 )
 def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(
     train: Train,

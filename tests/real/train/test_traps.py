@@ -58,7 +58,7 @@ def test_a_launcher_that_makes_one_process_of_two_is_refused(
     error = the_error(start(ACCELERATE, *options, *TRAIN, str(run), environment=clean_environment))
     assert "accelerate launch started one process" in error
     assert "--cpu or MULTI_CPU whatever --num_processes says" in error
-    assert "launch with a file of configs/accelerate" in error
+    assert "launch with a file from configs/accelerate" in error
     assert nothing_was_trained(run)
 
 
@@ -70,7 +70,7 @@ def test_multi_gpu_without_gpus_is_refused(
     words = [*options, *TRAIN, str(tmp_path)]
     error = the_error(start(ACCELERATE, *words, environment=clean_environment))
     assert "the launcher asked for GPUs but torch sees none" in error
-    assert "set SLUICE_DEVICE=cpu to train on the CPU, or look at nvidia-smi" in error
+    assert "set SLUICE_DEVICE=cpu to train on the CPU, or check nvidia-smi" in error
     assert nothing_was_trained(tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_a_model_that_accelerate_left_bare_is_refused(clean_environment: dict[st
         assert "the trap is there" in done.stdout, done.stderr
         assert the_error(done) == (
             "error: 2 processes, but the model is a bare Linear: gradients would not be "
-            "synchronised; launch with a file of configs/accelerate"
+            "synchronised; launch with a file from configs/accelerate"
         )
         assert done.returncode == 2
         assert "not refused" not in done.stdout
@@ -121,7 +121,7 @@ def test_fewer_processes_than_promised_are_refused(
     environment = clean_environment | {"SLUICE_WORLD_SIZE": "2"}
     done = start(*TRAIN[1:], str(tmp_path), environment=environment)
     error = the_error(done)
-    assert "2 processes were promised but the launcher made a world of 1" in error
+    assert "SLUICE_WORLD_SIZE is 2 but the launcher's WORLD_SIZE is 1" in error
     assert "start the run with `make run` or slurm/node.sh" in error
     assert done.returncode == 2
     assert nothing_was_trained(tmp_path)

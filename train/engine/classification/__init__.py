@@ -1,1 +1,1 @@
-"""Classes of texts: labelled rows, encoders with a head, how they train and are scored."""
+"""Text classification: labelled rows, the names of classes, and scores."""

@@ -1,4 +1,4 @@
-"""The names of classes: the same one however a file writes it, and no two that look like one."""
+"""The names of classes: one name however a file writes it, and no two that look the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from decimal import Decimal
 from runfolder.errors import UserError
 
 _WHOLE = re.compile(r"[+-]?\d{1,100}")
-# With a point only: 1e5 may well be a name.
+# Only with a point: 1e5 may well be a name.
 _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d{1,2})?")
-# What pandas takes for a missing value, spelled so; `none` is a class of many.
+# What pandas reads as a missing value, in this spelling; many data sets have a class `none`.
 _MISSING = ("#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "None", "n/a", "null")
 
 
@@ -23,7 +23,7 @@ def class_name(label: object, where: str, column: str) -> str:
     Raises:
         UserError: it is missing, or a number with a fraction.
     """
-    if label is None or label != label:  # NaN stands for what is missing as well
+    if label is None or label != label:  # NaN means missing, too
         raise UserError(f"{where}: '{column}' is missing")
     if not isinstance(label, str | int | float | Decimal):
         raise UserError(f"{where}: '{column}' is not a name or a number but {label!r}")
@@ -32,7 +32,7 @@ def class_name(label: object, where: str, column: str) -> str:
         raise UserError(f"{where}: '{column}' is empty")
     if name in _MISSING or name.lower().lstrip("+-") == "nan":
         raise UserError(
-            f"{where}: '{column}' is {name}, which stands for a missing value; leave the row out, "
+            f"{where}: '{column}' is {name}, which means a missing value; leave the row out, "
             "or give the class another name"
         )
     if name.lower() in ("true", "false"):
@@ -41,8 +41,8 @@ def class_name(label: object, where: str, column: str) -> str:
         number = Decimal(name)
         if number != number.to_integral_value():
             raise UserError(
-                f"{where}: '{column}' is {name}, not a class; the labs tell classes apart and "
-                "predict no quantities: make classes of the numbers, or give them names"
+                f"{where}: '{column}' is {name}, not a class; the labs classify and do not predict "
+                "quantities: turn the numbers into classes, or give them names"
             )
         name = str(int(number))
     elif not isinstance(label, str | int):
@@ -52,7 +52,7 @@ def class_name(label: object, where: str, column: str) -> str:
         digits = name.lstrip("+-")
         name = f"-{digits}" if name[0] == "-" and int(digits) else digits
         if int(name) == -1:
-            raise UserError(f"{where}: '{column}' is {name}, which stands for no class")
+            raise UserError(f"{where}: '{column}' is {name}, which means no class")
     return name
 
 
@@ -66,7 +66,7 @@ def of_rows(labels: Iterable[str]) -> list[str]:
     classes = sorted(counts, key=lambda name: (not name.isdecimal(), name.zfill(12)))
     if len(classes) < 2:
         raise UserError(
-            f"data.train: all rows are of one class, '{classes[0]}'; there is nothing to tell apart"
+            f"data.train: all rows are of one class, '{classes[0]}'; give at least two classes"
         )
     rarest, rows = min(counts.items(), key=lambda pair: pair[1])
     if rows < 2:
@@ -77,23 +77,23 @@ def of_rows(labels: Iterable[str]) -> list[str]:
     _check_distinct(classes)
     if len(classes) > 1000:
         raise UserError(
-            f"data.label_column: has {len(classes)} different values; it does not hold classes"
+            f"data.label_column: has {len(classes)} different values; these are not classes"
         )
     return classes
 
 
 def _check_distinct(classes: list[str]) -> None:
-    """Raise `UserError` if two classes look like one that was written in two ways."""
+    """Raise `UserError` if two classes look like one that is written in two ways."""
     alike: dict[str, str] = {}
     for name in classes:
-        # Of several spaces, of capitals, of accents in one character or two, of leading zeros.
+        # Spaces, capitals, accents in one character or two, and leading zeros do not count.
         folded = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         folded = str(int(folded)) if _WHOLE.fullmatch(folded) else folded
         other = alike.setdefault(folded, name)
         if other != name:
             raise UserError(
                 f"data.label_column: the classes '{other}' and '{name}' differ only in how they "
-                "are written; write them as one, or name them apart"
+                "are written; write them the same way, or give them different names"
             )
 
 

@@ -1,4 +1,4 @@
-"""Settings of labelled texts: where they are, and which columns hold text and class."""
+"""Settings of labelled texts: where they are, and the columns of text and class."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class LabelledDataSettings:
     train: str | None = None
     """Local rows instead of `name`: a jsonl, json, csv, tsv, parquet or arrow file, or a folder."""
     test: str | None = None
-    """Local rows to test on, once, at the end; needed with `train`."""
+    """Local rows to test on, once, at the end; required with `train`."""
     text_column: str = "text"
     """The column that holds the text."""
     label_column: str = "label"
     """The column that holds the class: a name, a whole number, or true and false."""
     title_column: str | None = None
-    """A column whose text is put before the text, where the rows have one."""
+    """A column whose text is put before the text, if the rows have one."""
     class_names: tuple[str, ...] | None = None
     """Names for classes that are whole numbers, in the order of the numbers."""
     validation_fraction: float = 0.1
-    """The part of the training rows, of each class, that is kept for validation."""
+    """The fraction of the training rows of each class that is kept for validation."""
     max_length: int = 256
-    """Tokens of a text that are read; the rest is cut off."""
+    """Tokens of a text that are read; the rest is truncated."""
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.test is None):
@@ -56,11 +56,11 @@ class LabelledDataSettings:
         if self.class_names is not None:
             if len(self.class_names) < 2:
                 raise UserError(
-                    f"data.class_names: {len(self.class_names)} name is not two or more"
+                    f"data.class_names: has {len(self.class_names)} name; give two or more"
                 )
             for name in self.class_names:
                 if not name.strip() or self.class_names.count(name) > 1:
-                    raise UserError(f"data.class_names: '{name}' is empty or there twice")
+                    raise UserError(f"data.class_names: '{name}' is empty or appears twice")
         if not (
             math.isfinite(self.validation_fraction) and 0.01 <= self.validation_fraction <= 0.5
         ):

@@ -27,13 +27,13 @@ from train.engine.rows import READ_FORMAT, Row, as_text, read_rows
 from train.engine.settings import EncoderSettings
 
 FORMAT = 3
-# Of the tokenizer that goes with random weights.
+# The size of the tokenizer that goes with random weights.
 TINY_VOCABULARY = 1024
 
 
 @dataclass(kw_only=True)
 class StagedLabelled:
-    """Where the parts of a classification lab are, below $SLUICE_DATASETS."""
+    """Where the inputs of a classification lab are, under $SLUICE_DATASETS."""
 
     model: str | None = None
     tokenizer: str = ""
@@ -67,10 +67,10 @@ def stage(
     sample: Path | None,
     online: bool,
 ) -> StagedLabelled:
-    """Put encoder, tokenizer and rows in place, where they are not yet; say where.
+    """Stage encoder, tokenizer and rows, unless they are there already; return the paths.
 
-    `sample` is the folder of the embedded rows of a dry run (train.jsonl, test.jsonl), which stand
-    for a dataset of the hub. What `staged` names is taken as it is while it is there.
+    `sample` is the folder of the embedded rows of a dry run (train.jsonl, test.jsonl), which
+    replace a dataset of the hub. Paths in `staged` are used as they are if they exist.
 
     Raises:
         UserError: something does not exist or is wrong, a row with its line; or it would have to
@@ -78,7 +78,7 @@ def stage(
     """
     if staged is None or not all(_is_there(name) for name in vars(staged).values() if name):
         staged = _stage(model, data, sample, online)
-    read(staged)  # Says what is wrong between the splits.
+    read(staged)  # Raises if the splits do not fit together.
     return staged
 
 
@@ -192,7 +192,7 @@ def _write_rows(folder: Path, rows: Iterator[Row], columns: dict[str, str], name
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     if count == 0:
-        raise UserError(f"{name}: holds no rows; give one or more of each class")
+        raise UserError(f"{name}: has no rows; give one or more of each class")
 
 
 def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
@@ -200,7 +200,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
 
     Raises:
         UserError: the training rows have fewer than two classes, a class has too few rows to keep
-            one for validation, or a row of the test is outside the classes.
+            one for validation, or a test row is of none of the classes.
     """
     split_rows = {}
     for split in SPLITS:
@@ -212,8 +212,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
     for where, _, label in split_rows["test"]:
         if label not in numbers:
             raise UserError(
-                f"{where}: label '{label}' is in no row of data.train"
-                + did_you_mean(label, classes)
+                f"{where}: label '{label}' is not in data.train" + did_you_mean(label, classes)
             )
     train, test = (
         Labelled(
@@ -226,7 +225,7 @@ def read(staged: StagedLabelled) -> tuple[list[str], Labelled, Labelled]:
 
 
 def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
-    """Return `classes` under the names of `data.class_names`, if they are whole numbers.
+    """Return `classes` with the names of `data.class_names`, if they are whole numbers.
 
     Raises:
         UserError: there are more or fewer classes than names, or names of other classes.
@@ -240,7 +239,7 @@ def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
         )
     if not all(name.isdecimal() for name in classes):
         raise UserError(
-            "data.class_names: are for classes that are whole numbers; these are "
+            "data.class_names: is for classes that are whole numbers; these are "
             + classnames.listed(classes)
         )
     return list(names)
@@ -249,9 +248,9 @@ def named(classes: list[str], names: Sequence[str] | None) -> list[str]:
 def split_validation(rows: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
     """Return the rows to train on and those kept for validation, each class in proportion.
 
-    A class keeps at least one row on either side. The same seed gives the same rows.
+    A class keeps at least one row on each side. The same seed gives the same rows.
     """
-    # Not scikit-learn's, which refuses a small split in which a class would have no row.
+    # Not scikit-learn's, which rejects a small split in which a class would have no row.
     import random
 
     kept: set[int] = set()

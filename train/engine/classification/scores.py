@@ -1,4 +1,4 @@
-"""How well classes were told apart: accuracy, F1, a table, a picture; computed here, no network."""
+"""Scores of a classification: accuracy, F1, a table, a picture; computed here, no network."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Scores:
     per_class: list[dict[str, Any]]
     """For each class, in order: class, precision, recall, f1 and support (its rows)."""
     confusion: list[list[int]]
-    """confusion[i][j]: the rows of class i that were taken for class j."""
+    """confusion[i][j]: the rows of class i that were predicted as class j."""
     roc_auc: float | None
-    """The area under the ROC curve of class 1; for two classes, where both have rows."""
+    """The area under the ROC curve of class 1; for two classes, if both have rows."""
 
 
 def score(labels: Sequence[int], probabilities_NC: np.ndarray, classes: Sequence[str]) -> Scores:
-    """Return the scores of N rows, with the class of the highest probability taken as the answer.
+    """Return the scores of N rows; the prediction is the class of the highest probability.
 
     `labels` holds the number of each row's class, `probabilities_NC` one row of shape (C,) for
-    each. A quotient of nothing (the precision of a class that was never predicted) counts as 0.
+    each. A division by zero (the precision of a class that was never predicted) counts as 0.
 
     Raises:
-        ValueError: the shapes do not fit together, there are no rows, or a probability is not a
+        ValueError: the shapes do not match, there are no rows, or a probability is not a
             number.
     """
     from sklearn.metrics import (  # type: ignore[import-untyped]
@@ -108,7 +108,7 @@ def write_predictions(
 
 
 def table(scores: Scores) -> str:
-    """Return the per-class table, with the means below it, as lines of text."""
+    """Return the per-class table, with the means at the bottom, as lines of text."""
     width = max(len("macro F1"), *(len(entry["class"]) for entry in scores.per_class))
     lines = [f"{'class':<{width}}  precision  recall      F1   rows"]
     lines += [
@@ -129,7 +129,7 @@ def table(scores: Scores) -> str:
 def draw_confusion(scores: Scores, classes: Sequence[str], path: Path) -> None:
     """Draw the confusion matrix as a PNG: true classes down, predicted ones across.
 
-    Colours follow the part of the true class, so that a rare class is as visible as a frequent
+    Colours follow the fraction of the true class, so that a rare class is as visible as a frequent
     one; the numbers are rows. The file appears whole.
     """
     # Not pyplot, which would look for a display and keep the figure alive.
@@ -145,7 +145,7 @@ def draw_confusion(scores: Scores, classes: Sequence[str], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(parts_CC, cmap="Blues", vmin=0.0, vmax=1.0)
-    figure.colorbar(image, ax=axes, label="part of the true class")
+    figure.colorbar(image, ax=axes, label="fraction of the true class")
     # A dollar sign would begin a formula.
     safe = [name.replace("$", r"\$") for name in names]
     every = 1 if not many else -(-len(names) // 20)

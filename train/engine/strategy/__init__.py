@@ -1,9 +1,9 @@
 """What differs between ddp, zero1..3 and fsdp2; the only place that knows their names.
 
-`accelerate launch` reads one file of configs/accelerate and tells each process of it through the
-environment; here the model is wrapped accordingly. The wrapping is done by torch and DeepSpeed
-themselves and then checked, because a launcher's or a library's guess about the hardware has
-been seen to leave a model unwrapped, and unsynchronised copies train with plausible losses.
+`accelerate launch` reads one file of configs/accelerate and passes it to each process through the
+environment; here the model is wrapped accordingly. torch and DeepSpeed do the wrapping themselves,
+and it is then checked, because a launcher's or a library's guess about the hardware has been seen
+to leave a model unwrapped, and unsynchronised copies train with plausible losses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def bf16_from_environment() -> bool:
     """Return whether the launcher's file says mixed_precision: bf16.
 
     Raises:
-        UserError: it asks for fp16 or fp8, which want loss scaling or other hardware.
+        UserError: it asks for fp16 or fp8, which need loss scaling or other hardware.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
@@ -77,7 +77,7 @@ def prepare(
     assert_same_weights(loss, device)
     arguments = (loss, settings, device, micro_batch_size, gradient_accumulation_steps)
     strategy: Strategy
-    # Each is imported where it is used: DeepSpeed is slow, and not there on every machine.
+    # Each is imported where it is used: DeepSpeed is slow, and not installed on every machine.
     if name.startswith("zero"):
         from train.engine.strategy.zero import Zero
 

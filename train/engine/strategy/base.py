@@ -35,8 +35,8 @@ def assert_same_weights(module: nn.Module, device: torch.device) -> None:
 def assert_synchronised(module: nn.Module) -> None:
     """Raise `UserError` if several processes hold a model that nothing synchronises.
 
-    For a model that another library wrapped too: accelerate given gloo for plain DDP returns the
-    bare model and says nothing.
+    Also for a model that another library wrapped: accelerate, given gloo for plain DDP, silently
+    returns the bare model.
     """
     if world_size() == 1:
         return
@@ -44,12 +44,12 @@ def assert_synchronised(module: nn.Module) -> None:
     if kinds.isdisjoint({"DistributedDataParallel", "DeepSpeedEngine", "FSDPModule"}):
         raise UserError(
             f"{world_size()} processes, but the model is a bare {type(module).__name__}: gradients "
-            "would not be synchronised; launch with a file of configs/accelerate"
+            "would not be synchronised; launch with a file from configs/accelerate"
         )
 
 
 class Strategy:
-    """A model under training: the loop's view of what was wrapped."""
+    """A model in training: the loop's view of what was wrapped."""
 
     # What wraps the model differs by strategy, and DeepSpeed adds to its parameters.
     module: Any
@@ -65,7 +65,7 @@ class Strategy:
     ) -> None:
         self.settings = settings
         self.model_config = loss.model.config
-        # How the model ends a text, for one; a base model's own, or made of its config.
+        # How the model ends a text, for example; the base model's own, or made from its config.
         self.generation_config = getattr(loss.model, "generation_config", None)
         self.device = device
         self.micro_batch_size = micro_batch_size
@@ -95,7 +95,7 @@ class Strategy:
     def step(self) -> float:
         """Clip, step the optimizer, clear the gradients; return the gradient norm before clipping.
 
-        With a norm that is not finite the weights and the optimizer are left as they were.
+        With a norm that is not finite, the weights and the optimizer are unchanged.
         """
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm)
         total = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -110,7 +110,7 @@ class Strategy:
             group["lr"] = lr
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name (as in the model) and the parameter of what trains, tied ones once."""
+        """Yield the name (as in the model) and each trainable parameter, tied ones once."""
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -136,7 +136,7 @@ class Strategy:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def load_optimizer(self, steps: int, read: ReadState) -> None:
-        """Put the optimizer into the state of a checkpoint after `steps` steps."""
+        """Load the optimizer's state of a checkpoint after `steps` steps."""
         for name, parameter in self.parameters():
             state = self.optimizer.state[parameter]
             state["step"] = self._step_count(steps, parameter)
@@ -158,7 +158,7 @@ class Strategy:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            # DeepSpeed cannot flatten a group of nothing; adapters are matrices only.
+            # DeepSpeed cannot flatten an empty group; adapters have only matrices.
             [group for group in groups if group["params"]],
             lr=self.settings.lr,
             betas=(self.settings.beta1, self.settings.beta2),
@@ -169,5 +169,5 @@ class Strategy:
 
 
 def _plain(name: str) -> str:
-    """Return what the model calls a parameter or buffer of what wraps it."""
+    """Return the name in the model of a parameter or buffer of its wrapper."""
     return name.rpartition("module.")[2].removeprefix("model.")

@@ -52,8 +52,8 @@ class Zero(Strategy):
     def _create_states(self) -> None:
         """Give every flat partition its optimizer states now, not after the first step.
 
-        They are then there to be filled on resume; and DeepSpeed, which links parameters to
-        states when the first of several parameter groups has stepped, finds those of all groups.
+        A resume can then fill them; and DeepSpeed, which links parameters to states when the
+        first of several parameter groups has stepped, finds those of all groups.
         """
         zero = self.module.optimizer
         partitions = (
@@ -78,7 +78,7 @@ class Zero(Strategy):
         return loss.detach()
 
     def step(self) -> float:
-        # DeepSpeed leaves out the update when the norm is not finite, and says so by its value.
+        # DeepSpeed skips the update when the norm is not finite, and sets `overflow`.
         self.module.step()
         norm = float(self.module.get_global_grad_norm())
         return float("inf") if self.module.optimizer.overflow else norm
@@ -125,7 +125,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Otherwise DeepSpeed looks for a GPU, and compiles an op for shared memory with g++.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # What DeepSpeed calls by its old name; not for the user to mend.
+    # DeepSpeed uses a deprecated name; the user cannot fix that.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     import deepspeed
     from deepspeed.ops import __compatible_ops__

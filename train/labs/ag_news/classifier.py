@@ -1,4 +1,4 @@
-"""An encoder with a head that tells classes apart: loaded, asked, and written for transformers."""
+"""An encoder with a classification head: loading, prediction, and export for transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.engine.distributed import agree, world_size
 from train.engine.durable import folder_at_once
 from train.engine.shares import gather_in_order, share
 
-# Batches of an evaluation between two looks at whether the cluster asks to stop.
+# Batches of an evaluation between two checks whether the cluster asks to stop.
 LOOK_EVERY = 8
 
 
@@ -30,10 +30,10 @@ def load(
 ) -> PreTrainedModel:
     """Return the encoder of a folder, or a small random one, with a new head; fp32, on the CPU.
 
-    The head's weights follow from `seed`. The names of the classes become part of its config.
+    The head's weights depend only on `seed`. The class names become part of its config.
 
     Raises:
-        UserError: the folder holds no encoder, or one that knows fewer tokens than the tokenizer.
+        UserError: the folder holds no encoder, or one with fewer tokens than the tokenizer.
     """
     names = {
         "id2label": dict(enumerate(classes)),
@@ -48,7 +48,7 @@ def load(
         return BertForSequenceClassification(shape)
     base = encoders.from_folder(folder, vocab_size)
     base.config.update(names)
-    # A head of the folder's own, of a model that was tuned, says other classes by these numbers.
+    # A head in the folder, of a fine-tuned model, would be for other classes.
     torch.manual_seed(seed)
     try:
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
@@ -56,7 +56,7 @@ def load(
         )
     except ValueError:
         raise UserError(
-            f"model.name: {folder}: transformers has no classifier of a {base.config.model_type}; "
+            f"model.name: {folder}: transformers has no classifier for {base.config.model_type}; "
             "choose an encoder, such as sentence-transformers/all-MiniLM-L6-v2"
         ) from None
     inside = model.base_model.state_dict()
@@ -64,14 +64,14 @@ def load(
     lacking = [name for name in inside if name not in known]
     if any(not name.startswith("pooler.") for name in lacking):
         raise UserError(
-            f"model.name: {folder}: a classifier of a {base.config.model_type} has weights of its "
-            f"own inside the encoder ({lacking[0]}); choose another encoder"
+            f"model.name: {folder}: a classifier for {base.config.model_type} has extra weights "
+            f"inside the encoder ({lacking[0]}); choose another encoder"
         )
     model.base_model.load_state_dict({n: known[n] for n in inside if n in known}, strict=False)
     if model.config.pad_token_id is None:
         raise UserError(
-            f"model.name: {folder} has no padding token, so that texts of different lengths make "
-            "no batch; choose an encoder, such as sentence-transformers/all-MiniLM-L6-v2"
+            f"model.name: {folder} has no padding token, so texts of different lengths cannot be "
+            "batched; choose an encoder, such as sentence-transformers/all-MiniLM-L6-v2"
         )
     return model
 
@@ -88,15 +88,15 @@ def predict(
 ) -> np.ndarray | None:
     """Return the probabilities, (N, C), of tokenized texts in order, on every rank; collective.
 
-    Each rank reads its share of the rows; dropout is off. None when a rank was asked to stop, and
-    `may_stop`.
+    Each rank reads its share of the rows; dropout is off. With `may_stop`, returns None if a rank
+    was asked to stop.
     """
     was_training = model.training
     model.eval()
     mine = share(len(rows))
     order = sorted(range(len(mine)), key=lambda place: (-len(rows[mine[place]]), place))
     found = np.empty((len(mine), int(model.config.num_labels or 0)), dtype=np.float32)
-    # As many rounds on every rank, as they agree within; the share of rank 0 is the longest.
+    # As many rounds on every rank, as they are collective; the share of rank 0 is the longest.
     longest_share = -(-len(rows) // world_size())
     for number, start in enumerate(range(0, longest_share, batch_size)):
         if may_stop and number % LOOK_EVERY == 0:
@@ -121,8 +121,8 @@ def predict(
 def export(model: PreTrainedModel, tokenizer_folder: Path, max_length: int, output: Path) -> None:
     """Write a folder that `transformers.pipeline("text-classification", output)` reads.
 
-    It cuts texts to `max_length` tokens, as in training, when asked to (`truncation=True`). The
-    folder appears whole; one of an earlier export is replaced.
+    With `truncation=True` it cuts texts to `max_length` tokens, as in training. The folder
+    appears complete; one of an earlier export is replaced.
 
     Raises:
         RunFailed: it cannot be written.

@@ -1,4 +1,4 @@
-"""How long a training is that speaks of epochs and seeds: in the end, a number of steps."""
+"""The length of a training in epochs and seeds, turned into a number of steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from runfolder.errors import UserError
 from train.engine.config import LoopSettings
 
-# Where neither steps nor epochs are given.
+# If neither steps nor epochs are given.
 NUM_EPOCHS = 3.0
 
 
@@ -17,12 +17,12 @@ class EpochSettings(LoopSettings):
     """The length of a run of one or more trainings, each with its seed."""
 
     max_steps: int = 0
-    """Optimizer steps in the whole run, of all seeds together; 0: as `num_epochs` says."""
+    """Optimizer steps in the whole run, all seeds together; 0: given by `num_epochs`."""
     num_epochs: float | None = None
     """How often each seed's training sees every row, instead of `max_steps`; 3 if neither is
     given."""
     num_seeds: int = 1
-    """Train so many times, with seed, seed + 1, ..., and report mean and standard deviation."""
+    """Number of trainings, with seed, seed + 1, ...; reports mean and standard deviation."""
     dry_run: bool = False
     """A few steps of a small random encoder on the embedded sample: train, stop, resume, test."""
 
@@ -36,7 +36,7 @@ class EpochSettings(LoopSettings):
             return
         if not (math.isfinite(self.num_epochs) and self.num_epochs > 0):
             raise UserError(f"num_epochs: {self.num_epochs} is not a positive number")
-        # A dry run has steps of its own, and the command line wins over it.
+        # A dry run has its own steps, and the command line overrides it.
         if self.max_steps and not self.dry_run:
             raise UserError(
                 f"num_epochs: {self.num_epochs} is given with max_steps {self.max_steps}; "

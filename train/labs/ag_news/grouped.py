@@ -1,7 +1,7 @@
-"""Which rows make which batch: texts of like length together, dealt out among the processes.
+"""Which rows form which batch: texts of similar length together, split among the processes.
 
-The order is a pure function of the seed, and the place in it is one number, the step. So nothing
-of it is saved in a checkpoint, and any number of processes trains on the same batches.
+The order is a pure function of the seed, and the position in it is one number, the step. So a
+checkpoint need not save it, and any number of processes trains on the same batches.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# Rows are drawn at random in lots of so many batches, and sorted by length within a lot: enough
-# for batches with little padding. With two lots or more a batch is another one in each epoch.
+# Rows are drawn at random in lots of this many batches, and sorted by length within a lot: enough
+# for batches with little padding. With two or more lots, the batches differ in each epoch.
 LOT = 50
 
 
 class GroupedBatches:
     """The micro batches of one process, for a whole run: a batch sampler of torch's DataLoader.
 
-    Each epoch takes every row once. Where the rows do not divide into batches, the last rows of an
-    epoch share a batch with the first of the next: none is left out, none is taken twice, and each
-    process has a full share in every step.
+    Each epoch takes every row once. If the rows do not divide evenly into batches, the last rows
+    of an epoch share a batch with the first of the next: none is skipped, none is repeated, and
+    each process has a full share in every step.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class GroupedBatches:
     def describe(self) -> str:
         """Return in one line which rows this process trains on."""
         whole, rest = divmod(len(self.lengths), self.global_batch_size)
-        # The last rows of the epoch begin a step, and are dealt out like those of every other.
+        # The last rows of the epoch begin a step, and are split like those of every other.
         own = whole * (self.global_batch_size // self.world_size)
         own += len(range(self.rank, rest, self.world_size))
         first = next(iter(self)).copy()
@@ -82,7 +82,7 @@ class GroupedBatches:
                 yield part.tolist()
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        # Every world_size-th row, because neighbours are alike in length: equal work for all.
+        # Every world_size-th row, because neighbours have similar lengths: equal work for all.
         share = rows[self.rank :: self.world_size]
         return np.split(share, range(self.micro_batch_size, len(share), self.micro_batch_size))
 
@@ -93,12 +93,12 @@ class GroupedBatches:
         lot_rows = min(LOT, max(1, num_rows // (2 * size))) * size
         lots = np.split(rows, range(lot_rows, num_rows, lot_rows))
         rows = np.concatenate([lot[np.argsort(self.lengths[lot], kind="stable")] for lot in lots])
-        # The first rows fill the step that the epoch before began, so that the groups are steps.
+        # The first rows fill the last step of the previous epoch, so that the groups are steps.
         first = min(-epoch * num_rows % size, num_rows)
         groups = np.split(rows, range(first, num_rows, size))
         begin = groups[:1] if first else []
         end = groups[-1:] if (num_rows - first) % size and len(groups) > len(begin) else []
         whole = groups[len(begin) : len(groups) - len(end)]
-        # np.split gives an empty first part where `first` is 0.
+        # np.split gives an empty first part if `first` is 0.
         whole = [whole[i] for i in random.permutation(len(whole))]
         return np.concatenate([*begin, *whole, *end])

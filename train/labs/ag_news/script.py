@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# What --dry_run changes; the command line still wins over it.
+# What --dry_run changes; the command line still overrides it.
 DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "data": {"max_length": 64, "validation_fraction": 0.2},
@@ -46,9 +46,9 @@ DRY_RUN: dict[str, Any] = {
 
 
 def stage(config: Config, *, online: bool) -> Config:
-    """Return `config` with what it reads put in place, and its steps counted."""
+    """Return `config` with its inputs staged and its steps counted."""
     only_under_ddp("ag_news")
-    # Said here rather than after the wait in a queue, if the batch does not divide.
+    # Reported here and not after the wait in the queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     sample = SAMPLES / "ag_news" if config.dry_run else None
     staged = labelled.stage(
@@ -94,14 +94,14 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     if config.num_seeds > 1:
         must_match["steps of a seed"] = num_steps
     start = checkpoints.restore(must_match)
-    # Rank 0 looks: another node may see an older listing of a network file system.
+    # Rank 0 reads: another node may see an older listing of a network file system.
     written = from_main_process(json.dumps(read_tests(run_folder, all_seeds, step=num_steps)))
     tests = {int(seed): found for seed, found in json.loads(written or "{}").items()}
 
     # ---- train, one seed after the other ----
     record = None
     if is_main_process():
-        # The step that training goes on from is recorded again; the last of a tested seed is not.
+        # The step that training resumes from is recorded again; the last of a tested seed is not.
         resume_step = max(start.step, len(tests) * num_steps + 1 if tests else 0)
         record = metrics.Metrics(run_folder, max_steps=config.max_steps, resume_step=resume_step)
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -140,7 +140,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         if outcome == "finished":
             say(sentence(tests))
             reached["metrics"] = summary(tests)
-            # What there is to do next: the real data, then the next chapter.
+            # What to do next: the real data, then the next chapter.
             real, chapter = "make fetch JOB=ag_news", "make dry-run JOB=causal_lm"
             reached["command"] = real if config.dry_run else chapter
             write_outcome(run_folder, outcome="finished", **reached)

@@ -1,4 +1,4 @@
-"""The tests of a run's trainings, one for each seed: written, read again, and summed up."""
+"""The tests of a run's trainings, one for each seed: written, read back, and summarized."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_test(
     found: Scores,
     probabilities_NC: np.ndarray,
 ) -> None:
-    """Write what a seed's training got in the test, after `step` steps; scores.json comes last.
+    """Write the test results of a seed's training, after `step` steps; scores.json comes last.
 
     Raises:
         RunFailed: it cannot be written.
@@ -60,7 +60,7 @@ def read_tests(run_folder: Path, seeds: Sequence[int], *, step: int) -> dict[int
             if told["step"] == step:
                 found[seed] = told
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # It is tested again.
+            continue  # This seed is tested again.
     return found
 
 

@@ -1,4 +1,4 @@
-"""What lab 1 can be told."""
+"""The settings of lab 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.labs.ag_news.epochs import EpochSettings
 
 @dataclass(kw_only=True)
 class Config(EpochSettings):
-    """Tell classes of text apart with a pretrained encoder, trained by the Hugging Face Trainer."""
+    """Classify texts with a pretrained encoder, trained by the Hugging Face Trainer."""
 
     run_folder: str = ""
     """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""

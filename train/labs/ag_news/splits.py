@@ -22,7 +22,7 @@ class Split:
     labels: list[int]
     """For each text the number of its class."""
     ids: list[list[int]]
-    """For each text its token ids, cut to the length that is read."""
+    """For each text its token ids, truncated to `max_length`."""
 
     def __len__(self) -> int:
         return len(self.texts)

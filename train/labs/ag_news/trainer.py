@@ -1,7 +1,7 @@
-"""The Hugging Face Trainer with Sluice's order of rows, learning rate and whole checkpoints.
+"""The Hugging Face Trainer with Sluice's order of rows, learning rate and atomic checkpoints.
 
-A few of its methods are replaced; the loop, the optimizer, the wrapping in DDP, and what goes into
-a checkpoint stay the Trainer's.
+A few of its methods are replaced; the loop, the optimizer, the wrapping in DDP, and the content of
+a checkpoint are the Trainer's.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from train.labs.ag_news.grouped import GroupedBatches
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run goes on."""
+    """Where a run resumes."""
 
     folder: Path | None = None
-    """The checkpoint, or None for a run that begins."""
+    """The checkpoint, or None for a new run."""
     number: int = 0
     """Which of its trainings, one for each seed."""
     step: int = 0
-    """Optimizer steps that were taken, in all trainings."""
+    """Optimizer steps taken so far, in all trainings."""
     line: dict[str, Any] = field(default_factory=lambda: {"step": 0})
     """The metrics of the step, which may not be logged yet."""
 
@@ -47,7 +47,7 @@ class TrainerCheckpoints(Checkpoints):
 
     @property
     def unpublished(self) -> Path:
-        """The folder that the Trainer writes into; hidden, and cleared when a run begins."""
+        """The hidden folder that the Trainer writes into; cleared when a run starts."""
         return self.folder / ".trainer"
 
     def publish(
@@ -58,7 +58,7 @@ class TrainerCheckpoints(Checkpoints):
         `problem` says what kept this rank from writing its part.
 
         Raises:
-            RunFailed: a rank could not write; nothing of the checkpoint is left.
+            RunFailed: a rank could not write; the checkpoint is removed.
         """
         if problem is None:
             try:
@@ -68,7 +68,7 @@ class TrainerCheckpoints(Checkpoints):
                     write_json(written / "state.json", state)
                     files.append(written / "state.json")
                 for file in files:
-                    # safetensors makes files that only their owner reads.
+                    # safetensors creates files that only the owner can read.
                     file.chmod(written.stat().st_mode & 0o666)
                 self._report = {"files": {file.name: describe(file) for file in files}}
             except OSError as error:
@@ -79,12 +79,12 @@ class TrainerCheckpoints(Checkpoints):
         self.finish()
 
     def restore(self, must_match: Mapping[str, Any]) -> Start:
-        """Return where the run goes on: at its newest whole checkpoint, or at step 0.
+        """Return where the run resumes: at its newest complete checkpoint, or at step 0.
 
-        `must_match` is what the place in the data would mean nothing without.
+        `must_match` holds the values that the position in the data depends on.
 
         Raises:
-            UserError: the checkpoint was made with something else than `must_match` says.
+            UserError: the checkpoint was made with other values than `must_match`.
         """
         newest = self.newest()
         if newest is None:
@@ -94,7 +94,7 @@ class TrainerCheckpoints(Checkpoints):
 
 
 def _files_of_this_rank(folder: Path) -> list[Path]:
-    """Return what this rank wrote: each its random numbers' state, rank 0 the rest."""
+    """Return the files that this rank wrote: its random state, and on rank 0 the rest."""
     own = folder / f"rng_state_{rank()}.pth" if world_size() > 1 else folder / "rng_state.pth"
     if not is_main_process():
         return [own]
@@ -103,7 +103,7 @@ def _files_of_this_rank(folder: Path) -> list[Path]:
 
 
 class PaddedRows:
-    """Makes a batch of rows, padded to its longest; counts tokens, padding and time."""
+    """Makes a batch of rows, padded to the longest; counts tokens, padding and time."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -119,7 +119,7 @@ class PaddedRows:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def take(self) -> list[float]:
-        """Return, since the last call: tokens, places for tokens, seconds spent here."""
+        """Return, since the last call: tokens, tokens with padding, seconds spent here."""
         counts, self._counts = self._counts, [0.0, 0.0, 0.0]
         return counts
 
@@ -149,10 +149,10 @@ class RowLoss:
 
 
 class LabTrainer(Trainer):
-    """The Trainer, with rows in the order of `batches` and a learning rate of our schedule.
+    """The Trainer, with rows in the order of `batches` and the learning rate of our schedule.
 
-    `rate(step)` is a step's part of the peak learning rate. `state()` is what a checkpoint holds
-    beside the Trainer's own files: JSON; its `line` has the step of the run.
+    `rate(step)` is a step's fraction of the peak learning rate. `state()` is what a checkpoint
+    holds besides the Trainer's own files, as JSON; its `line` has the step of the run.
     """
 
     def __init__(
@@ -185,9 +185,8 @@ class LabTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return this process's micro batches of the whole run, as one epoch.
 
-        The Trainer's own loader draws the order from a generator that a run which resumes in its
-        second epoch finds in another state, and its length groups would depend on the number of
-        processes.
+        The Trainer's own loader draws the order from a generator, which has another state when a
+        run resumes in its second epoch, and its length groups depend on the number of processes.
         """
         return DataLoader(
             self.rows,  # type: ignore[arg-type]
@@ -211,7 +210,7 @@ class LabTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
-        """Set the learning rate by the schedule that all of Sluice has."""
+        """Set the learning rate by Sluice's common schedule."""
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
         self.lr_scheduler = LambdaLR(optimizer, self.rate)
@@ -219,7 +218,7 @@ class LabTrainer(Trainer):
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer's moments, and keep to the settings that this attempt was given.
+        """Load the optimizer's moments, but keep the settings of this attempt.
 
         The Trainer would take learning rate, betas and weight decay from the checkpoint, whatever
         the command line says.
@@ -239,12 +238,12 @@ class LabTrainer(Trainer):
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Have the Trainer write its checkpoint in a hidden place, then make it visible, whole."""
+        """Have the Trainer write its checkpoint to a hidden folder, then publish it."""
         problem = None
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            # Whatever it is, the other ranks must hear of it: they wait for this one's report.
+            # Any error goes to the other ranks, which wait for this one's report.
             problem = str(error) or type(error).__name__
         written = self.checkpoints.unpublished / f"checkpoint-{self.state.global_step}"
         state = self.checkpoint_state()

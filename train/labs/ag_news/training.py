@@ -35,10 +35,10 @@ class Training:
     device: torch.device
     rows: Splits
     number: int
-    """Its place among the run's trainings, one for each seed."""
+    """Its number among the run's trainings, one for each seed."""
     num_steps: int
     start: Start | None
-    """The checkpoint of this training to go on from."""
+    """The checkpoint of this training to resume from."""
     checkpoints: TrainerCheckpoints
     must_match: dict[str, Any]
     record: Metrics | None
@@ -47,7 +47,7 @@ class Training:
 
 
 def new_model(config: Config, seed: int) -> PreTrainedModel:
-    """Return the encoder with a new head, whose weights follow from the seed."""
+    """Return the encoder with a new head, whose weights depend only on the seed."""
     from train.labs.ag_news import classifier
 
     assert config.staged is not None
@@ -133,18 +133,18 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         torch_compile=config.compile,
         seed=seed,
         logging_steps=config.log_every_steps,
-        logging_nan_inf_filter=False,  # It would show a loss that is not a number as a mean.
+        logging_nan_inf_filter=False,  # The filter would replace a NaN loss with a mean.
         save_steps=config.checkpoint.every_steps,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
-        # Without these two, two processes on CPUs train two copies that never meet.
+        # Without these two, two processes on CPUs train two separate copies.
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if device.type == "cpu" else None,
         ddp_find_unused_parameters=False,
     )
-    # Without bf16 it would take the launcher's word, which every file of configs/accelerate gives.
+    # Otherwise it would use the launcher's setting, which every file in configs/accelerate has.
     arguments.mixed_precision = "bf16" if bf16 else "no"
     trainer = LabTrainer(
         model,

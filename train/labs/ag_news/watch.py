@@ -1,4 +1,4 @@
-"""What a run does at the stations of the Trainer's loop: agree, check, record, stop."""
+"""What a run does in the callbacks of the Trainer's loop: agree, check, record, stop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from train.labs.ag_news.trainer import PaddedRows, RowLoss
 class Watch(TrainerCallback):
     """Watches a training of `num_steps`, which is the part from `first_step` on of a run.
 
-    The Trainer counts its own steps from 0; what is logged and saved has the run's number. All
-    ranks have a watch, and at each station they do the same; rank 0 has the record.
+    The Trainer counts its own steps from 0; logs and checkpoints have the run's step number. All
+    ranks have a watch, and do the same in each callback; rank 0 has the record.
 
     `validation` gives classes and labels, and `predict` the probabilities, of (N, C), of these
-    rows; or None when a rank was asked to stop.
+    rows; or None if a rank was asked to stop.
     """
 
     def __init__(
@@ -56,28 +56,28 @@ class Watch(TrainerCallback):
         """The metrics of the newest step; part of a checkpoint, as they may not be written yet."""
         self.timer, self.row_timer = StepTimer(), StepTimer()
         self.stopping = False
-        """Whether a rank was asked to stop; the checkpoint is saved then."""
+        """Whether a rank was asked to stop; then the checkpoint is saved."""
         self.rehearsing = False
         self._started = self._step_tokens = self._data_seconds = 0.0
 
-    # ---- the Trainer's stations, in their order ----
+    # ---- the Trainer's callbacks, in order ----
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Record the step that training goes on from, as it was left."""
+        """Record the step that training resumes from, with its saved metrics."""
         if state.global_step == 0 and self.first_step > 0:
             return  # The last line of the training before it has this number.
         if self._is_recorded(state.global_step):
             if self._is_scored(state.global_step) and "validation_loss" not in self.line:
-                # To its end: a stop would come in the step after, and this line stay as it is.
+                # To the end: the stop comes in the next step, and this line would stay incomplete.
                 self._score(may_stop=False)
             self._write()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Seed dropout from seed, step and rank: a step is the same in whichever attempt."""
+        """Seed dropout from seed, step and rank: a step is the same in every attempt."""
         # No two share a value: a step below a million, a rank below 65,537.
         step = state.global_step
         torch.manual_seed(((self.seed * 1_000_003 + step) * 65_537 + rank()) % 2**63)
@@ -95,7 +95,7 @@ class Watch(TrainerCallback):
         step, size = self.first_step + state.global_step, self.global_batch_size
         positions = [[state.global_step * size, (state.global_step + 1) * size - 1]]
         guard.check_loss(local_loss, loss, step=step + 1, positions=positions)
-        # After the clipping, which makes nothing finite that was not.
+        # After the clipping, which does not make a non-finite norm finite.
         gradients = [p.grad for p in more["model"].parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         guard.check_gradient(norm, step=step + 1, positions=positions)
@@ -108,7 +108,7 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Say what the Trainer is to do next: log, save, stop."""
+        """Tell the Trainer what to do next: log, save, stop."""
         reached("after-step")
         step = state.global_step
         seconds = time.perf_counter() - self._started + self._data_seconds

@@ -1,4 +1,4 @@
-"""What the tuning changed: the perplexity, and the texts that follow the same prompts."""
+"""What the fine-tuning changed: the perplexity, and the continuations of the same prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runfolder.files import write_atomically
 from train.engine.story import say
 from train.labs.causal_lm.settings import Config
 
-# What is known of a model before or after: its step, its scores, and a text for each prompt.
+# The model before or after: its step, its scores, and a text for each prompt.
 View = dict[str, Any]
 COMPARED = ("validation_perplexity", "bits_per_byte")
 

@@ -1,7 +1,7 @@
-"""Text that a model under training goes on with, from the same prompts each time it is asked.
+"""Text that a model in training generates, from the same prompts each time.
 
-transformers' own `generate` calls the bare model, which under ZeRO-3 and FSDP2 is spread over the
-processes. Here the model is called as in training, by all of them together.
+transformers' own `generate` calls the bare model, which under ZeRO-3 and FSDP2 is sharded over the
+processes. Here all processes together call the model, as in training.
 
 Imports torch only to sample: settings are checked before that.
 """
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SampleSettings:
-    """What the model is asked to go on from, before the training and after it."""
+    """The prompts that the model continues, before and after the training."""
 
     prompts: tuple[str, ...] | str = ("The history of the", "It was built in")
-    """One beginning, or a list of them."""
+    """One prompt, or a list of prompts."""
     max_new_tokens: int = 40
-    """Tokens to add to each."""
+    """Tokens to generate for each."""
     temperature: float = 0.0
-    """0: the likeliest token each time. Above: drawn, the bolder the higher; `seed` repeats it."""
+    """0: always the most likely token. Above: sampled; higher is more random. Seeded by `seed`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str):
             self.prompts = (self.prompts,)
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise UserError('sample.prompts: one is empty; give a beginning, such as "The history"')
+            raise UserError('sample.prompts: one is empty; give a prompt, such as "The history"')
         if self.max_new_tokens < 1:
             raise UserError(f"sample.max_new_tokens: {self.max_new_tokens} is not positive")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -65,9 +65,9 @@ def continue_prompts(
     seed: int,
     device: torch.device,
 ) -> list[str] | None:
-    """Return what the model (a wrapped `TokenLoss`) makes of each prompt, or None if asked to stop.
+    """Return the text of the model (a `TokenLoss`) for each prompt, or None if asked to stop.
 
-    Collective; every rank returns the same. Ends at the tokenizer's end of a document. Leaves the
+    Collective; every rank returns the same. Stops at the tokenizer's end of a document. Leaves the
     model in eval mode.
     """
     import torch
@@ -78,8 +78,8 @@ def continue_prompts(
 
     rows = settings.encode(tokenizer)
     ends = [len(row) for row in rows]
-    # Of one shape from the first token to the last, so that compiled layers are compiled once.
-    # What stands behind a row's end cannot be seen from before it.
+    # The same shape from the first token to the last, so that compiled layers are compiled once.
+    # Causal attention does not see the padding after a row's end.
     width = max(ends) + settings.max_new_tokens
     tokens = torch.zeros((len(rows), width), dtype=torch.int64, device=device)
     for row, ids in enumerate(rows):
@@ -98,7 +98,7 @@ def continue_prompts(
             else:
                 chosen = logits.argmax(dim=-1)
             chosen = chosen.to(device)
-            # One rank chooses for all: a last bit that differs must not part their ways.
+            # One rank chooses for all: a different last bit must not make the ranks diverge.
             dist.broadcast(chosen, src=0)
             for row in sorted(unfinished):
                 tokens[row, ends[row]] = chosen[row]

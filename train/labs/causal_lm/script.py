@@ -1,10 +1,10 @@
-"""Lab 2: fine-tune a pretrained language model on text, all of it or by LoRA adapters.
+"""Lab 2: fine-tune a pretrained language model on text, all of its weights or LoRA adapters.
 
     make dry-run JOB=causal_lm
     make run JOB=causal_lm ARGS="--method lora --data.train my-text/ --data.validation more.txt"
 
-Text from the same prompts and the perplexity of the whole validation text are taken before the
-training and after it. Reads top to bottom; one optimizer step is train/engine/step.py.
+Texts from the same prompts and the perplexity of the whole validation text are measured before and
+after the training. Reads top to bottom; one optimizer step is train/engine/step.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 
-# What the dry run is tuned to: text in another manner than the sample that tinyllama trains on.
+# What the dry run is tuned on: text in another style than the sample that tinyllama trains on.
 RECIPES = SAMPLES / "causal_lm"
-# What --dry_run changes; the command line still wins over it.
+# What --dry_run changes; the command line still overrides it.
 DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "data": {"sequence_length": 64},
@@ -50,8 +50,8 @@ DRY_RUN: dict[str, Any] = {
 
 
 def stage(config: Config, *, online: bool) -> Config:
-    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
-    # Said here rather than after the wait in a queue, if the batch does not divide.
+    """Return `config` with its inputs staged; `make fetch` calls this with a network."""
+    # Reported here and not after the wait in the queue, if the batch does not divide.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     data = config.data
     if config.dry_run and data.train is None:
@@ -129,7 +129,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     view: View | None = None
     while True:
         if step == 0 or step >= config.max_steps:
-            # Before the training and after it: all of the text, and what the prompts become.
+            # Before and after the training: all of the text, and the texts from the prompts.
             scores = score(max_tokens=None)
             texts = sampling.continue_prompts(
                 wrapped.module, config.sample, loaded_tokenizer, seed=config.seed, device=device

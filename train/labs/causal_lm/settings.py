@@ -1,4 +1,4 @@
-"""What lab 2 can be told."""
+"""The settings of lab 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Config(TrainingConfig):
     run_folder: str = ""
     """Where checkpoints, metrics, samples and the model go; $SLUICE_RUN_FOLDER when empty."""
     method: Literal["full", "lora"] = "full"
-    """full: every weight trains. lora: the model is frozen, small adapters beside it train."""
+    """full: all weights train. lora: the model is frozen, and small adapters train."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
 
@@ -26,10 +26,10 @@ class Config(TrainingConfig):
         super().__post_init__()
         if self.method == "full" and self.lora != LoraSettings():
             raise UserError(
-                "lora: is read with method lora only; add --method lora, or leave it out"
+                "lora: is only used with method lora; add --method lora, or leave it out"
             )
         if self.method == "lora" and self.model.preset and not self.dry_run:
             raise UserError(
-                f"model.preset: {self.model.preset} has random weights, which adapters cannot mend;"
-                " leave it out and give a trained model with --model.name"
+                f"model.preset: {self.model.preset} has random weights, which adapters cannot fix; "
+                "leave it out and give a trained model with --model.name"
             )

@@ -1,4 +1,4 @@
-"""The model that is tuned, under LoRA or as a whole, and what a continued run must have kept."""
+"""The model to fine-tune, with LoRA or as a whole, and what a resumed run must not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pretrained(config: Config, tokenizer_folder: Path) -> Any:
-    """Return the model that is tuned, under LoRA frozen and with adapters."""
+    """Return the model to fine-tune; with LoRA it is frozen and has adapters."""
     from train.engine import models
 
     model = models.build(config, tokenizer_folder, config.seed)
@@ -36,7 +36,7 @@ def sizes(model: Any) -> str:
 
 
 def wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strategy:
-    """Return the model under the strategy of the launcher's file, its optimizer beside it."""
+    """Return the model and its optimizer under the strategy of the launcher's file."""
     from train.engine import strategy
     from train.engine.distributed import world_size
     from train.engine.loss import TokenLoss
@@ -57,7 +57,7 @@ def wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strat
 
 
 def must_match(config: Config, sequence_length: int, model: Any) -> dict[str, Any]:
-    """Return what a continued run must have as it was: its data, and what its weights belong to."""
+    """Return what a resumed run must not change: its data, and what its weights belong to."""
     assert config.staged is not None
     found = {
         "method": config.method,

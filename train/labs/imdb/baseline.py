@@ -25,7 +25,7 @@ def tfidf_baseline(
     try:
         matrix = vectorizer.fit_transform(texts)
     except ValueError:
-        # No word is there twice, or there are no words, only signs: then whatever there is.
+        # No word occurs in two texts, or there are only symbols: then use whatever there is.
         vectorizer = TfidfVectorizer(token_pattern=r"\S+")
         matrix = vectorizer.fit_transform(texts)
     classifier = LogisticRegression(C=3.0, max_iter=1000).fit(matrix, labels)

@@ -1,7 +1,7 @@
-"""The vectors of texts by an encoder that does not change: computed once, by all ranks together.
+"""The vectors of texts from a frozen encoder: computed once, by all ranks together.
 
 A frozen encoder gives the same vector for a text in every epoch, if dropout is off. So each text
-goes through it once; what is trained on the vectors then costs next to nothing.
+goes through it once; training on the vectors then costs next to nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from train.engine.models import weights_sha256
 from train.engine.shares import gather_in_order, share
 from train.engine.story import say
 
-# Rows of a file: what a run that is stopped loses at most.
+# Rows in a file: the most that a stopped run loses.
 ROWS_PER_FILE = 1024
-# Texts of one forward pass; and passes of a rank between two looks at the signals.
+# Texts in one forward pass; and passes of a rank between two checks for signals.
 BATCH_SIZE = 32
 PASSES_BETWEEN_LOOKS = 4
 
@@ -45,7 +45,7 @@ def embed_together(
 
     Each rank embeds its share, dropout off. None: a rank was asked to stop.
     """
-    # By length before they are dealt, so that the ranks have like work and batches little padding.
+    # Sorted by length before the split, so that ranks have equal work and batches little padding.
     order = sorted(range(len(token_rows)), key=lambda i: (-len(token_rows[i]), i))
     own_rows = [token_rows[order[i]] for i in share(len(order))]
     largest_share = -(-len(order) // world_size())
@@ -63,7 +63,7 @@ def embed_together(
 
 
 def fingerprint(encoder: nn.Module, token_rows: Sequence[Sequence[int]]) -> dict[str, str]:
-    """Return what the vectors are made of: a hash of the weights and one of the rows' tokens."""
+    """Return what the vectors depend on: a hash of the weights and one of the rows' tokens."""
     rows = hashlib.sha256()
     for tokens in token_rows:
         rows.update(json.dumps(list(tokens)).encode())
@@ -78,11 +78,11 @@ def cached_features(
     device: torch.device,
     bf16: bool = False,
 ) -> torch.Tensor | None:
-    """Return the vectors (N, D) of `token_rows`, from `folder` where they are there; collective.
+    """Return the vectors (N, D) of `token_rows`, from `folder` if they are there; collective.
 
-    `folder` gets a file for every 1,024 rows as soon as they are computed, and manifest.json. What
-    was made of another encoder or other rows, or is damaged, is said and computed again. None: a
-    rank was asked to stop; the files so far are kept.
+    `folder` gets a file for every 1,024 rows as soon as they are computed, and manifest.json.
+    Files that are damaged, or from another encoder or other rows, are reported and computed again.
+    None: a rank was asked to stop; the files so far are kept.
     """
     made_of = {**fingerprint(encoder, token_rows), "precision": "bf16" if bf16 else "fp32"}
     manifest = _read_manifest(folder, made_of)
@@ -104,7 +104,7 @@ def cached_features(
                 problem = str(error)
             else:
                 say(f"features of {start + len(rows):,} of {len(token_rows):,} {folder.name} rows")
-        # The others must hear of it: they would wait for rank 0 in the next collective.
+        # The others must learn of it: they would wait for rank 0 in the next collective.
         if problem := from_main_process(problem):
             raise RunFailed(f"{folder}: {name} could not be written ({problem})")
         parts.append(vectors)
@@ -112,7 +112,7 @@ def cached_features(
 
 
 def _read_manifest(folder: Path, made_of: dict[str, str]) -> dict[str, Any]:
-    """Return the manifest, with only the files that are whole; rank 0 looks, for all."""
+    """Return the manifest, with only the files that are complete; rank 0 checks, for all."""
     manifest: dict[str, Any] = {"made_of": made_of, "files": {}}
     if is_main_process() and (folder / "manifest.json").exists():
         manifest = _checked(folder, manifest)
@@ -148,11 +148,11 @@ def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def _write(folder: Path, name: str, vectors: torch.Tensor, manifest: dict[str, Any]) -> None:
-    """Write a file of vectors aside, rename it, then name it in the manifest."""
+    """Write a file of vectors, rename it into place, then add it to the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.tmp"
     save_file({"vectors": vectors.contiguous()}, temporary)
-    # safetensors makes files that only their owner reads; the folder has the umask's mode.
+    # safetensors creates files that only the owner can read; the folder follows the umask.
     temporary.chmod(folder.stat().st_mode & 0o666)
     manifest["files"][name] = describe(temporary)
     temporary.replace(folder / name)

@@ -25,8 +25,8 @@ from train.labs.imdb.unfreezing import Phase, UnfreezingSettings
 class PhaseTraining(Strategy):
     """A classifier in a phase; frozen parameters are neither in the optimizer nor in a checkpoint.
 
-    Each phase has an optimizer of its own: what is unfrozen begins without moments, and so does
-    the rest. `module` is what runs: the head alone, on vectors, or encoder and head, on tokens.
+    Each phase has its own optimizer: newly unfrozen parameters begin without moments, and so do
+    the others. `module` is what runs: only the head, on vectors, or encoder and head, on tokens.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PhaseTraining(Strategy):
         device: torch.device,
         bf16: bool,
     ) -> None:
-        """Freeze what does not train, make the optimizer, and wrap for several processes.
+        """Freeze what does not train, create the optimizer, and wrap for several processes.
 
         `model` is in fp32 and the same on every rank.
 
@@ -124,11 +124,11 @@ class PhaseTraining(Strategy):
         return loss.detach()
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield nothing: encoders that keep state in buffers are not known to the lab."""
+        """Yield nothing: no encoder of this lab keeps state in buffers."""
         return iter(())
 
     def parameters(self) -> Iterator[tuple[str, Any]]:
-        """Yield the name and the parameter of what a checkpoint holds."""
+        """Yield the name and the value of each parameter in a checkpoint."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or name in STATISTICS:
                 yield name, parameter
@@ -136,7 +136,7 @@ class PhaseTraining(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStep:
-    """What one optimizer step was, the same on every rank but for `seconds`."""
+    """The result of one optimizer step, the same on every rank except for `seconds`."""
 
     loss: float
     """Mean over the rows of the global batch, in nats, before the update."""
@@ -162,13 +162,13 @@ def take_step(
 ) -> PhaseStep:
     """Train on the `global_batch_size` rows of step `step` (0 is the run's first); collective.
 
-    Each epoch is another permutation of the rows, so that a step's rows follow from its number and
-    the seed alone. They make the same micro batches, with the same dropout, on any number of
-    processes with one `micro_batch_size`; the ranks deal these out among themselves. `inputs_of`
+    Each epoch is a new permutation of the rows, so that a step's rows depend only on its number
+    and the seed. They form the same micro batches, with the same dropout, on any number of
+    processes with one `micro_batch_size`; the ranks split these among themselves. `inputs_of`
     gives the inputs of rows, `labels` the class of each.
 
     Raises:
-        RunFailed: the loss or the gradient is not finite; the weights are as they were.
+        RunFailed: the loss or the gradient is not finite; the weights are unchanged.
     """
     started = time.perf_counter()
     micro_batch_size, gradient_accumulation_steps = batch.per_process(world_size())
@@ -185,7 +185,7 @@ def take_step(
     training.start_step(factor)
     local_loss = 0.0
     for number, micro_positions in enumerate(positions, start=1):
-        # Dropout follows from seed, step and place in the batch, whichever rank computes it.
+        # Dropout depends on seed, step and position in the batch, whichever rank computes it.
         torch.manual_seed((seed * 1_000_000_007 + micro_positions[0] // micro_batch_size) % 2**63)
         rows = [block_at(p, num_blocks=len(labels), seed=seed) for p in micro_positions]
         loss = training.backward(

@@ -1,4 +1,4 @@
-"""A run of lab 3: its rows, model and checkpoints; how it begins, goes on, and is reported."""
+"""A run of lab 3: its rows, model and checkpoints; how it starts, resumes, and is reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from train.labs.imdb.unfreezing import Phase
 
 @dataclass(kw_only=True)
 class Texts:
-    """The rows of a split, and their tokens once they are asked for."""
+    """The rows of a split, and their tokens, computed on first use."""
 
     rows: Labelled
     tokenizer_folder: Path
@@ -68,23 +68,23 @@ class Run:
     record: Metrics | None = None
     """On rank 0."""
     rehearse_stop: bool = False
-    """A dry run sends itself the signal to stop, half-way."""
+    """A dry run sends itself the signal to stop, halfway."""
     is_rehearsed: bool = False
     resumed_from: Path | None = None
     step: int = 0
     saved_step: int | None = None
     metrics_line: dict[str, Any] = field(default_factory=lambda: {"step": 0})
-    """What is known of `step`; it may not be logged yet."""
+    """The metrics of `step`; they may not be logged yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a phase reads: vectors that are there already, or tokens that go through the encoder."""
+    """What a phase reads: vectors computed before, or tokens that go through the encoder."""
 
     of_rows: Callable[[list[int]], tuple[torch.Tensor, ...]]
     """The inputs of training rows, for PhaseTraining.backward."""
     validation_vectors: Callable[[], torch.Tensor | None]
-    """The vectors, (N, D), of the validation rows; collective. None: a rank is to stop."""
+    """The vectors, (N, D), of the validation rows; collective. None: a rank was asked to stop."""
 
 
 def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch.device) -> Run:
@@ -126,7 +126,7 @@ def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch
 
 
 def prepare_features(run: Run) -> Inputs | None:
-    """Return the frozen encoder's vectors of all rows, made by the ranks together, or found.
+    """Return the frozen encoder's vectors of all rows, computed by all ranks, or cached.
 
     None: a rank was asked to stop.
     """
@@ -145,10 +145,10 @@ def prepare_features(run: Run) -> Inputs | None:
         vectors[name] = found.to(run.device)
     if is_main_process():
         seconds = time.perf_counter() - started
-        say(f"features of {sum(map(len, vectors.values())):,} rows are there after {seconds:.1f} s")
+        say(f"features of {sum(map(len, vectors.values())):,} rows are ready after {seconds:.1f} s")
     if run.step == 0:
         run.model.head.measure(vectors["training"])
-        # Processors of two kinds may sum in another order; the head must be the same on all ranks.
+        # Different processors may sum in another order; the head must be the same on all ranks.
         for statistic in (run.model.head.mean, run.model.head.deviation):
             torch.distributed.broadcast(statistic, src=0)
     return Inputs(
@@ -169,7 +169,7 @@ def prepare_tokens(run: Run) -> Inputs:
 
 
 def vectors_of(run: Run, texts: Texts) -> torch.Tensor | None:
-    """Return the vectors, (N, D), by the encoder as it is now; None: a rank is to stop."""
+    """Return the vectors, (N, D), by the encoder as it is now; None: a rank was asked to stop."""
     return embed_together(run.model.encoder, texts.tokens, device=run.device, bf16=run.bf16)
 
 
@@ -177,7 +177,7 @@ def vectors_of(run: Run, texts: Texts) -> torch.Tensor | None:
 
 
 def must_match(run: Run) -> dict[str, Any]:
-    """Return what a run must be continued with: otherwise its step would mean something else."""
+    """Return what a resumed run must not change: its step would mean something else."""
     config, phases = run.config, run.phases
     assert config.staged is not None
     return {
@@ -197,7 +197,7 @@ def must_match(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run) -> None:
-    """Put the weights, the step and its metrics of the newest checkpoint into `run`.
+    """Load the weights, the step and its metrics from the newest checkpoint into `run`.
 
     Raises:
         UserError: it was made with other settings than `must_match` allows.
@@ -213,7 +213,7 @@ def restore(run: Run) -> None:
 
 
 def save(run: Run, training: PhaseTraining) -> None:
-    """Begin a checkpoint: what trains in this phase, its optimizer's moments, and the step."""
+    """Start a checkpoint: what trains in this phase, its optimizer's moments, and the step."""
     if run.saved_step != run.step:
         state = {**must_match(run), "metrics_line": run.metrics_line.copy()}
         run.checkpoints.save(run.step, training, state)
@@ -221,7 +221,7 @@ def save(run: Run, training: PhaseTraining) -> None:
 
 
 def start_phase(run: Run, phase: Phase) -> PhaseTraining:
-    """Unfreeze what trains in a phase; its optimizer goes on where a checkpoint left it."""
+    """Unfreeze what trains in a phase; its optimizer resumes from the checkpoint, if any."""
     training = PhaseTraining(
         run.model,
         phase,
@@ -231,7 +231,7 @@ def start_phase(run: Run, phase: Phase) -> PhaseTraining:
         bf16=run.bf16,
     )
     if run.step > phase.first_step:
-        # Under way already, which it only is after a resume.
+        # The phase has started already, which is only so after a resume.
         assert run.resumed_from is not None
         training.load_optimizer(
             run.step - phase.first_step, checkpoint_reader.reader(run.resumed_from)[0]
@@ -246,13 +246,16 @@ def start_phase(run: Run, phase: Phase) -> PhaseTraining:
 
 
 def evaluate(run: Run) -> np.ndarray | None:
-    """Return the probabilities (N, C) of the test rows, read here only; None: a rank is to stop."""
+    """Return the probabilities (N, C) of the test rows; None: a rank was asked to stop.
+
+    The test rows are read only here.
+    """
     vectors = vectors_of(run, run.test)
     return None if vectors is None else run.model.probabilities(vectors).numpy()
 
 
 def report(run: Run, probabilities_NC: np.ndarray) -> None:
-    """Score the test rows beside the baseline, and write what the run leaves behind; rank 0."""
+    """Score the test rows against the baseline, and write the run's results; rank 0."""
     config, test, fitted = run.config, run.test.rows, run.training.rows
     baseline_NC = baseline.tfidf_baseline(fitted.texts, fitted.labels, test.texts)
     ours = score(test.labels, probabilities_NC, run.classes)
@@ -283,7 +286,7 @@ def report(run: Run, probabilities_NC: np.ndarray) -> None:
 
 
 def introduce(run: Run) -> None:
-    """Say what is trained on what."""
+    """Print what is trained, and on which rows."""
     micro, accumulation = run.config.batch.per_process(world_size())
     for name in ("training", "validation", "test"):
         rows: Labelled = getattr(run, name).rows

@@ -4,8 +4,8 @@
     make fetch JOB=imdb && make run JOB=imdb ARGS="--freeze gradual"
 
 --freeze backbone: the encoder turns each text into a vector, once; a linear head trains on these.
---freeze none: everything trains from the first step. --freeze gradual: first the head, then the
-top layers with it, then deeper. Each is a list of phases (unfreezing.py), so that one loop serves
+--freeze none: everything trains from the first step. --freeze gradual: first the head, then also
+the top layers, then deeper. Each is a list of phases (unfreezing.py), so that one loop serves
 all three. Reads top to bottom; what is not the idea of this lab is in run.py and train/engine.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from train.labs.imdb.run import Inputs, Run
 
-# What --dry_run changes; the command line still wins over it.
+# What --dry_run changes; the command line still overrides it.
 DRY_RUN: dict[str, Any] = {
     "freeze": "gradual",
     "model": {"preset": "tiny"},
@@ -55,9 +55,9 @@ DRY_RUN: dict[str, Any] = {
 
 
 def stage(config: Config, *, online: bool) -> Config:
-    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    """Return `config` with its inputs staged; `make fetch` calls this with a network."""
     only_under_ddp("imdb")
-    # Said here rather than after the wait in a queue, if the batch or the phases do not fit.
+    # Reported here and not after the wait in the queue, if the batch or the phases do not fit.
     config.batch.per_process(int(os.environ.get("SLUICE_WORLD_SIZE", "1")))
     staged = labelled.stage(
         config.model,
@@ -85,8 +85,8 @@ def phases_of(config: Config) -> list[Phase]:
     shortest, warmup_steps = min(phase.steps for phase in phases), config.schedule.warmup_steps
     if warmup_steps >= shortest:
         raise UserError(
-            f"schedule.warmup_steps: {warmup_steps} steps are all of a phase of {shortest}; give "
-            "fewer, or a larger --max_steps"
+            f"schedule.warmup_steps: {warmup_steps} is not less than the {shortest} steps of a "
+            "phase; give fewer, or a larger --max_steps"
         )
     return phases
 
@@ -95,7 +95,7 @@ def phases_of(config: Config) -> list[Phase]:
 
 
 def train_phase(run: Run, phase: Phase) -> bool:
-    """Train to the end of a phase; return False if a rank was asked to stop before."""
+    """Train to the end of a phase; return False if a rank was asked to stop first."""
     from train.labs.imdb.phase_training import take_step
     from train.labs.imdb.run import (
         prepare_features,
@@ -106,7 +106,7 @@ def train_phase(run: Run, phase: Phase) -> bool:
 
     config = run.config
     training = start_phase(run, phase)
-    # Where no block trains, the vectors of the texts stay as they are from step to step.
+    # If no block trains, the vectors of the texts do not change from step to step.
     inputs = prepare_tokens(run) if phase.blocks else prepare_features(run)
     is_stopped = inputs is None
     while inputs and not is_stopped:
@@ -146,9 +146,9 @@ def train_phase(run: Run, phase: Phase) -> bool:
 
 
 def log(run: Run, inputs: Inputs, *, is_end: bool) -> bool:
-    """Score the validation rows and write the step's metrics, where they are due.
+    """Score the validation rows and write the step's metrics, when they are due.
 
-    Returns False if a rank was asked to stop meanwhile.
+    Returns False if a rank was asked to stop in the meantime.
     """
     from train.engine.classification.scores import mean_loss
 
@@ -193,7 +193,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         run.record = Metrics(run_folder, max_steps=config.max_steps, resume_step=run.step)
         introduce(run)
     unfinished = [phase for phase in run.phases if phase.end >= run.step]
-    # An attempt that is stopped leaves the phases after it alone.
+    # An attempt that is stopped does not start the next phases.
     is_trained = all(train_phase(run, phase) for phase in unfinished)
     probabilities_NC = evaluate(run) if is_trained else None
     if run.record:

@@ -21,12 +21,12 @@ from train.labs.imdb.unfreezing import Freeze, UnfreezingSettings
 
 @dataclass(kw_only=True)
 class Config(LoopSettings):
-    """Put a new head on a pretrained encoder, and train the head, all of it, or step by step."""
+    """Put a new head on a pretrained encoder; train the head, everything, or layer by layer."""
 
     run_folder: str = ""
     """Where checkpoints, metrics and the exported model go; $SLUICE_RUN_FOLDER when empty."""
     freeze: Freeze = "backbone"
-    """backbone: only the head trains. none: everything does. gradual: as `unfreezing.phases`."""
+    """backbone: only the head trains. none: everything trains. gradual: see `unfreezing.phases`."""
     model: EncoderSettings = field(default_factory=EncoderSettings)
     data: LabelledDataSettings = field(default_factory=LabelledDataSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
@@ -34,7 +34,7 @@ class Config(LoopSettings):
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     unfreezing: UnfreezingSettings = field(default_factory=UnfreezingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """A phase ends with one, too."""
+    """A phase also ends with an evaluation."""
     checkpoint: ShardCheckpointSettings = field(default_factory=ShardCheckpointSettings)
     staged: StagedLabelled | None = None
     """Written by the set-up; not for the command line."""
@@ -44,4 +44,4 @@ class Config(LoopSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compile:
-            raise UserError("compile: this lab has no compiled form; leave it out")
+            raise UserError("compile: this lab does not support torch.compile; leave it out")

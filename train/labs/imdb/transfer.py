@@ -1,4 +1,4 @@
-"""A new head on a pretrained encoder: a classifier, its blocks, and the folder it becomes."""
+"""A new head on a pretrained encoder: a classifier, its blocks, and its export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.engine import encoders, models, tokenization
 from train.engine.checkpoint_reader import reader
 from train.engine.durable import folder_at_once
 
-# What does not train but is measured, and belongs into a checkpoint with what does.
+# Measured, not trained, but saved in a checkpoint with the trained parameters.
 STATISTICS = ("head.mean", "head.deviation")
 
 
@@ -42,7 +42,7 @@ class Head(nn.Module):
     def measure(self, vectors_ND: torch.Tensor) -> None:
         """Take mean and standard deviation from the vectors of the training rows.
 
-        A dimension that is as good as constant, such as one that MiniLM never uses, is only
+        A dimension that is nearly constant, such as one that MiniLM never uses, is only
         centred: divided by next to nothing, its rounding errors would swamp the others, and make
         the gradient of the encoder thousands of times too large.
         """
@@ -53,7 +53,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> dict[str, torch.Tensor]:
-        """Return weight (C, D) and bias (C,) of the same function of vectors as they come."""
+        """Return weight (C, D) and bias (C,) of the same function of unstandardised vectors."""
         weight = self.weight / self.deviation
         return {"weight": weight, "bias": self.bias - weight @ self.mean}
 
@@ -76,14 +76,14 @@ class Classifier(nn.Module):
         return self.head(vectors_ND.to(self.head.weight.device)).softmax(-1).cpu()
 
     def blocks(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each block: the layers from the top, then all the rest."""
+        """Return the parameters of each block: the layers from the top, then the rest."""
         blocks = [list(layer.parameters()) for layer in reversed(models.layers(self.encoder))]
         in_layers = {id(parameter) for block in blocks for parameter in block}
         return [*blocks, [p for p in self.encoder.parameters() if id(p) not in in_layers]]
 
 
 def load_trained(model: Classifier, checkpoint: Path) -> None:
-    """Copy what had been trained until a checkpoint over the pretrained weights."""
+    """Load the trained parameters of a checkpoint over the pretrained weights."""
     read, names = reader(checkpoint)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -96,14 +96,14 @@ def export(
 ) -> None:
     """Write encoder, head.safetensors, classifier.json and tokenizer to `output`.
 
-    The head takes the pooled token vectors as they come; classifier.json names the classes in the
-    order of its logits, the tokens that are read of a text, and how they are pooled. The folder of
-    an earlier export is replaced.
+    The head takes the unstandardised pooled vectors; classifier.json has the classes in the order
+    of its logits, the number of tokens read per text, and the pooling. The folder of an earlier
+    export is replaced.
 
     Raises:
         RunFailed: it could not be written.
     """
-    # transformers asks for DeepSpeed when it saves; that must not look for a GPU or compile.
+    # transformers imports DeepSpeed when it saves; that must not look for a GPU or compile.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     disable_progress_bar()
     with folder_at_once(output) as folder:

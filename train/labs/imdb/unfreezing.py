@@ -1,7 +1,7 @@
 """Which part of a pretrained encoder trains when: phases of a run; without torch.
 
-An encoder is seen as a stack of blocks: its layers, and below them all the rest (the embeddings).
-A phase trains a head and the top so many blocks, for so many optimizer steps. "Backbone frozen",
+An encoder is treated as a stack of blocks: its layers, and below them the rest (the embeddings).
+A phase trains a head and the top N blocks, for a number of optimizer steps. "Backbone frozen",
 "everything trains" and gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146, section 3.3) are
 three lists of such phases, so one loop serves all three.
 """
@@ -23,27 +23,27 @@ class Phase:
     """Optimizer steps in which the same parameters train."""
 
     first_step: int
-    """The steps of the run that are done before it."""
+    """The steps of the run before this phase."""
     steps: int
     blocks: int
     """Blocks of the encoder that train with the head, counted from the top."""
 
     @property
     def end(self) -> int:
-        """The steps of the run that are done after it."""
+        """The steps of the run after this phase."""
         return self.first_step + self.steps
 
 
 @dataclass(kw_only=True)
 class UnfreezingSettings:
-    """What trains when, and how fast."""
+    """Which blocks train when, and how fast."""
 
     phases: str = "0:50 2:20 4:30"
-    """Of --freeze gradual: blocks from the top, and percent of max_steps, of each phase."""
+    """For --freeze gradual: BLOCKS:PERCENT of each phase, from the top, of max_steps."""
     head_lr: float = 1e-3
-    """Peak learning rate of the head; optimizer.lr is that of the encoder's top block."""
+    """Peak learning rate of the head; optimizer.lr is the one of the encoder's top block."""
     block_decay: float = 0.8
-    """Each block learns at so many times the rate of the block above it."""
+    """A block's learning rate, as a multiple of the rate of the block above it."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.head_lr) and self.head_lr > 0):
@@ -56,7 +56,7 @@ class UnfreezingSettings:
         """Return (blocks, percent of max_steps) of each phase.
 
         Raises:
-            UserError: `phases` does not begin with the head alone, does not go deeper each time,
+            UserError: `phases` does not begin with only the head, does not go deeper each time,
                 or does not use all the steps.
         """
         words = self.phases.split()
@@ -69,18 +69,18 @@ class UnfreezingSettings:
         blocks, percents = zip(*phases, strict=True)
         if blocks[0] != 0:
             raise UserError(
-                f"unfreezing.phases: begins with {blocks[0]} blocks; begin with 0, the head alone, "
-                "so that a head that knows nothing does not spoil the encoder"
+                f"unfreezing.phases: begins with {blocks[0]} blocks; begin with 0, only the head, "
+                "so that an untrained head does not spoil the encoder"
             )
         if list(blocks) != sorted(set(blocks)):
             raise UserError(
-                f"unfreezing.phases: '{self.phases}' does not go deeper with each phase; what has "
-                "been unfrozen stays so"
+                f"unfreezing.phases: '{self.phases}' does not go deeper with each phase; give more "
+                "blocks in each, as unfrozen blocks stay unfrozen"
             )
         if sum(percents) != 100 or 0 in percents:
             raise UserError(
-                f"unfreezing.phases: the percents {', '.join(map(str, percents))} are not positive "
-                f"numbers that add up to 100 (they give {sum(percents)})"
+                f"unfreezing.phases: the percentages {', '.join(map(str, percents))} are not "
+                f"positive numbers that add up to 100 (the sum is {sum(percents)})"
             )
         return phases
 
@@ -91,7 +91,7 @@ def plan(
     """Return the phases of a run of `max_steps` over an encoder of `num_blocks`.
 
     Raises:
-        UserError: a phase wants more blocks than there are, or would have no step.
+        UserError: a phase has more blocks than there are, or would have no step.
     """
     if freeze == "backbone":
         return [Phase(first_step=0, steps=max_steps, blocks=0)]
@@ -102,7 +102,7 @@ def plan(
     for blocks, percent in settings.parsed():
         if blocks > num_blocks:
             raise UserError(
-                f"unfreezing.phases: {blocks} blocks are to train, but the encoder has "
+                f"unfreezing.phases: {blocks} blocks should train, but the encoder has only "
                 f"{num_blocks}: {num_blocks - 1} layers, and the embeddings"
             )
         percent_done += percent

@@ -1,4 +1,4 @@
-"""Chunks: stretches of a passage that an encoder reads whole, cut where sentences end."""
+"""Chunks: parts of a passage that fit into the encoder, cut at the ends of sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runfolder.errors import UserError
 
 # The end of a sentence, with its closing quotes and brackets; or of a line.
 SENTENCE_END = re.compile("[.!?\u2026][\"'\u201d\u2019)\\]]*(?=\\s)|[\u3002\uff01\uff1f]|\\n")
-# A title may take this part of a chunk; the rest of a longer one is cut off.
+# A title may take 1 / TITLE_PART of a chunk; the rest of a longer one is cut off.
 TITLE_PART = 4
 
 
@@ -21,9 +21,9 @@ class ChunkSettings:
     """How passages are cut for the encoder."""
 
     length: int = 128
-    """Tokens of a chunk, with its title and the encoder's special tokens."""
+    """Tokens in a chunk, with its title and the encoder's special tokens."""
     overlap: int = 32
-    """Tokens that a chunk repeats of the one before, so that no thought is cut in two."""
+    """Tokens that a chunk repeats from the previous one, so that no thought is cut in two."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.length <= 8192:
@@ -39,7 +39,7 @@ class ChunkSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A stretch of a passage: where it lies, and the tokens that the encoder reads of it."""
+    """A part of a passage: where it is, and the number of tokens that the encoder reads."""
 
     passage: int
     """The passage's number."""
@@ -50,17 +50,17 @@ class Chunk:
     title_end: int
     """One past the last character of the title that the encoder reads with it."""
     tokens: int
-    """With the title and the special tokens; never above `ChunkSettings.length`."""
+    """Its tokens, with the title and the special tokens; at most `ChunkSettings.length`."""
 
 
 def titled(title: str, text: str) -> str:
-    """Return what the encoder reads of a chunk: its text below the passage's title."""
+    """Return what the encoder reads for a chunk: its text after the passage's title."""
     title = readable(title)
     return f"{title}: {text}" if title else text
 
 
 def readable(title: str) -> str:
-    """Return a title without the underscores of an address, which Wikipedia's come with."""
+    """Return a title without the underscores that Wikipedia's titles have."""
     return " ".join(title.replace("_", " ").split())
 
 
@@ -70,8 +70,8 @@ def cut(
     """Yield the chunks of a passage in order; at least one, and together all of its text.
 
     A chunk ends where a sentence does, if one ends in its second half, else between two words. The
-    next begins with the last sentences of the one before, as many as `overlap` tokens hold.
-    `tokenizer` must neither cut nor pad.
+    next begins with the last sentences of the previous one, as many as fit into `overlap` tokens.
+    `tokenizer` must neither truncate nor pad.
     """
 
     def length_of(start: int, end: int) -> int:
@@ -84,7 +84,7 @@ def cut(
     start = 0
     while True:
         end = boundaries.last(start + budget - budget // 2, start + budget)
-        # Cut out of its text, a stretch can have other tokens than within it.
+        # On its own, a part of a text can have other tokens than within the text.
         while (tokens := length_of(*boundaries.span(start, end))) > settings.length:
             if end - start <= 1:
                 tokens = settings.length  # which the encoder cuts off
@@ -93,7 +93,7 @@ def cut(
         first, last = boundaries.span(start, end)
         yield Chunk(passage=passage, start=first, end=last, title_end=len(title), tokens=tokens)
         start = boundaries.first(max(start + 1, end - overlap), end) if overlap else end
-        # Several tokens can make one character, or the space before it.
+        # Several tokens can form one character, or the space before it.
         while start < boundaries.count and boundaries.span(start, start + 1)[0] <= first:
             start += 1
         if end >= boundaries.count or start >= boundaries.count:
@@ -101,7 +101,7 @@ def cut(
 
 
 def short_title(title: str, tokenizer: Tokenizer, settings: ChunkSettings) -> str:
-    """Return a title that takes no more than its part of a chunk."""
+    """Return a title, shortened to its part of a chunk."""
     offsets = tokenizer.encode(title, add_special_tokens=False).offsets
     room = settings.length // TITLE_PART
     return title if len(offsets) <= room else title[: offsets[room - 1][1]].rstrip()
@@ -123,7 +123,7 @@ class _Boundaries:
                 number += 1
             if number < len(ends) and ends[number] <= after:
                 self._sentences.add(place)
-            # Some tokenizers count the space before a word to its token.
+            # Some tokenizers include the space before a word in its token.
             if text[before : after + 1][:1].isspace() or before < after:
                 self._words.add(place)
 

@@ -1,6 +1,6 @@
-"""What a search reads, put in place once: encoder, passages, chunks and what writes answers.
+"""The inputs of a search, staged once: encoder, passages, chunks and the answer generator.
 
-Without torch, so that what is wrong with them is said at once.
+Without torch, so that mistakes in them are reported at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = 1
 
 @dataclass(kw_only=True)
 class StagedPassages:
-    """Where the parts of a search are, below $SLUICE_DATASETS."""
+    """Where the inputs of a search are, under $SLUICE_DATASETS."""
 
     model: str | None = None
     tokenizer: str = ""
@@ -51,10 +51,10 @@ def stage(
     sample: Path | None,
     online: bool,
 ) -> StagedPassages:
-    """Put encoder, passages, questions and chunks in place, where they are not yet; say where.
+    """Stage encoder, passages, questions and chunks, unless they are there; return the paths.
 
-    `sample` is the folder of the embedded rows of a dry run, which stand for a dataset of the hub.
-    What `staged` names is taken as it is while it is there; chunks are cut again for other lengths.
+    `sample` is the folder of the embedded rows of a dry run, which replace a dataset of the hub.
+    Paths in `staged` are used if they exist; chunks are cut again for other lengths.
 
     Raises:
         UserError: something does not exist or is wrong, a row with its line; or it would have to
@@ -78,7 +78,7 @@ def stage(
     prompt_tokens = pooling.prompt_tokens(folder, tokenizer_folder)
     known = max_positions(folder) - prompt_tokens
     if settings.length > known:
-        beside = f" beside a prompt of {prompt_tokens}" if prompt_tokens else ""
+        beside = f" after a prompt of {prompt_tokens}" if prompt_tokens else ""
         raise UserError(
             f"chunks.length: {settings.length} is more than the {known} tokens that the encoder "
             f"reads{beside}; try --chunks.length {known}"
@@ -99,7 +99,7 @@ def stage(
 
 
 def stage_generator(name: str, revision: str | None, *, online: bool) -> Path:
-    """Return the folder of the model that writes answers: a folder as it is, a hub id downloaded.
+    """Return the folder of the model that generates answers: a folder as is, a hub id downloaded.
 
     Raises:
         UserError: as `staging.stage_model`.
@@ -132,7 +132,7 @@ def count_chunks(folder: Path) -> int:
 
 
 def max_positions(folder: Path | None) -> int:
-    """Return the tokens that the encoder of a model folder reads at most; as encoder.max_length."""
+    """Return the most tokens that the encoder of a model folder reads; as encoders.max_length."""
     if folder is None:
         return TINY_ENCODER_POSITIONS
     shape = read_shape(folder, ENCODER)

@@ -1,4 +1,4 @@
-"""Texts in, unit vectors out: an encoder with its tokenizer, for passages and questions alike."""
+"""Texts in, unit vectors out: an encoder with its tokenizer, for passages and questions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Embedder:
     def __init__(
         self, model: Any, tokenizer_folder: Path, length: int, device: torch.device
     ) -> None:
-        """Take `model` (of encoder.load) to the device.
+        """Move `model` (from encoders.load) to the device.
 
-        Of a text `length` tokens are read, special tokens included.
+        `length` tokens of a text are read, special tokens included.
         """
         self.model = model.to(device)
         self.device = device
@@ -32,7 +32,7 @@ class Embedder:
         self._query_prompt, self._document_prompt = pooling.query_prompt, pooling.document_prompt
         prompt_tokens = max(map(self.count, (self._query_prompt, self._document_prompt)))
         room = encoders.max_length(model, length + prompt_tokens)
-        # As `corpus.stage` has seen to it.
+        # `corpus.stage` has checked this.
         assert room == length + prompt_tokens or not prompt_tokens
         self._tokenizer.enable_truncation(room)
 
@@ -46,7 +46,7 @@ class Embedder:
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        # A text without a token, such as of control characters alone, is nothing to the encoder.
+        # The encoder needs at least one token, even for a text of only control characters.
         rows = [ids or [0] for ids in rows]
         vectors = encoders.embed_all(self.model, rows, batch_size=len(rows), device=self.device)
         return indexes.unit(vectors.numpy())

@@ -1,4 +1,4 @@
-"""The model that writes an answer from a prompt."""
+"""The model that generates an answer from a prompt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Generator:
         if self.prompt_tokens < 1:
             raise UserError(
                 f"--max_new_tokens: {max_new_tokens} leaves no room for a prompt in the "
-                f"{context} tokens that the generator knows"
+                f"generator's context of {context} tokens"
             )
 
     def count(self, text: str) -> int:
@@ -63,13 +63,13 @@ class Generator:
         )
         answer_ids = tokens[0, ids.shape[1] :]
         written: str = self._tokenizer.decode(answer_ids, skip_special_tokens=True)
-        # A model that was not taught to end goes on with the next question.
+        # A model that was not trained to stop continues with the next question.
         return written.split("\nQuestion:")[0].strip()
 
     def _encode(self, text: str) -> list[int]:
         has_template = bool(self._tokenizer.chat_template)
         if has_template:
-            # What a chat model was trained to see around a message; it has the special tokens.
+            # A chat model was trained with this around a message; it includes the special tokens.
             text = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )

@@ -1,7 +1,7 @@
-"""An index of vectors: built, written whole with what it was made of, and searched.
+"""An index of vectors: built, written atomically with its identity, and searched.
 
 The scores are cosines: inner products of vectors of length one. torch and faiss are loaded by the
-functions that need them, because a script's settings name `IndexSettings`.
+functions that need them, because a script's settings import `IndexSettings`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     pass
 
 FORMAT = 1
-# Scores are compared after so many decimals: a matrix product's last bits depend on the number of
-# queries in it. What is equal then is ordered by the passage's number.
+# Scores are rounded to this many decimals: a matrix product's last bits depend on the number of
+# queries in it. Equal scores are ordered by the passage's number.
 DECIMALS = 5
 
 
@@ -33,14 +33,14 @@ class IndexSettings:
     """How vectors are searched."""
 
     kind: Literal["flat", "hnsw"] = "flat"
-    """flat: exact, compares with every vector; right below a million. hnsw: a graph (Malkov &
+    """flat: exact, compares with every vector; fine below a million. hnsw: a graph (Malkov &
     Yashunin 2016, arXiv:1603.09320), faster and approximate."""
     hnsw_links: int = 32
     """Links of a vector in the graph."""
     hnsw_build: int = 200
-    """Candidates looked at while the graph is built (efConstruction)."""
+    """Candidates examined while the graph is built (efConstruction)."""
     hnsw_search: int = 64
-    """Candidates looked at in a search (efSearch): more is slower and finds more."""
+    """Candidates examined in a search (efSearch): more is slower and finds more."""
 
     def __post_init__(self) -> None:
         for name in ("hnsw_links", "hnsw_build", "hnsw_search"):
@@ -63,9 +63,9 @@ class Hit:
 
 
 def check_identity(made_of: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Raise `UserError` unless vectors were made of what there is now; it names what differs.
+    """Raise `UserError`, with the difference, unless vectors match the current inputs.
 
-    An encoder is known by its weights: it may have been moved.
+    An encoder is identified by its weights: it may have been moved.
     """
     for key, value in now.items():
         if made_of.get(key) == value or key in ("encoder", "revision"):
@@ -118,7 +118,7 @@ def build(vectors: np.ndarray, settings: IndexSettings) -> Any:
 
 
 def publish(folder: Path, index: Any, identity: dict[str, Any], kind: dict[str, Any]) -> None:
-    """Write an index and its manifest; until that is there, an earlier index serves.
+    """Write an index and its manifest; until that is there, an earlier index is used.
 
     Raises:
         RunFailed: it cannot be written.
@@ -168,11 +168,11 @@ def load(folder: Path, identity: dict[str, Any]) -> Any:
     """Return the index of a folder.
 
     Raises:
-        UserError: there is none, it is damaged, or it was made of something else than `identity`.
+        UserError: there is none, it is damaged, or it does not match `identity`.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: holds no index; let the run end first, with `make run RUN=...`")
+        raise UserError(f"{folder}: has no index; let the run finish, with `make run RUN=...`")
     check_identity(manifest["made_of"], identity, folder)
     file = folder / manifest["file"]
     if not file.is_file():
@@ -182,7 +182,7 @@ def load(folder: Path, identity: dict[str, Any]) -> Any:
             folder, f"{file.name} has {file.stat().st_size} bytes instead of {manifest['bytes']}"
         )
     if sha256(file) != manifest["sha256"]:
-        raise _damaged(folder, f"{file.name} has another sha256 than when it was written")
+        raise _damaged(folder, f"{file.name} does not match its sha256")
     return _faiss().read_index(str(file))
 
 
@@ -196,7 +196,7 @@ def _faiss() -> Any:
 
 def _damaged(folder: Path, problem: str) -> UserError:
     return UserError(
-        f"{folder}: is damaged ({problem}); delete it and build it again from the run's vectors, "
+        f"{folder}: is damaged ({problem}); delete it and rebuild it from the run's vectors, "
         "with `make run RUN=...`"
     )
 
@@ -208,8 +208,8 @@ def search(index: Any, queries: np.ndarray, passages: Sequence[int], k: int) -> 
     """Return for each query, a row of (B, D), the best `k` passages, the best first.
 
     `passages` gives the passage of each vector; each has one or more. A passage counts once, with
-    its best chunk. Those of equal score are in the order of their numbers, also where the list
-    ends.
+    its best chunk. Those of equal score are in the order of their numbers, also at the end of the
+    list.
     """
     wanted = min(k, passages[-1] + 1)
     fetch = min(index.ntotal, 2 * wanted + 8)
@@ -221,7 +221,7 @@ def search(index: Any, queries: np.ndarray, passages: Sequence[int], k: int) -> 
         for row, query in enumerate(left):
             hits = _best_of_each(scores[row], numbers[row], passages)
             lowest = round(float(scores[row][-1]), DECIMALS)
-            # The next ones that were not fetched could share the last one's score.
+            # The next ones, which were not fetched, could have the same score as the last one.
             is_whole = len(hits) >= wanted and (hits[wanted - 1].score > lowest)
             if is_whole or fetch == index.ntotal:
                 found[query] = hits[:wanted]
@@ -234,7 +234,7 @@ def search(index: Any, queries: np.ndarray, passages: Sequence[int], k: int) -> 
 def _best_of_each(scores: np.ndarray, numbers: np.ndarray, passages: Sequence[int]) -> list[Hit]:
     best: dict[int, Hit] = {}
     for score, chunk in zip(scores.tolist(), numbers.tolist(), strict=True):
-        if chunk < 0:  # a graph may end before it has found so many
+        if chunk < 0:  # a graph may find fewer
             continue
         hit = Hit(passage=passages[chunk], chunk=chunk, score=round(score, DECIMALS))
         known = best.get(hit.passage)

@@ -1,6 +1,6 @@
 """Passages and the questions that they answer: read from files or the hub, staged once.
 
-Without torch, so that what is wrong with them is said at once.
+Without torch, so that mistakes in them are reported at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PassageDataSettings:
     PATHS = ("passages", "questions")
 
     name: str | None = None
-    """A dataset's hub id (owner/name) whose rows hold passages, with a question each or without."""
+    """A dataset's hub id (owner/name) whose rows have a passage, with or without a question."""
     config: str | None = None
     """The dataset's configuration."""
     revision: str | None = None
@@ -38,17 +38,17 @@ class PassageDataSettings:
     """The dataset's split."""
     passages: str | None = None
     """Local rows instead of `name`: a jsonl, json, csv, tsv, parquet or arrow file, or a folder.
-    A passage that is there twice counts once."""
+    A passage that occurs twice counts once."""
     questions: str | None = None
-    """Local rows of questions, to measure the search with; it may be the same file."""
+    """Local rows of questions, to evaluate the search; it may be the same file."""
     title_column: str | None = "title"
-    """The column of a passage's title; null: they have none."""
+    """The column of a passage's title; null: no titles."""
     text_column: str = "text"
     """The column of a passage's text."""
     id_column: str | None = None
     """The column of a passage's id; default: passages are numbered."""
     question_column: str | None = "question"
-    """The column of the question; null: a dataset of the hub has none."""
+    """The column of the question; null: the hub dataset has no questions."""
     passage_column: str | None = None
     """The column of local questions with the id of the passage that answers; default: a question's
     row holds that passage's title and text."""
@@ -57,10 +57,12 @@ class PassageDataSettings:
         if self.questions and not self.passages:
             raise UserError("data.questions: is given without data.passages; give both")
         if self.questions and not self.question_column:
-            raise UserError("data.question_column: is null, but data.questions holds questions")
+            raise UserError(
+                "data.question_column: is null, but data.questions is given; give it too"
+            )
         if self.passage_column and not (self.questions and self.id_column):
             raise UserError(
-                "data.passage_column: names passages by their id; give data.questions and "
+                "data.passage_column: refers to passages by id; give data.questions and "
                 "data.id_column with it"
             )
         named: dict[str, str] = {}
@@ -102,7 +104,7 @@ def read_passages(folder: Path) -> list[Passage]:
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """Return the staged questions; none where none were given."""
+    """Return the staged questions; empty if none were given."""
     rows = read_rows(folder / "questions.jsonl", {"text": "text", "passage": "passage"})
     return [Question(text=text, passage=passage) for _, (text, passage) in rows]
 
@@ -125,7 +127,7 @@ class _Writer:
         identity = content if own_id is None else own_id
         if identity in self._numbers:
             if self._contents[identity] != content:
-                raise UserError(f"{where}: id '{identity}' is that of another passage already")
+                raise UserError(f"{where}: id '{identity}' is already used by another passage")
             return self._numbers[identity]
         number = len(self._numbers)
         row = {"id": str(number) if own_id is None else own_id, "title": title, "text": text}
@@ -211,7 +213,7 @@ def _say_what_was_read(folder: Path, given: DataFiles, questions: DataFiles | No
 
 
 def _write_together(rows: Iterator[Row], columns: dict[str, str], folder: Path, name: str) -> None:
-    """Write passages and questions that come in the same rows, as those of SQuAD do."""
+    """Write passages and questions that are in the same rows, as in SQuAD."""
     with (
         (folder / "rows.jsonl").open("w", encoding="utf-8") as stream,
         (folder / "questions.jsonl").open("w", encoding="utf-8") as questions,
@@ -243,7 +245,7 @@ def _write_question(
         what = f"no passage has the id '{key}'"
     else:
         key = _content(*_title_and_text(row, where, columns))
-        what = "its title and text are those of no passage"
+        what = "no passage has its title and text"
     if key not in numbers:
         raise UserError(f"{where}: {what}; add the passage to data.passages, or leave the row out")
     line = {"text": text, "passage": numbers[key]}
@@ -251,7 +253,7 @@ def _write_question(
 
 
 def _columns(data: PassageDataSettings, *names: str) -> dict[str, str]:
-    """Return the settings of columns that are given, with the column of each."""
+    """Return the column settings that are given, with the column of each."""
     settings = [f"{name}_column" for name in names]
     return {setting: getattr(data, setting) for setting in settings if getattr(data, setting)}
 

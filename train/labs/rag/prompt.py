@@ -17,7 +17,7 @@ INSTRUCTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What may be cited: a passage's title and the stretch of its text that was found."""
+    """What may be cited: a passage's title and the part of its text that was found."""
 
     title: str
     text: str
@@ -57,9 +57,9 @@ def build(
         break
     if sources and not kept:
         raise UserError(
-            f"--max_prompt_tokens: {budget} tokens do not hold the question and a sentence of a "
-            f"passage; the question alone takes {count(_text(question, []))} (a generator's own "
-            "length is a limit, too)"
+            f"--max_prompt_tokens: {budget} tokens are too few for the question and a sentence of "
+            f"a passage; the question alone takes {count(_text(question, []))} (the generator's "
+            "context is also a limit)"
         )
     text = _text(question, kept)
     return Prompt(text=text, num_sources=len(kept), tokens=count(text))
@@ -80,10 +80,10 @@ def _shorter(text: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return a text that a terminal only shows: what would steer it is written out (\\x1b).
+    """Return a text that is safe to print: control characters are escaped (\\x1b).
 
-    Line ends and tabs stay. Marks that turn the direction of writing are steering as well: with
-    them a line can read otherwise than it is.
+    Line ends and tabs stay. Marks that change the direction of writing are escaped as well: with
+    them, a line can look different from what it is.
     """
     return "".join(ascii(char)[1:-1] if _steers(char) else char for char in text)
 

@@ -9,16 +9,16 @@ from train.engine.story import say
 if TYPE_CHECKING:
     import numpy as np
 
-# The passages of a question that are kept and scored, and the places at which recall is counted.
+# The passages of a question that are kept and scored, and the ranks at which recall is measured.
 DEPTH = 10
 RECALL_AT = (1, 3, 5, 10)
 
 
 def measure(gold: list[int], found: np.ndarray) -> dict[str, float]:
-    """Return recall@k and MRR@10 of the passages found, (N, DEPTH, 2), and the first's scores.
+    """Return recall@k and MRR@10 of the passages found, (N, DEPTH, 2), and top-1 scores.
 
-    recall@k is the part of the questions whose passage is among the first k; MRR@10 the mean of
-    1/place, 0 beyond the tenth (Voorhees 1999, TREC-8 question answering track).
+    recall@k is the fraction of questions whose passage is among the first k; MRR@10 the mean of
+    1/rank, 0 beyond the tenth (Voorhees 1999, TREC-8 question answering track).
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Retrieval for generation: passages become vectors, an index finds those that answer a question.
+"""Lab 4: retrieval for generation. An index of vectors finds the passages that answer a question.
 
     make dry-run JOB=rag                                     # two processes, no network
     make fetch JOB=rag && make run JOB=rag NPROC=2
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from train.labs.rag.chunks import Chunk
     from train.labs.rag.embedder import Embedder
 
-# What --dry_run changes; the command line still wins over it.
+# What --dry_run changes; the command line still overrides it.
 DRY_RUN: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "chunks": {"length": 64, "overlap": 8},
@@ -47,7 +47,7 @@ DRY_RUN: dict[str, Any] = {
 
 
 def stage(config: Config, *, online: bool) -> Config:
-    """Return `config` with what it reads put in place; `make fetch` calls this with a network."""
+    """Return `config` with its inputs staged; `make fetch` calls this with a network."""
     only_under_ddp("rag")
     sample = SAMPLES / "rag" if config.dry_run else None
     staged = corpus.stage(
@@ -60,11 +60,11 @@ def stage(config: Config, *, online: bool) -> Config:
         staged = replace(staged, generator=relative_to_datasets(folder))
     count = corpus.count_chunks(staged_path(staged.chunks))
     max_steps = -(-count // config.batch_size)
-    # A run that is continued brings those that it began with.
+    # A resumed run has the steps that it started with.
     if config.staged is None and config.max_steps not in (1, max_steps):
         raise UserError(
-            f"max_steps: {config.max_steps} is not what {count:,} chunks in batches of "
-            f"{config.batch_size} take ({max_steps:,}); leave it out, or give batch_size"
+            f"max_steps: {config.max_steps} does not match {count:,} chunks in batches of "
+            f"{config.batch_size} ({max_steps:,}); leave it out, or give batch_size"
         )
     return replace(config, staged=staged, max_steps=max_steps)
 
@@ -82,7 +82,7 @@ def load_embedder(config: Config, device: torch.device) -> Embedder:
 
 
 def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
-    """Return what vectors are made of; those of another identity are not compared with ours."""
+    """Return what the vectors depend on; vectors of another identity are not comparable."""
     from train.engine.encoders import pooling_of
     from train.engine.models import weights_sha256
 
@@ -96,7 +96,7 @@ def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
         "document_prompt": pooling.document_prompt,
     }
     return {
-        # What every encoder of an older index had is not mentioned in it.
+        # Older indexes lack these keys; their encoders all had these values.
         **{k: v for k, v in wanted.items() if v not in ("mean", "")},
         "encoder": f"{model.preset}, random weights" if model.preset else model.name,
         "revision": model.revision if is_of_the_hub else None,
@@ -110,7 +110,7 @@ def identity(config: Config, embedder: Embedder) -> dict[str, Any]:
 
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
-    """Embed, index and measure, or until asked to stop; return finished, stopped or rehearsed."""
+    """Embed, index and measure, until asked to stop; return finished, stopped or rehearsed."""
     import numpy as np
     import torch
 
@@ -121,7 +121,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     if (accel := strategy.name_from_environment()) != "ddp":
         raise UserError(
-            f"ACCEL={accel}: splits a model that is trained, and this lab trains none; leave it out"
+            f"ACCEL={accel}: is for training a model, and this lab does not train; leave it out"
         )
 
     # ---- data ----
@@ -157,7 +157,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     state = {"made_of": {**made_of, "batch_size": size}, "world_size": world_size()}
     unsaved: dict[int, np.ndarray] = {}
 
-    # ---- embed: in each round every rank takes the next batch of its own ----
+    # ---- embed: in each round every rank takes its next batch ----
     stopping = rehearsing = False
     while step < max_steps:
         started = time.perf_counter()
@@ -169,7 +169,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             unsaved |= dict(zip(batch, found, strict=True))
         stops, broken = agree(signals.received() is not None, broken, device=device)
         if broken:
-            raise RunFailed(f"step {step + 1}: a vector is not finite; look at the model's weights")
+            raise RunFailed(f"step {step + 1}: a vector is not finite; check the model's weights")
         reached("after-step")
         before, step = step, min(step + world_size(), max_steps)
         tokens = sum(chunks[i].tokens for batch in batches[before:step] for i in batch)
@@ -234,9 +234,9 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
 
 def batches_of(chunks: list[Chunk], size: int) -> list[list[int]]:
-    """Return the batches of chunks to embed, by their numbers; the same whoever embeds them.
+    """Return the batches of chunks to embed, by their numbers; the same for any number of ranks.
 
-    Chunks of like length share a batch, which spares padding. The longest come first, so that a
+    Chunks of similar length share a batch, which saves padding. The longest come first, so that a
     batch that is too large for the memory fails at once.
     """
     order = sorted(range(len(chunks)), key=lambda i: (-chunks[i].tokens, i))
@@ -244,7 +244,7 @@ def batches_of(chunks: list[Chunk], size: int) -> list[list[int]]:
 
 
 def passed(every: int, before: int, step: int) -> bool:
-    """Return whether a multiple of `every` lies above `before`, up to `step`."""
+    """Return whether there is a multiple of `every` above `before`, up to `step`."""
     return step // every > before // every
 
 

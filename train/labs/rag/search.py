@@ -1,4 +1,4 @@
-"""The index of a run made, and questions put to it, by all ranks together."""
+"""Building a run's index, and searching it with all ranks together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def publish_index(
                 indexes.publish(folder, built, made_of, kind)
         except (UserError, RunFailed, OSError) as error:
             problem = json.dumps([isinstance(error, UserError), str(error)])
-    # The others wait here; without a word they would wait until their time is up.
+    # The others wait here; without a message they would wait until the timeout.
     if problem := from_main_process(problem):
         is_users, text = json.loads(problem)
         raise UserError(text) if is_users else RunFailed(text)
@@ -57,14 +57,14 @@ def find_all(
 ) -> tuple[np.ndarray, dict[str, float]] | None:
     """Return for each question the passages found and their scores, (N, depth, 2), and figures.
 
-    -1 stands where there are fewer passages. `to_search` is the index to measure, and an exact one
-    to compare it with or None. The same on every rank, and for every number of them; None if a
-    rank was asked to stop. Collective.
+    -1 fills the places if there are fewer passages. `to_search` is the index to measure, and an
+    exact one to compare it with, or None. The result is the same on every rank, and for every
+    number of ranks; None if a rank was asked to stop. Collective.
     """
     approximate, exact = to_search
     starts = range(0, len(questions), batch_size)
     results, agreeing, wanted, encode_s, search_s = [], 0.0, 0.0, 0.0, 0.0
-    # Every rank makes as many rounds, so that they look for a signal together.
+    # Every rank makes the same number of rounds, so that they check for a signal together.
     for number in range(-(-len(starts) // world_size())):
         if number < len(share(len(starts))):
             start = starts[share(len(starts))[number]]
@@ -99,7 +99,7 @@ def find_all(
 def write_predictions(
     run_folder: Path, questions: list[Question], texts: list[Passage], found: np.ndarray
 ) -> None:
-    """Write for each question its passage and those found, by their ids, with the scores."""
+    """Write, for each question, its passage and the passages found, by id, with the scores."""
     lines = []
     for question, hits in zip(questions, found.tolist(), strict=True):
         there = [(texts[int(number)].id, score) for number, score in hits if number >= 0]

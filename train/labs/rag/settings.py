@@ -1,4 +1,4 @@
-"""What lab 4 can be told."""
+"""The settings of lab 4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.labs.rag.passages import PassageDataSettings
 
 @dataclass(kw_only=True)
 class GeneratorSettings:
-    """What writes the answers of `make ask`; without one it shows the passages."""
+    """The model that generates the answers of `make ask`; without one it shows the passages."""
 
     name: str | None = None
     """A hub id (owner/name), or the folder of a causal language model, such as a run's export."""
@@ -30,7 +30,7 @@ class Config(LoopSettings):
     run_folder: str = ""
     """Where checkpoints, metrics and the index go; $SLUICE_RUN_FOLDER when empty."""
     max_steps: int = 1
-    """Batches of chunks to embed. It follows from the data; give `batch_size` instead."""
+    """Batches of chunks to embed. The data determines it; give `batch_size` instead."""
     batch_size: int = 32
     """Chunks in one forward pass of one process. A step is one such batch."""
     model: EncoderSettings = field(default_factory=EncoderSettings)
@@ -52,4 +52,4 @@ class Config(LoopSettings):
             setting = "compile" if self.compile else "precision"
             raise UserError(f"{setting}: this lab embeds in fp32, not compiled; leave it out")
         if not self.export:
-            raise UserError("export: this lab makes an index and exports no model; leave it out")
+            raise UserError("export: this lab builds an index and exports no model; leave it out")

@@ -1,4 +1,4 @@
-"""Vectors of a run under way: kept in shards, each checkpoint naming those it stands for."""
+"""Vectors of a run in progress: kept in shards; each checkpoint lists its shards."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FORMAT = 1
 
 
 class VectorCheckpoints(Checkpoints):
-    """Checkpoints that grow: each adds a shard of vectors for each rank to those before.
+    """Checkpoints that grow: each adds a shard of vectors per rank to the previous ones.
 
-    The shards lie in `vectors` beside the checkpoints' folder, so that retention, which deletes old
-    checkpoints, deletes no vector. A checkpoint's manifest has size and hash of every shard so far:
-    one that is damaged spoils the checkpoints since, and the one before them serves, if it is kept.
+    The shards are in `vectors` beside the checkpoints' folder, so that deleting old checkpoints
+    deletes no vector. A checkpoint's manifest has size and hash of every shard so far: a damaged
+    shard spoils the checkpoints since then, and the one before is used, if it still exists.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
@@ -39,10 +39,10 @@ class VectorCheckpoints(Checkpoints):
     ) -> None:
         """Write this rank's new vectors, by their chunk's number, and publish checkpoint `step`.
 
-        All ranks take part, also those that have none.
+        All ranks take part, even those that have none.
 
         Raises:
-            RunFailed: it could not be written; the earlier checkpoints are as they were.
+            RunFailed: it could not be written; earlier checkpoints are unchanged.
         """
         unpublished = self.folder / f".{folder_name(step)}"
         self._report = {}
@@ -53,7 +53,7 @@ class VectorCheckpoints(Checkpoints):
                 hidden = self.shards / f".{name}"
                 numbers = np.array(list(vectors), dtype=np.int64)
                 save_file({"numbers": numbers, "vectors": np.stack(list(vectors.values()))}, hidden)
-                # safetensors makes files that only their owner reads.
+                # safetensors creates files that only the owner can read.
                 hidden.chmod(self.shards.stat().st_mode & 0o666)
                 entry = describe(hidden)
                 hidden.rename(self.shards / name)
@@ -67,22 +67,22 @@ class VectorCheckpoints(Checkpoints):
                     files |= _shards_of(before)
             self._report = {"files": files}
         except Exception as error:
-            # Whatever it is, the other ranks must hear of it: they wait for this one's report.
+            # Any error goes to the other ranks, which wait for this one's report.
             self._report = {"error": f"rank {rank()}: {error or type(error).__name__}"}
         self._pending = (step, unpublished)
         self.finish()
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint; None, and said, if all are damaged.
+        """Return the newest complete checkpoint; None, with a message, if all are damaged.
 
-        A shard older than the oldest checkpoint that is kept spoils them all. What is lost is time:
+        A damaged shard older than the oldest kept checkpoint spoils them all. Only time is lost:
         vectors can be computed again.
         """
         try:
             return super().newest()
         except RunFailed:
             if is_main_process():
-                say("no checkpoint is complete; all chunks are embedded anew")
+                say("no checkpoint is complete; all chunks are embedded again")
             return None
 
 

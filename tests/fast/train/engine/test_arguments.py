@@ -116,7 +116,7 @@ def test_what_a_run_has_read_is_not_changed_when_it_goes_on(tmp_path: Path) -> N
         ("--model.name other --max_steps 9", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
     ):
         option = words.partition("=")[0].partition(" ")[0]
-        line = f"^{option}: a run goes on with what it began with, which was {before}; leave it out"
+        line = f"^{option}: cannot change during a run, which started with {before}; leave it out"
         with pytest.raises(UserError, match=line):
             parse_again(words)
     # The same is no change, and what counts anew is told apart by the checkpoint.
@@ -195,7 +195,7 @@ def test_to_yaml_and_back_is_the_same(
         ("--dry_run 3", "--dry_run: '3' is not true or false"),
         ("--steps", "--steps: give a value, a whole number"),
         ("--steps --kind a", "--steps: give a value, a whole number"),
-        ("steps 3", "'steps' is not a setting; one begins with --, as in --max_steps 500"),
+        ("steps 3", "'steps' is not a setting; settings begin with --, as in --max_steps 500"),
         ("--inner.lr 0", "--inner.lr: 0.0 is not positive"),
         ("--config", "--config: give a file"),
     ],
@@ -211,7 +211,7 @@ def test_a_mistake_on_the_command_line_is_one_line(words: str, said: str) -> Non
         ("inner: {lrr: 3}", "'inner.lrr' is not a setting; did you mean 'inner.lr'?"),
         ("lr: 3", "'lr' is not a setting; did you mean 'inner.lr'?"),
         ("3: 4", "'3' is not a setting; choose from"),
-        ("inner: 3", "inner: takes settings of its own, not '3'"),
+        ("inner: 3", "inner: is a group of settings, not '3'"),
         ("staged: {modle: x}", "'staged.modle' is not a setting; did you mean 'staged.model'?"),
         ("steps: x", "steps: 'x' is not a whole number"),
         ("steps:", "steps: is empty; give a whole number"),

@@ -43,14 +43,14 @@ def test_a_few_wrong_bytes_in_utf8_are_not_taken_for_another_encoding(tmp_path: 
     said = refusal(file)
     assert said.startswith(f"{file}:{TEXT.count(chr(10)) + 1}: ")
     # iconv drops them and says by its code that it did.
-    subprocess.run(["bash", "-c", said.partition("wrong: ")[2]], check=False)
+    subprocess.run(["bash", "-c", said.partition("bytes: ")[2]], check=False)
     assert "".join(characters.read(file)) == TEXT + "a wrng byte\n" + TEXT
 
 
 def test_utf8_that_is_cut_in_a_character_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes((TEXT + "\u00e9").encode()[:-1])
-    subprocess.run(["bash", "-c", refusal(file).partition("wrong: ")[2]], check=False)
+    subprocess.run(["bash", "-c", refusal(file).partition("bytes: ")[2]], check=False)
     assert "".join(characters.read(file)) == TEXT
 
 

@@ -279,7 +279,7 @@ def cut_short(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (flip_a_bit, "has another sha256"),
+        (flip_a_bit, "does not match its sha256"),
         (cut_short, "bytes instead of"),
         (Path.unlink, "is missing"),
     ],
@@ -324,8 +324,8 @@ def test_a_damaged_checkpoint_is_set_aside_under_a_free_name_and_said(
     flip_a_bit(tmp_path / "step-00000002/state.json")
     assert saving.newest() == tmp_path / "step-00000001"
     assert capsys.readouterr().out == (
-        "checkpoint step-00000002 is damaged (state.json has another sha256 than when it was "
-        "written); trying the one before\n"
+        "checkpoint step-00000002 is damaged (state.json does not match its sha256); trying the "
+        "previous one\n"
     )
     assert (tmp_path / "step-00000002.damaged.2/manifest.json").is_file()
     assert (tmp_path / "latest").read_text() == "step-00000001\n"

@@ -54,7 +54,7 @@ def test_a_compressed_file_gives_its_text_and_one_that_is_cut_is_refused(
     assert text_of(file) == text
     for wrong in (data[:-20], data[:1000], b"no such file"):
         file.write_bytes(wrong)
-        with pytest.raises(UserError, match=r"a\.txt\.\w+: is cut short or damaged"):
+        with pytest.raises(UserError, match=r"a\.txt\.\w+: is truncated or damaged"):
             text_of(file)
 
 
@@ -81,7 +81,7 @@ def test_rows_of_a_damaged_file_are_refused_by_its_name(
     file.write_bytes(b"no such file")
     with pytest.raises(UserError) as raised:
         text_of(file)
-    assert str(raised.value).startswith(f"{file}: is cut short or damaged")
+    assert str(raised.value).startswith(f"{file}: is truncated or damaged")
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".jsonl.gz", ".json.zst", ".csv.xz"])

@@ -177,8 +177,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
         ('{"txet": "a"}', "has no column 'text'; choose from txet with --data.text_column"),
         ('{"text": 3}', "'text' is not text but int"),
         ('{"text": "\\ud800"}', "'text' contains invalid Unicode"),
-        ("[" * 100_000, "is not JSON that can be read"),
-        ("9" * 5000, "is not JSON that can be read"),
+        ("[" * 100_000, "cannot be parsed as JSON"),
+        ("9" * 5000, "cannot be parsed as JSON"),
     ],
 )
 def test_a_wrong_line_of_jsonl_is_named_by_its_number(tmp_path: Path, line: str, said: str) -> None:

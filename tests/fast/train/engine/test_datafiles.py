@@ -89,7 +89,7 @@ def test_what_is_empty_is_named_and_what_stands_for_data_is_refused(tmp_path: Pa
 
 def test_a_file_beside_its_compressed_self_is_not_read_twice(tmp_path: Path) -> None:
     make(tmp_path, "a.txt", "a.txt.gz", "b/A.txt.gz", "c/a.txt", "c/A.txt")
-    assert refusal(tmp_path).startswith(f"data.train: {tmp_path}/a.txt.gz lies beside a.txt")
+    assert refusal(tmp_path).startswith(f"data.train: {tmp_path}/a.txt.gz is next to a.txt")
     (tmp_path / "a.txt.gz").unlink()
     assert len(find(tmp_path).files) == 4
 
@@ -97,7 +97,7 @@ def test_a_file_beside_its_compressed_self_is_not_read_twice(tmp_path: Path) -> 
 @pytest.mark.parametrize("first", ["a.JSONL", "A.jsonl", "a.jsonl.zst", "a.jsonl.GZ"])
 def test_nor_in_capitals_or_compressed_in_two_ways(tmp_path: Path, first: str) -> None:
     make(tmp_path, first, "a.jsonl.gz")
-    assert "lies beside" in refusal(tmp_path)
+    assert "is next to" in refusal(tmp_path)
 
 
 def test_a_folder_within_that_is_closed_is_not_left_out_in_silence(

@@ -109,5 +109,5 @@ def test_a_folder_that_is_no_encoder_is_refused(tokenizer_folder: Path, tmp_path
         intermediate_size=8,
     )
     BertModel(small).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has \d+ tokens, but its weights know only 50"):
+    with pytest.raises(UserError, match=r"has \d+ tokens, but its embedding has only 50"):
         encoders.load(tmp_path, tokenizer_folder, seed=1)

@@ -70,7 +70,7 @@ def test_a_header_of_another_form_is_refused(model: Path, offsets: str) -> None:
 def test_a_pointer_of_git_lfs_is_called_by_its_name(model: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4400216536\n"
     (model / "model.safetensors").write_text(pointer)
-    assert "is a pointer of Git LFS, not the weights" in refusal(model)
+    assert "is a Git LFS pointer, not the weights" in refusal(model)
 
 
 def test_a_file_that_the_index_names_and_the_folder_lacks_is_refused(model: Path) -> None:

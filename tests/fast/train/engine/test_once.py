@@ -62,7 +62,7 @@ def test_of_two_processes_one_makes_it_and_the_other_waits(tmp_path: Path) -> No
     said = [process.stdout.readline() for process in processes if process.stdout]
     assert sorted(said) == [
         "staging it\n",
-        "waiting for another process, which stages it or the like\n",
+        "waiting for another process that is staging it or similar\n",
     ]
     for process in processes:
         assert process.stdin is not None

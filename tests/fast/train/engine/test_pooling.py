@@ -120,7 +120,7 @@ def test_a_prompt_takes_its_room_from_the_chunks(folder: Path) -> None:
 def test_what_the_labs_do_not_do_for_an_encoder_is_refused(folder: Path) -> None:
     said = {"prompts": {"first": "topic: "}, "default_prompt_name": "first"}
     describe(folder, {"pooling_mode": "mean"}, config_sentence_transformers=said)
-    with pytest.raises(UserError, match="wants 'topic: ' before every text"):
+    with pytest.raises(UserError, match="needs 'topic: ' before every text"):
         pooling.check_plain(folder)
     pooling.check_compared(folder)
     said = {"similarity_fn_name": "dot"}

@@ -272,8 +272,8 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused_before_and_aft
     tokenization.train([Piece(TEXT, starts=True, ends=True)], 310, larger, "it")
     settings = ModelSettings(name=str(model), tokenizer=str(larger))
     said = refusal(configure(texts, settings))
-    assert said.startswith("model.tokenizer: gives ids up to 309, but the model")
-    assert "knows only 300 tokens; leave it out" in said
+    assert said.startswith("model.tokenizer: has ids up to 309, but the model")
+    assert "has only 300 tokens; leave it out" in said
     assert packed(datasets) == []
     # A preset grows with its tokenizer; what it packed is not for this model either.
     stage(configure(texts, ModelSettings(preset="tiny", tokenizer=str(larger))))

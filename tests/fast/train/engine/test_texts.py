@@ -41,4 +41,4 @@ def test_of_a_large_training_text_a_part_is_compared_and_that_is_said_each_time(
         texts.say_overlap(sources, online=True)
         said = capsys.readouterr().out
         assert f"data.validation: {share} of its text" in said
-        assert (f"is compared with {limit:,} characters" in said) is (rows == 20)
+        assert (f"is compared with only {limit:,} characters" in said) is (rows == 20)

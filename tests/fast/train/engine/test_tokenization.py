@@ -307,7 +307,7 @@ def test_an_end_that_the_chat_template_names_is_read_and_said(tmp_path: Path) ->
     tokens = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
     assert (tokens.count(0), tokens.count(1)) == (2, 3)
     assert (packed.read, packed.spelled) == ({"</s>": 2}, {})
-    assert "'</s>' stands 2 times in it and is taken as the end" in packed.describe()
+    assert "'</s>' appears 2 times and is taken as the end" in packed.describe()
 
 
 def test_a_token_that_no_text_becomes_needs_no_embedding(tmp_path: Path) -> None:

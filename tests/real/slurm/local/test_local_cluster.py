@@ -236,7 +236,7 @@ def test_it_does_not_start_twice(cluster: Cluster) -> None:
         ("up.sh", ["--rootfs", "/nowhere"], ["--rootfs"]),
         ("drill.sh", ["explode", "node1"], ["explode", "power-off"]),
         ("drill.sh", ["cut", "node9"], ["node9", "node1, node2"]),
-        ("drill.sh", ["power-on", "node1"], ["node1", "on already"]),
+        ("drill.sh", ["power-on", "node1"], ["node1", "already on"]),
         ("exec.sh", [], ["no command"]),
         ("exec.sh", ["--nod", "node1"], ["--nod", "--node"]),
         ("exec.sh", ["--node", "../node1", "true"], ["../node1", "node1, node2"]),
@@ -399,7 +399,7 @@ def test_without_names_slurm_works_and_a_crash_leaves_what_down_removes(other: C
     (pid,) = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
     os.kill(int(pid), signal.SIGKILL)
     wait_until(lambda: processes_of(other.folder) == [], "the end of all processes")
-    one_error(other.run("true"), "has ended", "make cluster-down")
+    one_error(other.run("true"), "has stopped", "make cluster-down")
     done = other.local("down.sh")
     assert done.returncode == 0, done.stderr
     assert_nothing_left(other.folder, before, files)

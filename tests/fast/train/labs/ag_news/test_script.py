@@ -154,7 +154,7 @@ def test_several_seeds_resume_amid_the_second_past_a_damaged_checkpoint(
     capsys.readouterr()
     assert script.train(config, stopped, device, rehearse_stop=False) == "finished"
     told = capsys.readouterr().out
-    assert "step-00000013 is damaged (optimizer.pt has another sha256" in told
+    assert "step-00000013 is damaged (optimizer.pt does not match its sha256" in told
     assert "resuming from step-00000012" in told
 
     assert losses(stopped) == losses(straight)
@@ -228,22 +228,22 @@ GOOD = '{"text": "rain again", "label": "a"}\n{"text": "sun", "label": "b"}\n' *
 @pytest.mark.parametrize(
     ("train_rows", "test_rows", "words", "message"),
     [
-        (GOOD, GOOD + '{"text": "x", "label": "c"}\n', [], r"test.jsonl:9: label 'c' is in no row"),
+        (GOOD, GOOD + '{"text": "x", "label": "c"}\n', [], r"test.jsonl:9: label 'c' is not in"),
         (GOOD + '{"text": "x"}\n', GOOD, [], r"train.jsonl:9: has no column 'label'"),
         (GOOD + "{oops}\n", GOOD, [], r"train.jsonl:9: is not JSON"),
         (GOOD + '{"text": " ", "label": "a"}\n', GOOD, [], r":9: the text is empty; leave"),
         (GOOD + '{"text": 7, "label": "a"}\n', GOOD, [], r":9: 'text' is not text but int"),
         (GOOD + '{"text": "x", "label": null}\n', GOOD, [], r":9: 'label' is missing"),
-        (GOOD + '{"text": "x", "label": -1}\n', GOOD, [], r":9: 'label' is -1, which stands for"),
+        (GOOD + '{"text": "x", "label": -1}\n', GOOD, [], r":9: 'label' is -1, which means"),
         (GOOD + '{"text": "x", "label": "c"}\n', GOOD, [], r"class 'c' has a single row"),
         ('{"text": "x", "label": "a"}\n' * 3, GOOD, [], r"all rows are of one class, 'a'"),
-        ("", GOOD, [], r"data.train: .*train.jsonl: holds no rows"),
-        (GOOD, "", [], r"data.test: .*test.jsonl: holds no rows"),
+        ("", GOOD, [], r"data.train: .*train.jsonl: has no rows"),
+        (GOOD, "", [], r"data.test: .*test.jsonl: has no rows"),
         (GOOD, GOOD, ["--data.text_column", "body"], r"no column 'body'; choose from text, label"),
         (GOOD, GOOD, ["--data.title_column", "text"], r"title_column: 'text' is data.text_column"),
         (GOOD, GOOD, ["--data.class_names", "[x, y, z]"], r"class_names: 3 names for 2 classes"),
-        (GOOD, GOOD, ["--data.class_names", "[x, y]"], r"are for classes that are whole numbers"),
-        (GOOD, GOOD, ["--data.class_names", "[x, x]"], r"class_names: 'x' is empty or there twice"),
+        (GOOD, GOOD, ["--data.class_names", "[x, y]"], r"is for classes that are whole numbers"),
+        (GOOD, GOOD, ["--data.class_names", "[x, x]"], r"class_names: 'x' is empty or appears"),
         (GOOD, GOOD, ["--data.test", "null"], r"data.train: is given without data.test"),
         (GOOD, GOOD, ["--data.test", "nowhere.csv"], r"data.test: nowhere.csv does not exist"),
         (GOOD, GOOD, ["--data.validation_fraction", "0.9"], r"0.9 is not between 0.01 and 0.5"),

@@ -72,7 +72,7 @@ def adapted(make: Make, device: torch.device, tmp_path_factory: pytest.TempPathF
 # ---- what is refused ----
 
 WRONG = [
-    ("--method full --lora.rank 4", "lora: is read with method lora only; add --method lora"),
+    ("--method full --lora.rank 4", "lora: is only used with method lora; add --method lora"),
     ("--method qlora", "--method: 'qlora' is not one of full, lora"),
     ("--method lora --lora.rank 0", "--lora.rank: 0 is not positive"),
     ("--method lora --lora.rank 17", "lora.rank: 17 is more than 16, the smaller side of k_proj"),
@@ -85,7 +85,7 @@ WRONG = [
         "v_proj (or all-linear)",
     ),
     ("--method lora --lora.target_modules lm_head", "has no layer 'lm_head'"),
-    ("--lora.target_modules q_proj,", "lora.target_modules: 'q_proj,' holds an empty name"),
+    ("--lora.target_modules q_proj,", "lora.target_modules: 'q_proj,' contains an empty name"),
     ("--lora.ranks 4", "--lora.ranks is not a setting; did you mean 'lora.rank'?"),
     ("--dry_run false --method lora --model.preset tiny", "model.preset: tiny has random weights"),
     ("--sample.prompts []", "sample.prompts: one is empty"),

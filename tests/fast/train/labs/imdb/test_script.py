@@ -112,7 +112,7 @@ def test_a_run_stopped_in_each_phase_and_between_two_ends_bit_for_bit_as_one_tha
     # The first attempt made the features; the second and third found them.
     said = capsys.readouterr().out
     assert said.count("features of 180 of 180 training rows") == 1
-    assert said.count("features of 200 rows are there") == 3
+    assert said.count("features of 200 rows are ready") == 3
 
 
 def test_a_run_stopped_in_its_features_saves_and_goes_on(
@@ -221,16 +221,16 @@ GOOD = ['{"text": "good", "label": "pos"}', '{"text": "bad", "label": "neg"}'] *
     [
         (GOOD, ["--freeze", "everything"], "freeze: 'everything' is not one of backbone, none"),
         (GOOD, ["--freze", "none"], "--freze is not a setting; did you mean 'freeze'"),
-        (GOOD, ["--unfreezing.phases", "2:100"], "begin with 0, the head alone"),
+        (GOOD, ["--unfreezing.phases", "2:100"], "begin with 0, only the head"),
         (
             GOOD,
             ["--unfreezing.phases", "0:50 9:50"],
-            "9 blocks are to train, but the encoder has 3",
+            "9 blocks should train, but the encoder has only 3",
         ),
         (GOOD, ["--max_steps", "2"], "max_steps: 2 leaves no step for the phase"),
         (GOOD, ["--max_steps", "0"], "max_steps: 0 is not positive"),
         (GOOD, ["--evaluation.every_steps", "0"], "evaluation.every_steps: 0 is not positive"),
-        (GOOD, ["--compile", "true"], "compile: this lab has no compiled form"),
+        (GOOD, ["--compile", "true"], "compile: this lab does not support torch.compile"),
         (GOOD, ["--batch.micro_batch_size", "3"], "batch.micro_batch_size: 3 does not divide"),
         (GOOD, ["--unfreezing.head_lr", "0"], "head_lr: 0.0 is not a positive number"),
         (GOOD, ["--data.text_column", "review"], "rows.jsonl:1: has no column 'review'"),
@@ -241,7 +241,7 @@ GOOD = ['{"text": "good", "label": "pos"}', '{"text": "bad", "label": "neg"}'] *
         ([*GOOD, '{"text": " ", "label": "pos"}'], [], "rows.jsonl:5: the text is empty"),
         ([*GOOD, '{"text": "fine", "label": null}'], [], "rows.jsonl:5: 'label' is missing"),
         ([*GOOD, '{"text": "fine"'], [], "rows.jsonl:5: is not JSON"),
-        ([], [], "holds no rows"),
+        ([], [], "has no rows"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(

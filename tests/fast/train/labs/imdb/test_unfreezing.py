@@ -42,7 +42,7 @@ def test_each_way_to_freeze_is_a_list_of_phases() -> None:
         ("", "is not of the form"),
         ("0:50 two:50", "is not of the form"),
         ("0:50,2:50", "is not of the form"),
-        ("1:50 2:50", "begin with 0, the head alone"),
+        ("1:50 2:50", "begin with 0, only the head"),
         ("0:50 2:20 2:30", "does not go deeper"),
         ("0:50 4:20 2:30", "does not go deeper"),
         ("0:50 2:20", "add up to 100"),
@@ -62,7 +62,7 @@ def test_wrong_rates_are_said() -> None:
 
 
 def test_more_blocks_than_there_are_and_too_few_steps_are_said() -> None:
-    with pytest.raises(UserError, match="4 blocks are to train, but the encoder has 3: 2 layers"):
+    with pytest.raises(UserError, match="4 blocks should train, but the encoder has only 3: 2"):
         plan("gradual", UnfreezingSettings(), max_steps=100, num_blocks=3)
     with pytest.raises(UserError, match="max_steps: 2 leaves no step for the phase 2:20"):
         plan("gradual", UnfreezingSettings(), max_steps=2, num_blocks=7)

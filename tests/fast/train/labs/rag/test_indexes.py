@@ -135,7 +135,7 @@ def test_an_index_that_is_damaged_is_refused(folder: Path, damage: str) -> None:
 
 
 def test_where_there_is_none_the_run_is_to_end_first(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no index; let the run end first"):
+    with pytest.raises(UserError, match="has no index; let the run finish"):
         indexes.load(tmp_path, MADE_OF)
 
 

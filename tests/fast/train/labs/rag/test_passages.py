@@ -162,11 +162,11 @@ BY_ID = {"id_column": "id", "passage_column": "passage"}
         ([PASSAGE | {"text": " "}], [], {}, r"rows.jsonl:1: the passage has no text; leave"),
         ([PASSAGE, {"text": "a"}], [], {}, r"rows.jsonl:2: has no column 'title'; .*title_column"),
         ([PASSAGE | {"text": 5}], [], {}, r"rows.jsonl:1: 'text' is not text but int"),
-        ([PASSAGE], [QUESTION | {"text": "?"}], {}, r"asked.jsonl:1: its title and text are those"),
+        ([PASSAGE], [QUESTION | {"text": "?"}], {}, r"asked.jsonl:1: no passage has its title"),
         ([PASSAGE], [QUESTION | {"passage": "b"}], BY_ID, r"asked.jsonl:1: no passage has the id"),
         ([PASSAGE], [QUESTION | {"passage": None}], BY_ID, r"'passage' is not an id but None"),
         ([PASSAGE], [QUESTION | {"question": ""}], {}, r"asked.jsonl:1: the question is empty"),
-        ([PASSAGE, PASSAGE | {"text": "b"}], [], {"id_column": "id"}, "id 'a' is that of another"),
+        ([PASSAGE, PASSAGE | {"text": "b"}], [], {"id_column": "id"}, "id 'a' is already used"),
         ([PASSAGE], [], {"id_column": "nr"}, r"has no column 'nr'; choose .* --data.id_column"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_row_that_is_wrong_is_named_with_its_line(
     [
         ({"questions": "a"}, "data.questions: is given without data.passages"),
         ({"passages": "a", "questions": "a", "question_column": None}, "question_column: is null"),
-        ({"passage_column": "a"}, "data.passage_column: names passages by their id; give"),
+        ({"passage_column": "a"}, "data.passage_column: refers to passages by id; give"),
         ({"title_column": "text"}, "data.text_column: 'text' is the column of data.title_column"),
     ],
 )

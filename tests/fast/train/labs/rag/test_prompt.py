@@ -60,7 +60,7 @@ def test_no_prompt_is_above_its_budget(texts: list[str], budget: int) -> None:
 
 def test_a_budget_that_holds_no_passage_is_refused() -> None:
     alone = words(build("Why?", [], count=words, budget=0).text)
-    line = rf"--max_prompt_tokens: 40 tokens do not hold .* the question alone takes {alone}"
+    line = rf"--max_prompt_tokens: 40 tokens are too few .* the question alone takes {alone}"
     with pytest.raises(UserError, match=line):
         build("Why?", SOURCES, count=words, budget=40)
 

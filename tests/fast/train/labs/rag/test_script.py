@@ -154,7 +154,7 @@ def test_with_all_checkpoints_damaged_everything_is_embedded_anew(
     min((run / "vectors").iterdir()).unlink()
     assert script.train(configured(), run, device, rehearse_stop=False) == "finished"
     said = capsys.readouterr().out
-    assert "no checkpoint is complete; all chunks are embedded anew" in said
+    assert "no checkpoint is complete; all chunks are embedded again" in said
     assert "starting at step 0" in said
     assert results(run) == results(finished)
 
@@ -194,7 +194,7 @@ def test_a_damaged_index_is_refused_and_built_again_once_it_is_gone(
     shutil.copytree(finished, run)
     [index] = (run / "index").glob("*.faiss")
     index.write_bytes(index.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"index: is damaged .* delete it and build it again"):
+    with pytest.raises(UserError, match=r"index: is damaged .* delete it and rebuild it"):
         script.train(configured(), run, device, rehearse_stop=False)
     shutil.rmtree(run / "index")
     assert script.train(configured(), run, device, rehearse_stop=False) == "finished"
@@ -222,7 +222,7 @@ def test_another_strategy_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match=r"ACCEL=fsdp2: .* this lab trains none; leave it out"):
+    with pytest.raises(UserError, match=r"ACCEL=fsdp2: .* this lab does not train; leave it out"):
         script.train(configured(), tmp_path, device, rehearse_stop=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -244,7 +244,7 @@ def test_recall_and_mrr_count_the_place_of_the_passage() -> None:
     ("words", "line"),
     [
         (["--batch_size", "0"], "--batch_size: 0 is not between 1 and 65536"),
-        (["--max_steps", "7"], r"max_steps: 7 is not what \d+ chunks in batches of \d+ take"),
+        (["--max_steps", "7"], r"max_steps: 7 does not match \d+ chunks in batches of \d+"),
         (["--chunks.overlap", "64"], "--chunks.overlap: 64 is more than half of the 64 tokens"),
         (["--chunks.length", "300"], "chunks.length: 300 is more than the 256 tokens that the"),
         (["--chunks.lenght", "30"], "--chunks.lenght is not a setting; .*'chunks.length'"),
@@ -252,7 +252,7 @@ def test_recall_and_mrr_count_the_place_of_the_passage() -> None:
         (["--index.hnsw_search", "1"], "--index.hnsw_search: 1 is not between"),
         (["--precision", "bf16"], "--precision: this lab embeds in fp32"),
         (["--compile"], "--compile: this lab embeds in fp32, not compiled"),
-        (["--export", "false"], "--export: this lab makes an index and exports no model"),
+        (["--export", "false"], "--export: this lab builds an index and exports no model"),
         (["--checkpoint.asynchronous", "true"], "--checkpoint.asynchronous is not a setting"),
         (["--data.passages", "{tmp}/none.csv"], "data.passages: .*none.csv does not exist"),
         (["--data.passages", "{tmp}/a.txt"], "data.passages: .*a.txt has no columns; give jsonl"),
