@@ -35,6 +35,14 @@ ELSEWHERE = {
         )
         for lab in ("ag_news", "causal_lm", "imdb", "rag")
     },
+    "make dry-run JOB=../fit/fit.yaml": (
+        "tests/real/test_make.py",
+        'run("make", "dry-run", "JOB=../fit/fit.yaml"',
+    ),
+    "make submit JOB=../fit/fit.yaml NODES=2": (
+        "tests/real/slurm/test_lost_nodes.py",
+        'submit("JOB=../fit/fit.yaml", "NODES=2")',
+    ),
     'make ask RUN=rag Q="How do sailors know which lighthouse they see?"': (
         "tests/real/test_make.py",
         'run("make", "ask", "RUN=rag", "Q=How do sailors',

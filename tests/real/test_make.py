@@ -20,6 +20,7 @@ from tests import waiting
 from tests.checkout import lay_out, rewrite
 from tests.conftest import losses, read_metrics
 from tests.moments import Pause
+from tests.shared import CHECKOUT
 from train.engine.checkpoint_reader import find_damage
 
 pytestmark = pytest.mark.needs("unshare", "git")
@@ -133,6 +134,21 @@ def checkout(
         rewrite(user / f"module/{name}.py", "raise SystemExit('wrong')\n")
     environment |= {"PYTHONPATH": str(user / "module"), "PYTHONSAFEPATH": "1"}
     return Checkout(user, environment)
+
+
+@pytest.mark.computes(2)
+def test_a_dry_run_of_a_script_of_ones_own_ends_after_three_steps(checkout: Checkout) -> None:
+    shutil.copytree(CHECKOUT / "tests/real/fit", checkout.folder.parent / "fit")
+    done = checkout.run("make", "dry-run", "JOB=../fit/fit.yaml", path=checkout.bare_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dry run: ended after 3 optimizer steps" in done.stdout
+    assert "finished after 3 optimizer steps" in done.stdout
+    run = checkout.named(done.stdout, "run folder")
+    # It ends within the third step, before the script writes its loss.
+    assert len((run / "losses").read_text().splitlines()) == 2
+    assert (run / "code/script/fit.py").read_bytes() == (
+        CHECKOUT / "tests/real/fit/fit.py"
+    ).read_bytes()
 
 
 # ZeRO-1 and 2 are started as ZeRO-3 is (train/test_launcher.py); all of them train in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tests.moments import Pause
 from tests.real.desk import Desk, Run, paused, pids_of, processes
+from tests.shared import CHECKOUT
 
 pytestmark = [
     pytest.mark.needs("slurm"),
@@ -108,76 +110,26 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
         assert not (of_this_run and b"save" in words), words
 
 
-# What somebody might bring: nothing in it knows of Sluice. It waits once, for the test.
-MINE = """
-import argparse
-import os
-import time
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--resume", action="store_true")
-options = parser.parse_args()
-accelerator = Accelerator()
-set_seed(0)
-model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-model, optimizer = accelerator.prepare(model, optimizer)
-step = 0
-if options.resume and os.path.isdir("out/last"):
-    accelerator.load_state("out/last")
-    step = int(open("out/last/step").read())
-while step < options.steps:
-    torch.manual_seed(1000 * step + accelerator.process_index)
-    loss = model(torch.randn(4, 8)).square().mean()
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    step += 1
-    if accelerator.is_main_process:
-        with open("losses", "a") as file:
-            print(step, loss.item(), file=file)
-    if step == 8:
-        accelerator.save_state("out/last")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            open("out/last/step", "w").write(str(step))
-    while step == 10 and os.environ.get("HOLD") and not options.resume:
-        time.sleep(0.1)
-"""
-
-
-def test_a_script_of_ones_own_loses_a_node_goes_on_and_is_finished(
-    desk: Desk, tmp_path: Path
-) -> None:
-    (tmp_path / "fit.py").write_text(MINE)
-    job = tmp_path / "mine.yaml"
-    job.write_text(
-        "script: fit.py\nresume_arguments: [--resume]\ncheckpoints: out\n"
-        "resources: {gpus_per_node: 0}\nenvironment: {HOLD: 'yes'}\n"
-    )
-    run = desk.submit(f"JOB={job}", "NODES=2")
+def test_a_script_of_ones_own_loses_a_node_goes_on_and_is_finished(desk: Desk) -> None:
+    own = desk.checkout.parent / "fit"
+    shutil.copytree(CHECKOUT / "tests/real/fit", own)
+    with (own / "fit.yaml").open("a") as file:
+        file.write("environment: {HOLD: '10'}\n")
+    run = desk.submit("JOB=../fit/fit.yaml", "NODES=2")
     losses = run.folder / "losses"
     desk.wait_until(lambda: losses.exists() and len(losses.read_text().splitlines()) == 10, run)
     desk.cluster.drill("power-off", "node2")
     wait_until_requeued(desk, run)
     desk.cluster.drill("power-on", "node2")
     desk.wait(run)
-    outcomes = run.outcomes()
-    assert outcomes[-1]["outcome"] == "finished", run.logs()
-    assert outcomes[-1]["step"] == 20 - 8, "the steps of this attempt"
+    last = run.outcomes()[-1]
+    assert (last["outcome"], last["step"]) == ("finished", 20 - 8), run.logs()
     lines = losses.read_text().splitlines()
     numbers = [int(line.split()[0]) for line in lines]
     assert numbers == [*range(1, 11), *range(9, 21)]
     assert "finished" in desk.make_inside("status", f"RUN={run.name}").stdout
     # The same on one machine, in one go, to the last bit.
-    words = [f"JOB={job}", "NPROC=2", "RUNTIME=host", "ARGS=--resume"]
-    done = desk.make("run", *words)
+    done = desk.make("run", "JOB=../fit/fit.yaml", "NPROC=2", "RUNTIME=host", "ARGS=--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     (alone,) = [path for path in run.folder.parent.iterdir() if path != run.folder]
     assert (alone / "losses").read_text().splitlines() == lines[:8] + lines[10:]
