@@ -2,7 +2,7 @@
 #
 # Written for GNU make 3.81, which macOS still ships.
 
-#: JOB     an experiment: the name of a file in configs/jobs (tinyllama)
+#: JOB     an experiment: the name of a file in configs/jobs (tinyllama), or a .yaml file of your own
 #: ACCEL   a strategy: the name of a file in configs/accelerate (ddp)
 #: NPROC   processes on this machine (one for each GPU, or 1; 2 in a dry run)
 #: NODES   nodes, instead of the job's
@@ -41,6 +41,58 @@ ifeq ($(origin RUN):$(strip $(RUN)),command line:)
 $(error RUN= is empty: give the run, as `make status` shows it)
 endif
 
+# ---- which variables are for which target -----------------------------------------------------
+
+# A misspelt variable, or one of another target, would change nothing, and nobody would be told.
+of_a_run = JOB ACCEL NODES GPUS NPROC TIME NAME RUN RUNTIME IMAGE ARGS
+uses.help =
+uses.dry-run = $(of_a_run)
+uses.run = $(of_a_run)
+uses.fetch = JOB RUNTIME IMAGE ARGS
+uses.export = RUN RUNTIME IMAGE ARGS
+uses.generate = $(uses.export) PROMPT
+uses.ask = $(uses.export) Q
+uses.submit = $(of_a_run) PLAN
+uses.status = RUN FORMAT
+uses.logs = RUN NODE
+uses.cancel = RUN
+uses.check = JOB ACCEL NODES GPUS NPROC TIME FORMAT ARGS
+uses.ssh = CMD
+uses.tunnel = RUN NODE PORT
+uses.cluster-up = ARGS
+uses.cluster-down =
+uses.cluster-shell =
+uses.cluster-drill = DRILL
+uses.build-image = VARIANT BASE IMAGE COMPRESSION
+uses.verify-image = IMAGE VARIANT KEY
+uses.sign-image = IMAGE VARIANT KEY
+uses.test = ARGS STRICT
+uses.test-real = ARGS STRICT
+uses.drills = ARGS STRICT
+uses.lint =
+uses.format =
+uses.bench = ARGS
+uses.bench-gpu = ARGS
+uses.bench-ssh = ARGS
+uses.clean =
+uses.setup =
+uses.setup-train =
+uses.setup-dev =
+uses.setup-encoder =
+# What programs read that the targets start.
+of_all = VENV PYTHON SHELL TMPDIR SLUICE_% APPTAINER% PIP_% HF_% CUDA_% OMP_% SSL_CERT_FILE %_PROXY %_proxy
+
+targets = $(if $(MAKECMDGOALS),$(MAKECMDGOALS),help)
+allowed = $(foreach target,$(targets),$(uses.$(target)))
+on_the_command_line = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+unknown = $(firstword $(filter-out $(allowed) $(of_all),$(on_the_command_line)))
+near = import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0.5))
+nearest = $(shell $(if $(PYTHON),$(PYTHON),python3) -c $(call quote,$(near)) $(call quote,$(unknown)) $(allowed) 2>/dev/null)
+hint = $(if $(1),; did you mean $(1)=?,$(if $(strip $(allowed)),; it takes $(strip $(allowed)),))
+check_variables = $(if $(unknown),$(error $(unknown)= is not a variable of `make $(targets)`$(call hint,$(nearest))))
+
+# ---- how a command is written -----------------------------------------------------------------
+
 # `quote` turns any value into one shell word, and `flag` into an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
 # Unchanged: a dollar in a PROMPT, also written $$, is a dollar, not a variable of make's.
@@ -59,6 +111,8 @@ one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $
 not_ours = -path ./.git -o -path $(call quote,./$(VENV)) -o -path ./.venv -o -path ./.apptainer -o -path ./runs -o -path ./datasets -o -path ./cache -o -path ./.cluster
 each_bash_file = find . \( $(not_ours) \) -prune -o -type f \
 	\( -name '*.sh' -o -name '*.sbatch' -o -name 'portable-c++' -o -name squashfuse_ll -o -path ./.ci/run \) -print0 | xargs -0
+
+$(call check_variables)
 
 # Recipes are one command each: that command reports what went wrong, not make.
 .SILENT:

@@ -112,6 +112,41 @@ def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) ->
     assert checkout.words("logs", NODE="LAPTOP-7", RUN="x")[-1] == "--run=x"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit", "JBO=x"], "JBO= is not a variable of `make submit`; did you mean JOB=?"),
+        (["submit", "job=x"], "job= is not a variable of `make submit`; did you mean JOB=?"),
+        (["submit", "NODE=2"], "NODE= is not a variable of `make submit`; did you mean NODES=?"),
+        (["run", "TIMES=1:00"], "TIMES= is not a variable of `make run`; did you mean TIME=?"),
+        (["cancel", "ZZZ=1"], "ZZZ= is not a variable of `make cancel`; it takes RUN"),
+        (["logs", "JOB=x"], "JOB= is not a variable of `make logs`"),
+        (["lint", "RUN=x"], "RUN= is not a variable of `make lint`"),
+        (["JBO=x"], "JBO= is not a variable of `make help`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_variable_that_the_target_does_not_use_is_refused(
+    checkout: Checkout, words: list[str], said: str
+) -> None:
+    done = checkout.make(*words)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert not (checkout.root / "set-up").exists()
+
+
+def test_every_target_says_which_variables_it_uses() -> None:
+    text = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE)).split()
+    assert sorted(re.findall(r"^uses\.(\S+) =", text, re.MULTILINE)) == sorted(phony)
+
+
+def test_what_other_programs_read_may_be_given_to_any_target(checkout: Checkout) -> None:
+    words = ["SLUICE_RUNS=x", "VENV=an env", "HF_HOME=x", "https_proxy=x", "PIP_INDEX_URL=x"]
+    assert checkout.words("status", *words) == ["-m", "cluster", "status"]
+
+
 def test_a_run_without_a_name_is_refused(checkout: Checkout) -> None:
     # It would be taken for a new one.
     for target in ("submit", "run"):
