@@ -17,6 +17,8 @@ from train import tinyllama
 from train.engine import arguments
 from train.engine.config import StagedPaths, TrainingConfig
 from train.engine.settings import OptimizerSettings
+from train.labs.ag_news.settings import Config as NewsConfig
+from train.labs.rag.settings import Config as RagConfig
 
 
 @dataclass(kw_only=True)
@@ -224,6 +226,28 @@ def test_a_mistake_on_the_command_line_is_one_line(words: str, said: str) -> Non
         ("a: [", "is not YAML"),
     ],
 )
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("num_train_epochs", "max_steps"),
+        ("per_device_train_batch_size", "batch.micro_batch_size"),
+        ("output_dir", "run_folder"),
+    ],
+)
+def test_a_name_of_training_arguments_is_answered_with_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(UserError) as raised:
+        arguments.parse(tinyllama.Config, [f"--{theirs}=1"], prog="prog", dry_run={})
+    assert str(raised.value) == f"--{theirs} is not a setting; here it is '{ours}'"
+
+
+def test_every_name_of_training_arguments_means_a_setting_of_some_script() -> None:
+    configs = (tinyllama.Config, NewsConfig, RagConfig)
+    known = {name for config in configs for name in arguments._hints(config, "")}
+    for theirs, ours in arguments.OF_TRAINING_ARGUMENTS.items():
+        assert set(ours) <= known, theirs
+
+
 def test_a_mistake_in_the_file_names_the_file(tmp_path: Path, text: str, said: str) -> None:
     path = file(tmp_path, text)
     # A right setting on the command line does not take the blame from the file.
