@@ -226,6 +226,12 @@ def test_a_mistake_on_the_command_line_is_one_line(words: str, said: str) -> Non
         ("a: [", "is not YAML"),
     ],
 )
+def test_a_mistake_in_the_file_names_the_file(tmp_path: Path, text: str, said: str) -> None:
+    path = file(tmp_path, text)
+    # A right setting on the command line does not take the blame from the file.
+    assert refusal(f"--config {path} --kind b").startswith(f"{path}: {said}")
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
@@ -246,12 +252,6 @@ def test_every_name_of_training_arguments_means_a_setting_of_some_script() -> No
     known = {name for config in configs for name in arguments._hints(config, "")}
     for theirs, ours in arguments.OF_TRAINING_ARGUMENTS.items():
         assert set(ours) <= known, theirs
-
-
-def test_a_mistake_in_the_file_names_the_file(tmp_path: Path, text: str, said: str) -> None:
-    path = file(tmp_path, text)
-    # A right setting on the command line does not take the blame from the file.
-    assert refusal(f"--config {path} --kind b").startswith(f"{path}: {said}")
 
 
 def test_a_mistake_on_the_command_line_does_not_blame_the_file(tmp_path: Path) -> None:
