@@ -26,7 +26,7 @@ from cluster.site.settings import Site
 from cluster.slurm.call import PASSED, Slurm
 from cluster.slurm.reasons import ACTIVE
 from cluster.slurm.refusals import Trial
-from runfolder import records
+from runfolder import attempts, records
 from runfolder.errors import UserError
 
 BATCH_SCRIPT = Path("code/slurm/train.sbatch")
@@ -92,6 +92,13 @@ def plan_continued(
     source = run_that_goes_on(options.run, accel=options.accel)
     record = source.record
     last = check_no_job(queue, source.folder, options.run)
+    ended = attempts.read_all(source.folder)[-1:]
+    has_finished = any((one.outcome or {}).get("outcome") == "finished" for one in ended)
+    if has_finished and not script_arguments:
+        raise UserError(
+            f"RUN={options.run}: has finished; nothing was queued. To train on, say how far, as in "
+            'ARGS="--max_steps 500"'
+        )
     on_cpu = bool(yaml.safe_load(source.settings.read_text(encoding="utf-8")).get("dry_run"))
     resources = record["resources"]
     asked = {

@@ -16,6 +16,9 @@ from cluster.site import places
 from runfolder import records
 from runfolder.errors import UserError
 
+# The time at which a run was made, and a number of its own.
+STAMP = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+
 
 def runs_folder() -> Path:
     """Return the folder of all runs: $SLUICE_RUNS, or site.toml's, or `runs` in the checkout."""
@@ -62,8 +65,16 @@ def new_folder(job: str, name: str) -> Path:
     """
     if name and not re.fullmatch(r"[A-Za-z0-9._-]+", name):
         raise UserError(f"NAME={name}: use letters, digits, '.', '_' and '-'")
+    root = runs_folder()
+    named = STAMP.pattern + re.escape(f"-{name}")
+    for taken in root.glob(f"*/*-{name}") if name else ():
+        if re.fullmatch(named, taken.name):
+            raise UserError(
+                f"NAME={name}: {taken.relative_to(root)} has this name; choose another, or "
+                f"continue that run with RUN={name}"
+            )
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    folder = runs_folder() / job / (f"{stamp}-{name}" if name else stamp)
+    folder = root / job / (f"{stamp}-{name}" if name else stamp)
     existing = next(parent for parent in folder.parents if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(

@@ -58,6 +58,9 @@ def test_a_lab_runs_on_two_nodes_is_stopped_and_continues(
     assert len(run.slurm()[-1]["nodes"]) == (1 if moved else 2)
     # It went on where it was stopped, and did no step twice.
     assert run.slurm()[-1]["step"] == stopped["step"] > 0
+    once_more = desk.make("submit", f"RUN={run.name}")
+    assert once_more.returncode == 2
+    assert "has finished; nothing was queued" in once_more.stderr
     steps = [line["step"] for line in read_metrics(run.folder)]
     assert steps == sorted(set(steps)), "a step was logged twice, or out of order"
     assert (run.folder / "checkpoints" / finished["checkpoint"]).is_dir()

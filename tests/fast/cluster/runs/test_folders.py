@@ -233,6 +233,15 @@ def test_two_runs_of_one_second_have_two_folders(checkout: Path) -> None:
     assert folders.new_folder("rag", "a_b-1.2") != folders.new_folder("rag", "a_b-1.2")
 
 
+def test_a_name_is_given_once_whatever_the_job(checkout: Path) -> None:
+    create("20260101-000000-abcdef-first")
+    with pytest.raises(UserError, match=r"^NAME=first: rag/20260101-\S+-first has this name"):
+        folders.new_folder("other", "first")
+    # Only the end of the name of another.
+    create("20260101-000000-abcdef-very-long")
+    folders.new_folder("rag", "long")
+
+
 # ---- finding ----
 
 
