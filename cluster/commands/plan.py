@@ -20,7 +20,7 @@ from cluster.plan.launch import (
 )
 from cluster.plan.request import Request, Sizes, is_dry_run, resolve_request, sbatch_command
 from cluster.plan.runtime import choose_runtime, variants
-from cluster.runs import clusters, history
+from cluster.runs import clusters, folders, history
 from cluster.site import places
 from cluster.site.settings import Site
 from cluster.slurm.call import PASSED, Slurm
@@ -139,6 +139,35 @@ def check_no_job(queue: Slurm, folder: Path, name: str) -> dict[str, Any]:
     return newest.content
 
 
+def _dependency(queue: Slurm, after: str, cluster: str) -> list[str]:
+    """Return the option that makes a job wait for a run; none if that run has finished.
+
+    Raises:
+        UserError: the run will not finish by itself, or is on another cluster.
+    """
+    folder = folders.find(after)
+    newest = records.submissions(folder)[-1:]
+    ended = attempts.read_all(folder)[-1:]
+    if any((one.outcome or {}).get("outcome") == "finished" for one in ended):
+        return []
+    name = history.name_of(folder)
+    if not newest:
+        raise UserError(f"after: {name}: was never submitted to Slurm")
+    if newest[0].cluster and cluster and newest[0].cluster != cluster:
+        raise UserError(
+            f"after: {name}: its job is on cluster {newest[0].cluster}, and a job of cluster "
+            f"{cluster} cannot wait for it"
+        )
+    known = clusters.at(queue, newest[0].cluster).jobs([newest[0].job_id])
+    job = history.job_of(folder, newest[0].job_id, known)
+    if job is None or job.state not in ACTIVE:
+        raise UserError(
+            f"after: {name}: its job is over, and the run has not finished; continue it first: "
+            f"make submit RUN={name}"
+        )
+    return [f"--dependency=afterok:{job.job_id}"]
+
+
 def _plan(
     queue: Slurm,
     site: Site,
@@ -166,6 +195,12 @@ def _plan(
     name = f"sluice-{source.record['job']}"
     code = places.here() if source.is_new else folder / "code"
     options_of_sbatch = sbatch_command(site, wanted, name=name, folder=folder)
+    options_of_sbatch += source.record.get("mail", [])
+    remarks = judged.notes
+    if source.is_new and (after := source.record["after"]):
+        dependency = _dependency(queue, after, rules.config.get("ClusterName", ""))
+        options_of_sbatch += dependency
+        remarks.append(f"after: {after} {'has to finish first' if dependency else 'has finished'}")
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
     # The run's folder does not exist yet: `sbatch --test-only` is asked about a job in this one.
     trial = sbatch_command(site, wanted, name=name, folder=places.here())
@@ -176,7 +211,7 @@ def _plan(
         launch=replace(launch, values=values),
         command=[*options_of_sbatch, str(folder / BATCH_SCRIPT)],
         environment=passed | {"SLUICE_RUN_FOLDER": str(folder)},
-        remarks=judged.notes,
+        remarks=remarks,
         trial=queue.trial([*trial, str(code / "slurm/train.sbatch")], passed),
         cluster=rules.config.get("ClusterName", ""),
     )

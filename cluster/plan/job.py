@@ -20,7 +20,10 @@ KINDS = ("script", "module", "command")
 # What only a script that is not ours needs to say.
 OF_PROGRAMS = {"resume_arguments", "dry_run_arguments", "checkpoints", "signal"}
 OF_PROGRAMS |= {"independent_ranks"}
-KEYS = {*KINDS, "resources", "arguments", "environment", *OF_PROGRAMS}
+KEYS = {*KINDS, "resources", "arguments", "environment", "mail", "after", *OF_PROGRAMS}
+# What a job that requeues itself is worth a mail for; all of them: man sbatch, --mail-type.
+MAIL_TYPES = {"NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT"}
+MAIL_TYPES |= {"TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,10 @@ class Job:
     """Of ours: train/labs/rag/script.py is train.labs.rag.script; else `program.MODULE`."""
     resources: Resources
     environment: dict[str, str] = field(default_factory=dict)
+    mail: list[str] = field(default_factory=list)
+    """sbatch's options by which Slurm sends mail."""
+    after: str = ""
+    """The run, as RUN= takes it, that has to finish first."""
     program: Program | None = None
     """None for a script of ours."""
     script_folder: Path | None = None
@@ -73,6 +80,10 @@ def load_job(name: str) -> Job:
     job: dict[str, Any] = {"name": path.stem, "path": path}
     job["resources"] = _resources(path, content.get("resources"))
     job["environment"] = _environment(path, content.get("environment"))
+    job["mail"] = _mail(path, content.get("mail"))
+    job["after"] = content.get("after") or ""
+    if not isinstance(job["after"], str):
+        raise UserError(f"{path}: after: {job['after']!r} is not a run, such as tinyllama/STAMP")
     what = content[kinds[0]]
     if not isinstance(what, str) or not what.strip():
         raise UserError(f"{path}: {kinds[0]}: {what!r} is not a name")
@@ -184,6 +195,26 @@ def _environment(path: Path, content: Any) -> dict[str, str]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: 'environment' is not a mapping")
     return check_variables(path, content)
+
+
+def _mail(path: Path, content: Any) -> list[str]:
+    """Return sbatch's options for `mail: ADDRESS`, or {user: ADDRESS, type: [END, FAIL]}."""
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        content = {"user": content}
+    _check_keys(path, "mail.", content, {"user", "type"})
+    user, types = content.get("user"), content.get("type", ["END", "FAIL"])
+    if not isinstance(user, str) or not re.fullmatch(r"[\w.+-]+(@[\w.-]+)?", user):
+        raise UserError(f"{path}: mail: {user!r} is not an address, such as ada@example.edu")
+    types = [types] if isinstance(types, str) else types
+    if not isinstance(types, list) or not types:
+        raise UserError(f"{path}: mail.type: {types!r} is not a list such as [END, FAIL]")
+    for each in types:
+        if each not in MAIL_TYPES:
+            hint = did_you_mean(str(each), sorted(MAIL_TYPES))
+            raise UserError(f"{path}: mail.type: '{each}' is not a type of mail{hint}")
+    return [f"--mail-user={user}", f"--mail-type={','.join(types)}"]
 
 
 def _resources(path: Path, content: Any) -> Resources:

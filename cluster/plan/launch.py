@@ -115,6 +115,7 @@ def new_run(job_name: str, *, name: str, accel: str) -> Source:
     job = load_job(job_name)
     record: dict[str, Any] = {"job": job.name, "module": job.module}
     record |= {"resources": asdict(job.resources), "environment": job.environment}
+    record |= {"mail": job.mail, "after": job.after}
     if job.program is not None:
         record["program"] = job.program.record()
     return Source(

@@ -88,6 +88,41 @@ def test_two_jobs_share_their_nodes_and_one_goes_on_after_its_time_limit(
     assert desk.environment["HF_TOKEN"] == SECRET
 
 
+WAITS = """
+import time
+from pathlib import Path
+
+while not Path("go").exists():
+    time.sleep(0.1)
+"""
+
+
+def test_a_job_waits_for_the_end_of_a_run_and_has_slurm_send_mail(desk: Desk) -> None:
+    own = desk.checkout.parent / "waiting"
+    own.mkdir()
+    (own / "waits.py").write_text(WAITS)
+    (own / "first.yaml").write_text("script: waits.py\nresources: {gpus_per_node: 0}\n")
+    (own / "second.py").write_text("print('second')\n")
+    (own / "second.yaml").write_text(
+        "script: second.py\nresources: {gpus_per_node: 0}\nafter: first\nmail: ada@example.edu\n"
+    )
+    first = desk.submit(f"JOB={own / 'first.yaml'}")
+    second = desk.submit(f"JOB={own / 'second.yaml'}")
+    shown = desk.cluster.output("scontrol", "show", "job", second.job_id)
+    assert f"Dependency=afterok:{first.job_id}" in shown
+    assert "MailUser=ada@example.edu" in shown
+    assert "MailType=END,FAIL" in shown
+    (first.folder / "go").touch()
+    assert desk.wait(second).outcomes()[-1]["outcome"] == "finished", second.logs()
+    [ended] = first.outcomes()
+    assert ended["outcome"] == "finished"
+    # There is nothing left to wait for.
+    done = desk.make_inside("submit", f"JOB={own / 'second.yaml'}", "PLAN=1", site=desk.site())
+    assert done.returncode == 0, done.stderr
+    assert "after: first has finished" in done.stdout
+    assert "--dependency" not in done.stdout
+
+
 def test_a_job_without_progress_stops_and_says_why(desk: Desk) -> None:
     site = desk.site(sbatch_flags=("--hold",))
     run = desk.submit("NODES=1", "NAME=broken", "ARGS=--dry_run", site=site)

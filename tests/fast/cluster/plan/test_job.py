@@ -91,6 +91,18 @@ def test_a_path_that_is_no_job_file_is_refused(checkout: Path, name: str) -> Non
         ("module: a\nenvironment: [x]", "'environment' is not a mapping"),
         ("module: a\nenvironment: {SLUICE_RUNS: x}", "environment.SLUICE_RUNS: is reserved"),
         ("module: a\nenvironment: {A: 1}", "environment.A: 1 must be a string in quotes"),
+        ("module: a\nmail: [x]", "mail: ['x'] is not an address, such as"),
+        ("module: a\nmail: 'ada@x --wrap'", "mail: 'ada@x --wrap' is not an address"),
+        (
+            "module: a\nmail: {user: a, typ: END}",
+            "'mail.typ' is not a setting",
+        ),
+        (
+            "module: a\nmail: {user: a, type: [ENDS]}",
+            "mail.type: 'ENDS' is not a type of mail",
+        ),
+        ("module: a\nmail: {user: a, type: 3}", "mail.type: 3 is not a list such as"),
+        ("module: a\nafter: [x]", "after: ['x'] is not a run"),
         ("script: train/labs/rag.py\nsignal: TERM", "signal: is for a script that is not"),
         ("script: train/labs/rga.py", "script: train/labs/rga.py does not exist"),
     ],
@@ -144,6 +156,15 @@ def test_a_module_or_command_needs_no_file(checkout: Path, kind: str) -> None:
     found = load_job("rag").program
     assert found is not None
     assert (found.kind, found.name) == (kind, "axolotl.cli.train")
+
+
+def test_mail_becomes_options_of_sbatch(checkout: Path) -> None:
+    write("script: train/labs/rag.py\nmail: ada@example.edu\nafter: tinyllama")
+    found = load_job("rag")
+    assert found.mail == ["--mail-user=ada@example.edu", "--mail-type=END,FAIL"]
+    assert found.after == "tinyllama"
+    write("script: train/labs/rag.py\nmail: {user: ada, type: ALL}")
+    assert load_job("rag").mail == ["--mail-user=ada", "--mail-type=ALL"]
 
 
 def test_a_script_that_is_not_python_is_refused_with_its_line(checkout: Path) -> None:
