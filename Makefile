@@ -8,8 +8,10 @@
 #: NODES   nodes, instead of the job's
 #: GPUS    GPUs per node, instead of the job's
 #: TIME    time limit, instead of the job's
-#: NAME    a name for the run, to refer to it later
+#: NAME    a name for the run, or for a sweep, to refer to it later
 #: RUN     a run: its folder, JOB/STAMP, STAMP, its NAME, or a job's name for its newest
+#: GRID    the points of a sweep: GRID="optimizer.lr=1e-5,2e-5 seed=1,2"
+#: MAX     runs of a sweep at once (all)
 #: PLAN    1: show what would be queued, and queue nothing
 #: FORMAT  of the output: table or json
 #: NODE    the number of the node whose log to show; for a tunnel, the name of a node
@@ -53,9 +55,10 @@ uses.export = RUN RUNTIME IMAGE ARGS
 uses.generate = $(uses.export) PROMPT
 uses.ask = $(uses.export) Q
 uses.submit = $(of_a_run) PLAN
-uses.status = RUN FORMAT
+uses.sweep = JOB ACCEL NODES GPUS NPROC TIME NAME RUNTIME IMAGE ARGS PLAN GRID MAX
+uses.status = RUN NAME FORMAT
 uses.logs = RUN NODE
-uses.cancel = RUN
+uses.cancel = RUN NAME
 uses.check = JOB ACCEL NODES GPUS NPROC TIME FORMAT ARGS
 uses.ssh = CMD
 uses.tunnel = RUN NODE PORT
@@ -117,7 +120,7 @@ $(call check_variables)
 # Recipes are one command each: that command reports what went wrong, not make.
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: submit status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
+.PHONY: submit sweep status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
 .PHONY: help build-image verify-image sign-image dry-run run fetch export generate ask test test-real drills lint format bench bench-gpu bench-ssh clean
 .PHONY: setup setup-train setup-dev setup-encoder
 
@@ -153,14 +156,18 @@ ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q, on
 submit: | setup ## check JOB, record it and queue it; PLAN=1 does all but queue, RUN=... continues a run
 	$(python) -m cluster submit $(options) $(placed) $(call flag,PLAN,plan) -- $(ARGS)
 
+sweep: | setup ## JOB once for each point of GRID, at most MAX at once; PLAN=1 shows them
+	$(python) -m cluster sweep $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) \
+	  $(placed) $(call flag,GRID,grid) $(call flag,MAX,max) $(call flag,PLAN,plan) -- $(ARGS)
+
 status: | setup ## my runs on the cluster: state, why they wait, progress, time left; FORMAT=json
-	$(python) -m cluster status $(call flag,RUN,run) $(call flag,FORMAT,format)
+	$(python) -m cluster status $(call flag,RUN,run) $(call flag,NAME,name) $(call flag,FORMAT,format)
 
 logs: | setup ## follow RUN; Ctrl+C does not stop the job
 	$(python) -m cluster logs $(call flag,RUN,run) $(call flag,NODE,node)
 
 cancel: | setup ## have RUN save, and end its job
-	$(python) -m cluster cancel $(call flag,RUN,run)
+	$(python) -m cluster cancel $(call flag,RUN,run) $(call flag,NAME,name)
 
 # The default JOB alone is not checked. To make, every exit code is a failure, so "will wait" (1) is
 # turned into success; "can never run" and no verdict are failures.

@@ -2,9 +2,10 @@
 
 python -m cluster run --job JOB [--dry_run | --fetch] [-- ARGS]
 python -m cluster submit --job JOB [--accel ACCEL] [--nodes N] [--plan 1] [-- ARGS]
-python -m cluster status [--run RUN] [--format json]
+python -m cluster sweep --job JOB --grid "KEY=VALUE,VALUE ..." [--max N] [--name NAME] [-- ARGS]
+python -m cluster status [--run RUN | --name SWEEP] [--format json]
 python -m cluster logs --run RUN [--node 1]
-python -m cluster cancel --run RUN
+python -m cluster cancel --run RUN | --name SWEEP
 python -m cluster check [--job JOB [--nodes N] [--gpus N] [--time T]] [--format json]
 python -m cluster ssh [--command COMMAND]
 python -m cluster tunnel --run RUN [--port PORT]
@@ -26,7 +27,8 @@ from runfolder.errors import UserError, did_you_mean
 
 # On a laptop these run on the cluster, over SSH.
 ON_THE_CLUSTER = ("status", "logs", "cancel", "check")
-COMMANDS = (*ON_THE_CLUSTER, "run", "submit", "ssh", "tunnel", "board", "image", "train-module")
+HERE = ("run", "submit", "sweep", "ssh", "tunnel", "board", "image", "train-module")
+COMMANDS = (*ON_THE_CLUSTER, *HERE)
 
 
 def main(argv: list[str]) -> int:

@@ -33,10 +33,42 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="which run")
+    parser.add_argument("--name", default="", help="all runs of this sweep")
     options = parser.parse_args(argv)
+    if options.name:
+        return cancel_sweep(options.name)
     if not options.run:
         raise UserError("make cancel: RUN= is missing; make status lists the runs")
-    folder = folders.find(options.run)
+    return cancel(options.run)
+
+
+def cancel_sweep(name: str) -> int:
+    """End the jobs of a sweep's runs; return 0 when all are over."""
+    code, ended = 0, 0
+    # The newest wait for the others; they must not start when those end.
+    for folder in reversed(history.runs_of_sweep(name)):
+        try:
+            code = cancel(history.name_of(folder)) or code
+            ended += 1
+        except NotInQueue:
+            continue
+    if not ended:
+        raise UserError(f"NAME={name}: none of its runs is in the queue; make status NAME={name}")
+    return code
+
+
+class NotInQueue(UserError):
+    """There is no job to end."""
+
+
+def cancel(run: str) -> int:
+    """End the job of a run; return 0 when it is over.
+
+    Raises:
+        NotInQueue: it has none.
+        UserError: it was not submitted, or Slurm does not answer.
+    """
+    folder = folders.find(run)
     name = history.name_of(folder)
     if not (folder / "jobs.jsonl").exists():
         raise UserError(f"RUN={name}: was not submitted to Slurm; Ctrl+C ends a `make run`")
@@ -54,7 +86,7 @@ def main(argv: list[str]) -> int:
         end = history.ending(folder, last, attempts.read_all(folder), job)
         at = f" at step {end.step}" if end.step is not None else ""
         again = "make status" if end.word == "finished" else f"make submit RUN={name} continues it"
-        raise UserError(
+        raise NotInQueue(
             f"RUN={name}: job {last.job_id} is no longer in the queue ({end.word}{at}); {again}"
         )
     return Cancellation(folder, job, queue, settings.slurm.save_s).run()

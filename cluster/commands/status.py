@@ -31,9 +31,12 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="only this run, however old")
+    parser.add_argument("--name", default="", help="only the runs of this sweep, however old")
     parser.add_argument("--format", default="table", choices=["table", "json"])
     options = parser.parse_args(argv)
-    if options.run:
+    if options.name:
+        wanted = history.runs_of_sweep(options.name)
+    elif options.run:
         wanted = [folders.find(options.run)]
         if not records.submissions(wanted[0]):
             raise UserError(
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> int:
             )
     else:
         wanted = history.submitted_runs()
-    shown, older = facts(wanted, all_ages=bool(options.run))
+    shown, older = facts(wanted, all_ages=bool(options.run or options.name))
     if options.format == "json":
         print(json.dumps({"version": VERSION, "runs": shown, "older": older}, indent=2))
         return 0

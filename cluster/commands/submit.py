@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     site = load_site()
     if site.is_elsewhere:
         if not options.run:
-            _check_is_copied(options.job)
+            check_is_copied(options.job)
         return calls.carry_out(site, ["submit", *argv])
     queue = clusters.chosen(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
@@ -140,7 +140,7 @@ def submit(queue: Slurm, plan: Plan) -> tuple[int, list[str]]:
     return job_id, [line for line in sentences(answer) if line != found[0]]
 
 
-def _check_is_copied(name: str) -> None:
+def check_is_copied(name: str) -> None:
     """Raise `UserError` if a job is not in the checkout, which is what the cluster gets."""
     job = load_job(name)
     outside = not job.path.resolve().is_relative_to(Path.cwd().resolve())

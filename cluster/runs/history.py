@@ -14,7 +14,8 @@ from cluster.slurm.call import QueuedJob
 from cluster.slurm.reasons import OVER
 from runfolder import checkpoints, records
 from runfolder.attempts import OUTCOMES, Attempt
-from runfolder.files import last_lines, number, text
+from runfolder.errors import UserError
+from runfolder.files import last_lines, number, read_json, text
 from runfolder.records import Submission
 
 # How Slurm shows that the batch script did not even start: in the queue, and in the accounting,
@@ -44,6 +45,22 @@ def submitted_runs() -> list[Path]:
     """Return the folders of all runs that were submitted to Slurm, the oldest first."""
     found = [path.parent for path in folders.runs_folder().glob("*/*/jobs.jsonl")]
     return sorted((path for path in found if path.name[0] != "."), key=lambda path: path.name)
+
+
+def runs_of_sweep(name: str) -> list[Path]:
+    """Return the folders of a sweep's runs, the oldest first.
+
+    Raises:
+        UserError: there is no such sweep.
+    """
+    found = []
+    for folder in submitted_runs():
+        sweep = (read_json(folder / "run.json") or {}).get("sweep")
+        if isinstance(sweep, dict) and sweep.get("name") == name:
+            found.append(folder)
+    if not found:
+        raise UserError(f"NAME={name}: no sweep has this name; make status lists the runs")
+    return found
 
 
 def job_of(folder: Path, job_id: int, queue: Mapping[int, QueuedJob]) -> QueuedJob | None:

@@ -71,7 +71,7 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     targets = [target for target in phony.split() if target not in silent]
     variables = (
         "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
-        "PLAN FORMAT NODE DRILL CMD PORT Q"
+        "PLAN FORMAT NODE DRILL CMD PORT Q GRID MAX"
     )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"
@@ -119,7 +119,7 @@ def test_name_and_time_are_not_taken_from_the_environment(checkout: Checkout) ->
         (["submit", "job=x"], "job= is not a variable of `make submit`; did you mean JOB=?"),
         (["submit", "NODE=2"], "NODE= is not a variable of `make submit`; did you mean NODES=?"),
         (["run", "TIMES=1:00"], "TIMES= is not a variable of `make run`; did you mean TIME=?"),
-        (["cancel", "ZZZ=1"], "ZZZ= is not a variable of `make cancel`; it takes RUN"),
+        (["cancel", "ZZZ=1"], "ZZZ= is not a variable of `make cancel`; it takes RUN NAME"),
         (["logs", "JOB=x"], "JOB= is not a variable of `make logs`"),
         (["lint", "RUN=x"], "RUN= is not a variable of `make lint`"),
         (["JBO=x"], "JBO= is not a variable of `make help`"),
