@@ -572,11 +572,11 @@ class Snapshot(Slurm):
     answers: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def call(self, *command: str, **options: Any) -> str:
-        if check[0] == "sbatch":
-            return super().call(*check, **options)
-        if check not in self.answers:
-            self.answers[check] = super().call(*check, **options)
-        return self.answers[check]
+        if command[0] == "sbatch":
+            return super().call(*command, **options)
+        if command not in self.answers:
+            self.answers[command] = super().call(*command, **options)
+        return self.answers[command]
 
 
 @dataclass(frozen=True)
@@ -813,7 +813,7 @@ class Mute(Slurm):
     """A Slurm whose accounting is hidden: sacctmgr shows nothing, and calls that a success."""
 
     def call(self, *command: str, **options: Any) -> str:
-        return "" if check[0] == "sacctmgr" else super().call(*check, **options)
+        return "" if command[0] == "sacctmgr" else super().call(*command, **options)
 
 
 @contextmanager
@@ -866,8 +866,8 @@ def test_exit_codes_of_the_command_and_of_make(
     assert done.returncode == 2
     assert "can never run" in done.stdout
     clean.wait_for("RUNNING", [clean.occupy(PRIVATE, nodes=str(NUM_NODES), gpus="2")])
-    check = (sys.executable, "-m", "cluster", "check", "--job=tinyllama")
-    done = on_this_machine(clean.cluster, *check)
+    command = (sys.executable, "-m", "cluster", "check", "--job=tinyllama")
+    done = on_this_machine(clean.cluster, *command)
     assert done.returncode == 1
     # Before midnight with the day: Tue 00:04.
     assert re.search(r"will wait, expected start [\w: -]+\d", done.stdout)
