@@ -126,8 +126,9 @@ def _job_file(name: str) -> Path:
     if len(path.parts) < 2 and path.suffix not in (".yaml", ".yml"):
         return _named(JOBS, "JOB", name)
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
+        hint = did_you_mean(path.stem, sorted(file.stem for file in JOBS.glob("*.yaml")))
         raise UserError(
-            f"JOB={name}: is neither the name of a job in {JOBS} nor a .yaml file of your own"
+            f"JOB={name}: is neither the name of a job in {JOBS} nor a .yaml file of yours{hint}"
         )
     if not path.exists():
         known = {file.stem: file for file in JOBS.glob("*.yaml")}
