@@ -77,6 +77,7 @@ class Launch:
         """
 
         def fill(folder: Path) -> None:
+            _check_copied(self.source, folder / "code")
             files.write_atomically(folder / "config.yaml", self.config)
             launch.write(folder, self.values, self.exported)
 
@@ -104,6 +105,16 @@ class Launch:
             "num_processes": self.request.world_size,
             **self.runtime.record(),
         }
+
+
+def _check_copied(source: Source, code: Path) -> None:
+    """Raise `UserError` if a script that is not ours is not among the files of the run's code."""
+    program = source.program
+    if program and program.kind == "script" and not (code / program.name).is_file():
+        raise UserError(
+            f"{source.settings}: script: {program.name} was not copied to the run: git ignores it, "
+            "or it is over 1 MB; commit it, or move it"
+        )
 
 
 def new_run(job_name: str, *, name: str, accel: str) -> Source:

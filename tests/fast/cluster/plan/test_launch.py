@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.plan import launch
+from cluster.plan.program import Program
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime
 from cluster.site.settings import PRIVATE, Container, Paths
@@ -86,6 +87,25 @@ def test_a_bind_of_the_site_that_would_hide_the_runs_own_is_refused() -> None:
     with pytest.raises(UserError, match="would hide the run's own /datasets"):
         launch._site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
     assert launch._site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
+
+
+def test_a_script_that_git_ignores_is_refused_and_makes_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.py").touch()
+    made = launch.Launch(
+        source=replace(source(tmp_path), program=Program(kind="script", name="ignored/fit.py")),
+        request=RUN,
+        runtime=Runtime(),
+        config="{}",
+        values={},
+        exported={},
+    )
+    with pytest.raises(UserError, match=r"ignored/fit\.py was not copied.*git ignores it"):
+        made.write()
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".run*"))
 
 
 def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
