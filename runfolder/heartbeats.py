@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,24 @@ def path_of(attempt: Path, rank: int) -> Path:
     return attempt / "heartbeats" / f"{rank}.json"
 
 
-def beat(attempt: Path, rank: int, steps: int, seconds_per_step: float | None) -> None:
-    """Write how many optimizer steps a rank has taken; a disk that is full changes nothing."""
-    _add(attempt, rank, steps=steps, time=time.time(), seconds_per_step=seconds_per_step)
+def beat(
+    attempt: Path,
+    rank: int,
+    steps: int,
+    seconds_per_step: float | None,
+    notes: Mapping[str, object] | None = None,
+) -> None:
+    """Write how many optimizer steps a rank has taken, and what the ranks compare.
 
-
-def note(attempt: Path, rank: int, key: str, value: object) -> None:
-    """Add what the ranks compare to a rank's file."""
-    _add(attempt, rank, **{key: value})
+    A disk that is full changes nothing: what trains is worth more than the record of how far it is.
+    """
+    path = path_of(attempt, rank)
+    content = {"time": time.time(), "steps": steps, "seconds_per_step": seconds_per_step}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content | dict(notes or {}))
+    except OSError:
+        return
 
 
 def notes(attempt: Path, world_size: int) -> list[dict[str, Any]]:
@@ -41,16 +52,6 @@ def notes(attempt: Path, world_size: int) -> list[dict[str, Any]]:
 def read(attempt: Path, rank: int = 0) -> dict[str, Any]:
     """Return the file of a rank; {} without one."""
     return read_json(path_of(attempt, rank)) or {}
-
-
-def _add(attempt: Path, rank: int, **more: object) -> None:
-    path = path_of(attempt, rank)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, (read_json(path) or {}) | more)
-    except OSError:
-        # What trains is worth more than the record of how far it is.
-        return
 
 
 # ---- one line for all ranks ----

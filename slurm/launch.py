@@ -39,9 +39,12 @@ def main() -> int:
     if address := os.environ.get("MASTER_ADDR"):
         of_run = read(Path(os.environ["SLUICE_RUN_FOLDER"]))
         use_interface_towards(address, of_run.get("interface", ""))
+    run = Path(os.environ.get("SLUICE_RUN_FOLDER", ""))
+    if (program := records.program(run)) is not None:
+        pass_ctrl_c_on(program["signal"])
     code = launch()
     if os.environ.get("SLUICE_NODE_RANK", "0") == "0":
-        attempts.write_outcome_of_program(Path(os.environ["SLUICE_RUN_FOLDER"]), code, asked)
+        attempts.write_outcome_of_program(run, code, asked)
     if code == EXIT_BAD_INPUT and "SLUICE_STEP" in os.environ:
         # srun would return the code of a node that it then kills.
         run = Path(os.environ["SLUICE_RUN_FOLDER"])
@@ -68,7 +71,7 @@ def launch() -> int:
         if records.program(run) is not None:
             # All that is known of one that is not ours: it ended when it was asked to.
             global asked
-            asked = signal.Signals(error.sigval).name
+            asked = asked or signal.Signals(error.sigval).name
             return EXIT_SAVED
         # The first node writes it, when the processes of the others may have ended already.
         is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
@@ -79,6 +82,23 @@ def launch() -> int:
             time.sleep(0.2)
         return of_outcome(str(outcome.get("outcome")))
     return 0
+
+
+def pass_ctrl_c_on(name: str) -> None:
+    """Have Ctrl+C ask a script that is not ours as its job says; a second one ends it.
+
+    The launcher would hand SIGINT on as it came, which ends most scripts before they save.
+    """
+    handled = os.environ["PET_SIGNALS_TO_HANDLE"].split(",")
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(one for one in handled if one != "SIGINT")
+    passed_on = signal.SIGUSR1 if name == "USR1" else signal.SIGTERM
+
+    def ask(number: int, frame: object) -> None:
+        global asked
+        asked = "Ctrl+C"
+        os.kill(os.getpid(), passed_on)
+
+    signal.signal(signal.SIGINT, ask)
 
 
 if __name__ == "__main__":

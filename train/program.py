@@ -81,8 +81,10 @@ def _run(program: dict[str, str], words: list[str]) -> int:
     path = str(CODE / name)
     sys.argv = [path if kind == "script" else name, *words]
     _leave(sys.modules)
-    if kind == "script":
-        sys.path.insert(0, str(Path(path).parent))
+    # A module may lie in the folder that was copied with the job.
+    own = Path(path).parent if kind == "script" else CODE / "script"
+    if own.is_dir():
+        sys.path.insert(0, str(own))
     try:
         if kind == "script":
             runpy.run_path(path, run_name="__main__")

@@ -32,13 +32,12 @@ from runfolder import attempts, heartbeats
 from runfolder.exit_codes import EXIT_BAD_INPUT
 
 OPTIMIZER = "torch.optim.optimizer"
-# The classes that keep ranks in step, by their names: their modules need not be loaded.
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 # Copies are compared when they have taken two steps: the first may have a learning rate of 0.
 COMPARED_AFTER = 2
 # Relative difference of gradients that no order of summation explains.
 TOLERANCE = 1e-3
-MAX_COMPARED = 8
+# Of each optimizer so many parameters are compared, of each so many values.
+MAX_PARAMETERS, MAX_VALUES = 512, 1024
 
 
 class Rider:
@@ -56,7 +55,10 @@ class Rider:
         self.strategy = "ddp"
         """What the script's model has to be wrapped for, once it trains."""
         self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._is_compared = False
         self._most = 0
+        self._notes: dict[str, list[Any]] = {}
         self._engine: Any = None
         self._started: float | None = None
         self._writer: threading.Thread | None = None
@@ -72,14 +74,15 @@ class Rider:
     # ---- torch's hooks ----
 
     def before_step(self, optimizer: Any, *_: Any) -> None:
-        """Refuse the first step of a process that is alone, and later that of a copy."""
+        """Refuse the first step of a process that is alone, and note what copies differ in."""
         count = self._counts.get(optimizer, 0)
-        if count == 0 and not self._counts:
+        if not self._numbers:
             self._first_step(optimizer)
-        elif count == COMPARED_AFTER and self._is_compared(optimizer):
-            self._note(optimizer, "weights", _digest(optimizer))
-            if self.rank == 0:
-                self._compare()
+        if count == 0:
+            self._numbers[optimizer] = len(self._numbers)
+            self._note(optimizer, "gradients", _norms)
+        elif count == COMPARED_AFTER:
+            self._note(optimizer, "weights", _digests)
 
     def after_step(self, optimizer: Any, *_: Any) -> None:
         """Count, and end a rehearsal that has come far enough."""
@@ -100,8 +103,6 @@ class Rider:
                     "let it join them, as accelerate's Accelerator() or "
                     "torch.distributed.init_process_group() does, or ask for one process"
                 )
-            if self._is_compared(optimizer):
-                self._note(optimizer, "gradients", _norms(optimizer))
         if "deepspeed" in sys.modules:
             self._engine = _find({"DeepSpeedEngine"})
         self._check_strategy(optimizer)
@@ -128,40 +129,45 @@ class Rider:
 
     # ---- copies that never meet ----
 
-    def _is_compared(self, optimizer: Any) -> bool:
-        """Whether ranks that hold the same model should agree on this optimizer's parameters."""
+    def _note(self, optimizer: Any, key: str, measure: Callable[[list[Any]], list[Any]]) -> None:
+        """Note what an optimizer's parameters are, if ranks should agree on them."""
         if (
             self.promised < 2
             or self.may_differ
             or self.attempt is None
             or "deepspeed" in sys.modules
         ):
-            return False
+            return
         parameters = _parameters(optimizer)
         # Of FSDP2 and tensor parallelism each rank has a part.
-        return bool(parameters) and not any(hasattr(p, "device_mesh") for p in parameters)
+        if parameters and not any(hasattr(p, "device_mesh") for p in parameters):
+            name = f"{key} {self._numbers[optimizer]}"
+            self._notes[name] = measure(parameters)
+            self.write()
 
-    def _note(self, optimizer: Any, key: str, value: object) -> None:
-        if self.attempt is not None and next(iter(self._counts), optimizer) is optimizer:
-            heartbeats.note(self.attempt, self.rank, key, value)
+    def compare(self) -> None:
+        """End the run if the ranks train copies; nothing, as long as not all have said so much.
 
-    def _compare(self) -> None:
-        """End the run if no rank's gradients or weights are those of another."""
-        assert self.attempt is not None
+        Called again and again, and by each rank at its end: the last one to come finds them all.
+        """
+        if self._is_compared or self.attempt is None or self.promised < 2 or not self._numbers:
+            return
         found = heartbeats.notes(self.attempt, self.promised)
-        gradients = [one.get("gradients") for one in found]
-        weights = [one.get("weights") for one in found]
-        if None in gradients or None in weights or len(set(map(str, weights))) < 2:
-            return
-        first, *others = gradients
-        if all(_are_near(first, other) for other in others) or _find(WRAPPERS) is not None:
-            return
-        self.refuse(
-            f"after {COMPARED_AFTER} optimizer steps the {self.promised} processes hold different "
-            "weights: their gradients are not averaged, so that each trains a copy of its own; "
-            "wrap the model (accelerator.prepare, DistributedDataParallel), or say "
-            "`independent_ranks: true` in the job's file"
-        )
+        names = [key.partition(" ")[2] for key in found[0] if key.startswith("weights ")]
+        for name in names:
+            notes = [(one.get(f"gradients {name}"), one.get(f"weights {name}")) for one in found]
+            if any(None in pair for pair in notes):
+                return
+            # Of FSDP's first version each rank has a part, in plain tensors.
+            if _differ(notes) and _find({"FullyShardedDataParallel"}) is None:
+                self.refuse(
+                    f"after {COMPARED_AFTER} optimizer steps the {self.promised} processes hold "
+                    "different weights, because gradients are not averaged between them: each "
+                    "trains a copy of its own; wrap every model that is trained "
+                    "(accelerator.prepare, DistributedDataParallel) and call the wrapped one, or "
+                    "say `independent_ranks: true` in the job's file"
+                )
+        self._is_compared = len(names) == len(self._numbers)
 
     def refuse(self, message: str) -> NoReturn:
         """End this process, and so all, with one line; one rank says it."""
@@ -181,6 +187,7 @@ class Rider:
         if dist is not None and dist.is_available() and dist.is_initialized():
             # The last exchange of a step may still be under way on another rank.
             dist.barrier()
+        self.compare()
         if self.rank == 0:
             print(f"dry run: ended after {self.steps} optimizer steps", flush=True)
         self.write()
@@ -194,7 +201,7 @@ class Rider:
         # The clock runs since the first step began.
         pace = elapsed / steps if steps else None
         with self._lock:
-            heartbeats.beat(self.attempt, self.rank, steps, pace)
+            heartbeats.beat(self.attempt, self.rank, steps, pace, self._notes)
 
     def _write_on(self) -> None:
         # Rank 0's is looked at by people; of many ranks the others spare the file system.
@@ -204,33 +211,41 @@ class Rider:
             if (steps := self.steps) != written:
                 self.write()
                 written = steps
+            self.compare()
             time.sleep(interval_s)
 
 
 def _parameters(optimizer: Any) -> list[Any]:
-    """Return the first parameters of an optimizer that have a gradient."""
-    all_of_them = (p for group in optimizer.param_groups for p in group["params"])
-    return [p for p in all_of_them if p.grad is not None][:MAX_COMPARED]
+    """Return the first parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]][:MAX_PARAMETERS]
 
 
-def _norms(optimizer: Any) -> list[float]:
-    return [float(p.grad.detach().float().norm()) for p in _parameters(optimizer)]
+def _norms(parameters: list[Any]) -> list[float]:
+    grads = (p.grad for p in parameters)
+    return [0.0 if grad is None else float(grad.detach().float().norm()) for grad in grads]
 
 
-def _digest(optimizer: Any) -> str:
-    digest = hashlib.sha256()
-    for parameter in _parameters(optimizer):
-        values = parameter.detach().reshape(-1)[:4096].float().cpu()
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+def _digests(parameters: list[Any]) -> list[str]:
+    """Return a short hash of each parameter's first values."""
+    found = []
+    for parameter in parameters:
+        values = parameter.detach().reshape(-1)[:MAX_VALUES].float().cpu()
+        found.append(hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16])
+    return found
 
 
-def _are_near(first: Any, second: Any) -> bool:
-    if len(first) != len(second):
-        return False
-    return all(
-        abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in zip(first, second, strict=True)
-    )
+def _differ(notes: list[tuple[Any, Any]]) -> bool:
+    """Return whether a parameter is another on some rank, and its gradient was, too.
+
+    Weights alone may differ in their last bits where the ranks' GPUs are not alike.
+    """
+    (norms, digests), *others = notes
+    for own_norms, own_digests in others:
+        rows = zip(norms, own_norms, digests, own_digests, strict=False)
+        for a, b, digest, own_digest in rows:
+            if digest != own_digest and abs(a - b) > TOLERANCE * max(abs(a), abs(b)):
+                return True
+    return False
 
 
 def _find(names: set[str]) -> Any:
@@ -296,6 +311,7 @@ def main(argv: list[str]) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         current.write()
+        current.compare()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ def run(
         _check_not_queued(source.folder, continued)
         # One that began as a dry run stays on the CPU.
         before = yaml.safe_load(source.settings.read_text(encoding="utf-8"))
+        if before.get("dry_run") and not dry_run:
+            print(f"note: {continued} began as a dry run, and continues as one", file=sys.stderr)
         dry_run = dry_run or bool(before.get("dry_run"))
     else:
         source = new_run(job_name, name=name, accel=accel)
@@ -223,6 +225,7 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
     if outcome.get("outcome") == "finished" and records.program(folder) is not None:
         print(f"\nfinished after {_steps_of(outcome)}")
         print(f"  run folder   {resolve.short(folder)}")
+        _say_what_was_saved(folder, outcome)
     elif outcome.get("outcome") == "finished":
         print(f"\nfinished at step {outcome['step']}")
         print(f"  run folder   {resolve.short(folder)}")
@@ -239,6 +242,7 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         print(f"      {first}{shlex.join(words)}")
     elif outcome.get("outcome") == "stopped" and records.program(folder) is not None:
         print(f"\nstopped after {_steps_of(outcome)} ({outcome['reason']})")
+        _say_what_was_saved(folder, outcome)
         print(f"continue with: make run RUN={name}")
     elif outcome.get("outcome") == "stopped":
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
@@ -252,11 +256,19 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
             print(f"continue from the last checkpoint with: make run RUN={name}")
 
 
+def _say_what_was_saved(folder: Path, outcome: dict[str, Any]) -> None:
+    """Say it if a script that is not ours would have nothing to continue with."""
+    program = records.program(folder)
+    if program is not None and not outcome["saved"]:
+        where = f"{resolve.short(folder)}/{program['checkpoints']}"
+        print(f"note: nothing was saved in {where}: if continued, the script starts over")
+
+
 def _steps_of(outcome: dict[str, Any]) -> str:
     """Return how many steps a script that is not ours has taken in this attempt."""
     steps = outcome["step"]
     if not outcome["counts_steps"]:
-        return "no optimizer step of torch's"
+        return "no optimizer step of torch's; is this the script that trains?"
     return f"{steps:,} optimizer step{'s' if steps != 1 else ''}"
 
 

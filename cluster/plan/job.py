@@ -20,7 +20,7 @@ KINDS = ("script", "module", "command")
 # What only a script that is not ours needs to say.
 OF_PROGRAMS = {"resume_arguments", "dry_run_arguments", "checkpoints", "signal"}
 OF_PROGRAMS |= {"independent_ranks"}
-KEYS = {*KINDS, "resources", "arguments", "environment", "mail", "after", *OF_PROGRAMS}
+KEYS = {*KINDS, "folder", "resources", "arguments", "environment", "mail", "after", *OF_PROGRAMS}
 # What a job that requeues itself is worth a mail for; all of them: man sbatch, --mail-type.
 MAIL_TYPES = {"NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT"}
 MAIL_TYPES |= {"TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"}
@@ -87,12 +87,16 @@ def load_job(name: str) -> Job:
     what = content[kinds[0]]
     if not isinstance(what, str) or not what.strip():
         raise UserError(f"{path}: {kinds[0]}: {what!r} is not a name")
+    root = _folder(path, content.get("folder"))
     if kinds[0] != "script":
         if not re.fullmatch(r"[\w.-]+", what):
             raise UserError(f"{path}: {kinds[0]}: '{what}' is not the name of a {kinds[0]}")
+        job["script_folder"] = root
         return Job(**job, module=program.MODULE, program=_program(path, kinds[0], what, content))
     script = _script(path, what)
-    inside = _in_checkout(script)
+    if root and not script.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{path}: script: {script} is not in the folder {root}")
+    inside = None if root else _in_checkout(script)
     if program.exports_script(script, f"{path}: script"):
         if inside is None:
             raise UserError(
@@ -102,8 +106,9 @@ def load_job(name: str) -> Job:
         if wrong := sorted(OF_PROGRAMS & set(content)):
             raise UserError(f"{path}: {wrong[0]}: is for a script that is not Sluice's; drop it")
         return Job(**job, module=".".join(inside.with_suffix("").parts))
-    folder = None if inside else script.parent
-    place = str(inside or Path(program.SCRIPT_FOLDER, script.name))
+    folder = None if inside else root or script.parent
+    within = script.resolve().relative_to(folder.resolve()) if folder else script
+    place = str(inside or Path(program.SCRIPT_FOLDER, within))
     return Job(
         **job,
         module=program.MODULE,
@@ -161,6 +166,16 @@ def _script(path: Path, named: str) -> Path:
     return script
 
 
+def _folder(path: Path, named: object) -> Path | None:
+    """Return the folder of a script's code, if the job's file says which; seen as the script is."""
+    if named is None:
+        return None
+    base = Path() if _in_checkout(path) else path.parent
+    if not isinstance(named, str) or not (base / Path(named).expanduser()).is_dir():
+        raise UserError(f"{path}: folder: {named!r} is not a folder")
+    return base / Path(named).expanduser()
+
+
 def _in_checkout(path: Path) -> Path | None:
     """Return a path as it is in the checkout, the current folder; None where it lies elsewhere."""
     here, real = Path.cwd().resolve(), path.resolve()
@@ -173,7 +188,7 @@ def _program(path: Path, kind: Any, name: str, content: dict[str, Any]) -> Progr
         for key in ("arguments", "resume_arguments", "dry_run_arguments")
     }
     place = content.get("checkpoints", Program.checkpoints)
-    if not isinstance(place, str) or not place or ".." in Path(place).parts:
+    if not isinstance(place, str) or not place or {"..", "/"} & set(Path(place).parts):
         raise UserError(f"{path}: checkpoints: {place!r} is not a path below the run's folder")
     signal = content.get("signal", Program.signal)
     if signal not in get_args(Signal):

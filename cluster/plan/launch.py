@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from cluster.plan import container, resolve
 from cluster.plan.binds import OF_THE_RUN, argument_binds, bind, extra_binds
 from cluster.plan.job import JOBS, load_job, strategy_file
-from cluster.plan.program import MODULE, Program
+from cluster.plan.program import MODULE, SCRIPT_FOLDER, Program
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime, runtime_values
 from cluster.runs import folders
@@ -142,6 +143,17 @@ def new_run(job_name: str, *, name: str, accel: str) -> Source:
     )
 
 
+def note_changed_script(source: Source) -> None:
+    """Say it if a script was edited since its run began, which has its own copy."""
+    program, folder = source.program, source.record.get("script_folder")
+    if program is None or program.kind != "script" or folder is None:
+        return
+    now = Path(folder) / Path(program.name).relative_to(SCRIPT_FOLDER)
+    then = source.code / program.name
+    if now.is_file() and then.is_file() and now.read_bytes() != then.read_bytes():
+        print(f"note: {now} has changed; the run continues with its own copy", file=sys.stderr)
+
+
 def run_that_goes_on(name: str, *, accel: str) -> Source:
     """Return a run to continue.
     Raises:
@@ -187,6 +199,7 @@ def resolve_launch(
     strategy_file(source.accel)
     if not source.is_new:
         lock.check_free(source.folder)
+        note_changed_script(source)
     environment = resolve.environment()
     exported = {
         "SLUICE_ACCEL": source.accel,
@@ -239,7 +252,8 @@ def _program_config(
         before = json.loads(source.settings.read_text(encoding="utf-8"))
         # What was given with an earlier launch is still said.
         return json.dumps(before | {"arguments": before["arguments"] + words}, indent=2) + "\n"
-    if program.kind != "script" and (code := _find_program(program, runtime, environment)):
+    is_installed = program.kind != "script" and source.script_folder is None
+    if is_installed and (code := _find_program(program, runtime, environment)):
         return code
     return program.config(words, dry_run=dry_run)
 

@@ -159,8 +159,11 @@ def _code_below(root: Path) -> list[Path]:
     data = {places.folder("runs").absolute(), places.folder("datasets").absolute()}
     not_code = NOT_CODE if root == Path() else NOT_A_SCRIPTS
     files: list[Path] = []
+    links: list[Path] = []
     for place, folders, names in os.walk(root):
         folder = Path(place)
+        if root != Path():
+            links += [folder / name for name in folders if (folder / name).is_symlink()]
         folders[:] = sorted(
             name
             for name in folders
@@ -175,6 +178,9 @@ def _code_below(root: Path) -> list[Path]:
                 files.append(path.relative_to(root))
         if root != Path() and len(files) > MAX_FILES:
             raise _too_many(root)
+    if links:
+        said = ", ".join(map(str, links))
+        print(f"note: not copied (a link to a folder): {said}", file=sys.stderr)
     return files
 
 

@@ -151,6 +151,44 @@ def test_a_dry_run_of_a_script_of_ones_own_ends_after_three_steps(checkout: Chec
     ).read_bytes()
 
 
+SAVES = """
+import signal
+import sys
+import time
+from pathlib import Path
+
+def save(number, frame):
+    Path("saved").write_text(signal.Signals(number).name)
+    sys.exit(75)
+
+if "--resume" in sys.argv:
+    sys.exit(0)
+signal.signal(signal.SIGUSR1, save)
+Path("ready").touch()
+time.sleep(3600)
+"""
+
+
+def test_ctrl_c_asks_a_script_of_ones_own_to_save_and_it_goes_on(checkout: Checkout) -> None:
+    own = checkout.folder.parent / "saves"
+    own.mkdir()
+    (own / "saves.py").write_text(SAVES)
+    (own / "saves.yaml").write_text(
+        "script: saves.py\nresume_arguments: [--resume]\ncheckpoints: saved\n"
+    )
+    process = checkout.start("make", "run", "JOB=../saves/saves.yaml", "NPROC=1")
+    runs = checkout.folder / "runs/saves"
+    waiting.wait_until(lambda: any(runs.glob("*/ready")), "the script is ready")
+    os.killpg(process.pid, signal.SIGINT)
+    done = waiting.finish(process)
+    (run,) = runs.iterdir()
+    assert (run / "saved").read_text() == "SIGUSR1", done.stdout + done.stderr
+    assert "(Ctrl+C)" in done.stdout
+    again = checkout.run("make", "run", "RUN=saves")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "finished after" in again.stdout
+
+
 # ZeRO-1 and 2 are started as ZeRO-3 is (train/test_launcher.py); all of them train in
 # train/test_trajectories.py.
 @pytest.mark.computes(2)

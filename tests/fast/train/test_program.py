@@ -246,12 +246,47 @@ def test_a_script_that_joins_no_process_group_is_stopped_before_its_first_step(
 JOINED = STEPS + "import torch.distributed as dist\ndist.init_process_group('gloo')\n"
 
 
-def test_ranks_that_do_not_average_their_gradients_are_stopped(ride: Ride) -> None:
-    text = JOINED + "for i in range(100): step(dist.get_rank()); dist.barrier()"
-    done = ride.run(text, ranks=2)
-    assert 2 in [one.returncode for one in done]
+# Each is found, however far one rank is ahead: at the latest by the one that ends last.
+@pytest.mark.parametrize(
+    ("loop", "more"),
+    [
+        ("for _ in range(100): step(dist.get_rank()); dist.barrier()", {}),
+        ("for _ in range(3): step(dist.get_rank())", {}),
+        ("time.sleep(2 * dist.get_rank())\nfor _ in range(5): step(dist.get_rank())", {}),
+        ("while True: step(dist.get_rank())", {"dry_run": True}),
+        # One model is wrapped and averaged, and another is trained.
+        (
+            "wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))\n"
+            "for _ in range(5): step(dist.get_rank())",
+            {},
+        ),
+    ],
+    ids=["in step", "short", "one far ahead", "dry run", "another is wrapped"],
+)
+def test_ranks_that_do_not_average_their_gradients_are_stopped(
+    ride: Ride, loop: str, more: dict[str, Any]
+) -> None:
+    done = ride.run(JOINED + "import time\n" + loop, ranks=2, **more)
+    assert 2 in [one.returncode for one in done], [one.stderr for one in done]
     (line,) = [line for line in lines_of(done) if line.startswith("error: ")]
     assert "hold different weights" in line
+
+
+def test_a_second_model_that_is_not_averaged_is_found_too(ride: Ride) -> None:
+    text = JOINED + (
+        "both = [nn.parallel.DistributedDataParallel(nn.Linear(4, 1)), nn.Linear(4, 1)]\n"
+        "optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in both]\n"
+        "for i in range(5):\n"
+        "    torch.manual_seed(10 * i + dist.get_rank())\n"
+        "    for m, o in zip(both, optimizers):\n"
+        "        m(torch.randn(8, 4)).square().mean().backward()\n"
+        "        o.step()\n"
+        "        o.zero_grad()\n"
+        "    dist.barrier()\n"
+    )
+    done = ride.run(text, ranks=2)
+    assert 2 in [one.returncode for one in done], [one.stderr for one in done]
+    assert any("hold different weights" in line for line in lines_of(done))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def launcher(
     own["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     own["PET_SHUTDOWN_TIMEOUT"] = "600"
     return Forked(
-        "slurm.launch", *options, "--module", module, *words, environment=environment | own
+        *("slurm.launch", *options, "--module", "train.rider", module, *words),
+        environment=environment | own,
     )
 
 

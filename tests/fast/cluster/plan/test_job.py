@@ -87,6 +87,7 @@ def test_a_path_that_is_no_job_file_is_refused(checkout: Path, name: str) -> Non
         ("module: a\narguments: [[1]]", "arguments: [1] is not a word"),
         ("module: a\nsignal: KILL", "signal: 'KILL' is not one of USR1, TERM, none"),
         ("module: a\ncheckpoints: ../x", "checkpoints: '../x' is not a path below the run"),
+        ("module: a\ncheckpoints: /x", "checkpoints: '/x' is not a path below the run"),
         ("module: a\nindependent_ranks: 1", "independent_ranks: 1 is not true or false"),
         ("module: a\nenvironment: [x]", "'environment' is not a mapping"),
         ("module: a\nenvironment: {SLUICE_RUNS: x}", "environment.SLUICE_RUNS: is reserved"),
@@ -137,6 +138,27 @@ def test_a_script_beside_a_job_file_anywhere_is_a_program_with_its_folder(
         checkpoints="out",
         signal="TERM",
     )
+
+
+def test_a_project_is_copied_from_the_folder_that_the_job_names(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project = tmp_path_factory.mktemp("project")
+    (project / "scripts").mkdir()
+    (project / "scripts/fit.py").write_text("import lib\n")
+    (project / "a.yaml").write_text("script: scripts/fit.py\nfolder: .\n")
+    found = load_job(str(project / "a.yaml"))
+    assert found.program is not None
+    assert (found.script_folder, found.program.name) == (project, "script/scripts/fit.py")
+    (project / "b.yaml").write_text("module: lib.train\nfolder: .\n")
+    assert load_job(str(project / "b.yaml")).script_folder == project
+    (project / "c.yaml").write_text("script: scripts/fit.py\nfolder: nowhere\n")
+    with pytest.raises(UserError, match=r"folder: 'nowhere' is not a folder"):
+        load_job(str(project / "c.yaml"))
+    (project / "other").mkdir()
+    (project / "d.yaml").write_text("script: scripts/fit.py\nfolder: other\n")
+    with pytest.raises(UserError, match=r"scripts/fit\.py is not in the folder"):
+        load_job(str(project / "d.yaml"))
 
 
 def test_a_script_of_the_checkout_without_script_is_a_program_in_its_place(checkout: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.plan import launch
+from cluster.plan.image import Image
 from cluster.plan.program import Program
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime
@@ -97,7 +98,7 @@ def test_a_script_that_git_ignores_is_refused_and_makes_no_run(
     made = launch.Launch(
         source=replace(source(tmp_path), program=Program(kind="script", name="ignored/fit.py")),
         request=RUN,
-        runtime=Runtime(),
+        runtime=Runtime(image=Image(path=tmp_path, variant="cpu", sha256="", lock_sha256="")),
         config="{}",
         values={},
         exported={},
