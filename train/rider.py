@@ -131,12 +131,11 @@ class Rider:
 
     def _note(self, optimizer: Any, key: str, measure: Callable[[list[Any]], list[Any]]) -> None:
         """Note what an optimizer's parameters are, if ranks should agree on them."""
-        if (
-            self.promised < 2
-            or self.may_differ
-            or self.attempt is None
-            or "deepspeed" in sys.modules
-        ):
+        if self.promised < 2 or self.may_differ or self.attempt is None:
+            return
+        # Each rank of DeepSpeed's holds its own part. That it was imported says little: accelerate
+        # imports it to look.
+        if self._engine is not None:
             return
         parameters = _parameters(optimizer)
         # Of FSDP2 and tensor parallelism each rank has a part.
