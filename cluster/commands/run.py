@@ -128,8 +128,6 @@ def run(
         _check_not_queued(source.folder, continued)
         # One that began as a dry run stays on the CPU.
         before = yaml.safe_load(source.settings.read_text(encoding="utf-8"))
-        if before.get("dry_run") and not dry_run:
-            print(f"note: {continued} began as a dry run, and continues as one", file=sys.stderr)
         dry_run = dry_run or bool(before.get("dry_run"))
     else:
         source = new_run(job_name, name=name, accel=accel)
@@ -161,7 +159,8 @@ def run(
         _say_what_differs(source.record, runtime.record())
     launch.write()
     attempt = attempts.begin(folder)
-    print(f"run folder {resolve.short(folder)} ({runtime}), attempt {attempt}", flush=True)
+    what = f"attempt {attempt}" + (" of a dry run" if continued and dry_run else "")
+    print(f"run folder {resolve.short(folder)} ({runtime}), {what}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sluice-") as scratch:
         code = run_logged(
             [folder / "code/slurm/node.sh", "--config", folder / "config.yaml"],
