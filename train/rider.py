@@ -36,6 +36,8 @@ OPTIMIZER = "torch.optim.optimizer"
 COMPARED_AFTER = 2
 # Relative difference of gradients that no order of summation explains.
 TOLERANCE = 1e-3
+# How often rank 0 looks whether all ranks have told: one that never steps would be waited for.
+MAX_LOOKS = 300
 # Of each optimizer so many parameters are compared, of each so many values.
 MAX_PARAMETERS, MAX_VALUES = 512, 1024
 
@@ -56,7 +58,8 @@ class Rider:
         """What the script's model has to be wrapped for, once it trains."""
         self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._is_compared = False
+        self._looks_left = MAX_LOOKS
+        self._num_compared = 0
         self._most = 0
         self._notes: dict[str, list[Any]] = {}
         self._engine: Any = None
@@ -140,16 +143,20 @@ class Rider:
         parameters = _parameters(optimizer)
         # Of FSDP2 and tensor parallelism each rank has a part.
         if parameters and not any(hasattr(p, "device_mesh") for p in parameters):
-            name = f"{key} {self._numbers[optimizer]}"
-            self._notes[name] = measure(parameters)
+            try:
+                self._notes[f"{key} {self._numbers[optimizer]}"] = measure(parameters)
+            except Exception as error:
+                # A kind of tensor that was not thought of must not end a training.
+                print(f"note: rank {self.rank}: {key} are not compared: {error}", file=sys.stderr)
+                self.may_differ = True
             self.write()
 
     def compare(self) -> None:
-        """End the run if the ranks train copies; nothing, as long as not all have said so much.
+        """End the run if the ranks train copies; nothing, as long as not all have told.
 
-        Called again and again, and by each rank at its end: the last one to come finds them all.
+        Rank 0 looks again and again, and each rank at its end: the last one to come finds them all.
         """
-        if self._is_compared or self.attempt is None or self.promised < 2 or not self._numbers:
+        if self.attempt is None or self.promised < 2 or len(self._notes) == self._num_compared:
             return
         found = heartbeats.notes(self.attempt, self.promised)
         names = [key.partition(" ")[2] for key in found[0] if key.startswith("weights ")]
@@ -166,7 +173,7 @@ class Rider:
                     "(accelerator.prepare, DistributedDataParallel) and call the wrapped one, or "
                     "say `independent_ranks: true` in the job's file"
                 )
-        self._is_compared = len(names) == len(self._numbers)
+        self._num_compared = len(self._notes)
 
     def refuse(self, message: str) -> NoReturn:
         """End this process, and so all, with one line; one rank says it."""
@@ -210,7 +217,9 @@ class Rider:
             if (steps := self.steps) != written:
                 self.write()
                 written = steps
-            self.compare()
+            if self.rank == 0 and self._looks_left and self._notes:
+                self._looks_left -= 1
+                self.compare()
             time.sleep(interval_s)
 
 
