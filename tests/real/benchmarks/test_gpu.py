@@ -90,5 +90,5 @@ def test_a_trial_without_memory_is_a_result_and_larger_ones_are_not_tried(tmp_pa
     ] * 2
     for side in ("engine", "trainer"):
         assert outcomes[side, 1024]["status"] == "skipped"
-        assert "micro batch 512 ran out of memory" in outcomes[side, 1024]["reason"]
+        assert "micro batch 512 already ran out of memory" in outcomes[side, 1024]["reason"]
     assert found["ratios"] == []
