@@ -258,7 +258,9 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
 def _say_what_was_saved(folder: Path, outcome: dict[str, Any]) -> None:
     """Say it if a script that is not ours would have nothing to continue with."""
     program = records.program(folder)
-    if program is not None and not outcome["saved"]:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    # A dry run ends before most scripts save.
+    if program is not None and not outcome["saved"] and not config["dry_run"]:
         where = f"{resolve.short(folder)}/{program['checkpoints']}"
         print(f"note: nothing was saved in {where}: if continued, the script starts over")
 
