@@ -46,7 +46,7 @@ def beat(
 
 def notes(attempt: Path, world_size: int) -> list[dict[str, Any]]:
     """Return the files of all ranks; {} for one that has none."""
-    return [read_json(path_of(attempt, rank)) or {} for rank in range(world_size)]
+    return [read(attempt, rank) for rank in range(world_size)]
 
 
 def read(attempt: Path, rank: int = 0) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from runfolder.errors import UserError
 from runfolder.files import append_json, json_object, number, read_json, text, write_json
 
 NEEDED = ("job", "module", "accel", "num_processes")
+# Below code/: the folder of a script that is not in the checkout.
+SCRIPT_FOLDER = "script"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 

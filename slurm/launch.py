@@ -36,10 +36,9 @@ def main() -> int:
 
     There, any other code ends the other nodes' processes, the first of which publishes.
     """
-    if address := os.environ.get("MASTER_ADDR"):
-        of_run = read(Path(os.environ["SLUICE_RUN_FOLDER"]))
-        use_interface_towards(address, of_run.get("interface", ""))
     run = Path(os.environ.get("SLUICE_RUN_FOLDER", ""))
+    if address := os.environ.get("MASTER_ADDR"):
+        use_interface_towards(address, read(run).get("interface", ""))
     if (program := records.program(run)) is not None:
         pass_ctrl_c_on(program["signal"])
     code = launch()
@@ -47,7 +46,6 @@ def main() -> int:
         attempts.write_outcome_of_program(run, code, asked)
     if code == EXIT_BAD_INPUT and "SLUICE_STEP" in os.environ:
         # srun would return the code of a node that it then kills.
-        run = Path(os.environ["SLUICE_RUN_FOLDER"])
         reason = "the script rejected its settings"
         attempts.write_outcome(run, outcome="failed", exit_code=code, reason=reason)
     return 0 if code == EXIT_SAVED and "SLUICE_STEP" in os.environ else code

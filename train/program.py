@@ -21,6 +21,7 @@ from typing import Any
 from runfolder import attempts
 from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED
+from runfolder.records import SCRIPT_FOLDER
 from train import rider
 from train.engine import signals
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     signals.die_with_launcher()
     if rider.current is not None:
         rider.current.strategy = os.environ.get("SLUICE_ACCEL", "ddp")
-        rider.current.may_differ = config["independent_ranks"]
+        rider.current.copies.may_differ = config["independent_ranks"]
         rider.current.end_after = config["dry_run_steps"] if config["dry_run"] else None
     _suit_device()
     os.chdir(os.environ["SLUICE_RUN_FOLDER"])
@@ -82,7 +83,7 @@ def _run(program: dict[str, str], words: list[str]) -> int:
     sys.argv = [path if kind == "script" else name, *words]
     _leave(sys.modules)
     # A module may lie in the folder that was copied with the job.
-    own = Path(path).parent if kind == "script" else CODE / "script"
+    own = Path(path).parent if kind == "script" else CODE / SCRIPT_FOLDER
     if own.is_dir():
         sys.path.insert(0, str(own))
     try:

@@ -10,8 +10,6 @@ libraries itself: a mistake in a setting is answered before torch is there.
 from __future__ import annotations
 
 import faulthandler
-import gc
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -30,16 +28,11 @@ from weakref import WeakKeyDictionary
 
 from runfolder import attempts, heartbeats
 from runfolder.exit_codes import EXIT_BAD_INPUT
+from train.copies import COMPARED_AFTER, Copies, find_object, parameters_of
 
 OPTIMIZER = "torch.optim.optimizer"
-# Copies are compared when they have taken two steps: the first may have a learning rate of 0.
-COMPARED_AFTER = 2
-# Relative difference of gradients that no order of summation explains.
-TOLERANCE = 1e-3
 # How often rank 0 looks whether all ranks have told: one that never steps would be waited for.
 MAX_LOOKS = 300
-# Of each optimizer so many parameters are compared, of each so many values.
-MAX_PARAMETERS, MAX_VALUES = 512, 1024
 
 
 class Rider:
@@ -52,16 +45,13 @@ class Rider:
         self.attempt = attempt
         self.end_after: int | None = None
         """Steps after which this process ends well: a rehearsal's."""
-        self.may_differ = False
-        """Whether ranks train models of their own on purpose."""
+        self.copies = Copies(self.promised)
         self.strategy = "ddp"
         """What the script's model has to be wrapped for, once it trains."""
         self._counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._looks_left = MAX_LOOKS
-        self._num_compared = 0
         self._most = 0
-        self._notes: dict[str, list[Any]] = {}
         self._engine: Any = None
         self._started: float | None = None
         self._writer: threading.Thread | None = None
@@ -83,9 +73,9 @@ class Rider:
             self._first_step(optimizer)
         if count == 0:
             self._numbers[optimizer] = len(self._numbers)
-            self._note(optimizer, "gradients", _norms)
+            self._note(optimizer, self.copies.note_gradients)
         elif count == COMPARED_AFTER:
-            self._note(optimizer, "weights", _digests)
+            self._note(optimizer, self.copies.note_weights)
 
     def after_step(self, optimizer: Any, *_: Any) -> None:
         """Count, and end a rehearsal that has come far enough."""
@@ -93,6 +83,13 @@ class Rider:
         self._most = max(self._most, count)
         if self.end_after is not None and self.steps >= self.end_after:
             self._end_rehearsal()
+
+    def _note(self, optimizer: Any, note: Callable[[int, Any], None]) -> None:
+        # Each rank of DeepSpeed's holds its own part. That it was imported says little: accelerate
+        # imports it to look.
+        if self._engine is None:
+            note(self._numbers[optimizer], optimizer)
+            self.write()
 
     def _first_step(self, optimizer: Any) -> None:
         if self.promised > 1:
@@ -107,7 +104,7 @@ class Rider:
                     "torch.distributed.init_process_group() does, or ask for one process"
                 )
         if "deepspeed" in sys.modules:
-            self._engine = _find({"DeepSpeedEngine"})
+            self._engine = find_object({"DeepSpeedEngine"})
         self._check_strategy(optimizer)
         self._started = time.monotonic()
         if self.attempt is not None:
@@ -123,8 +120,8 @@ class Rider:
             )
         if not self.strategy.startswith("fsdp"):
             return
-        is_sharded = any(hasattr(p, "device_mesh") for p in _parameters(optimizer))
-        if not is_sharded and _find({"FullyShardedDataParallel", "FSDPModule"}) is None:
+        is_sharded = any(hasattr(p, "device_mesh") for p in parameters_of(optimizer))
+        if not is_sharded and find_object({"FullyShardedDataParallel", "FSDPModule"}) is None:
             self.refuse(
                 f"ACCEL={self.strategy}: the script's model is not sharded; prepare it with "
                 "accelerate's Accelerator, which shards on GPUs only, or leave ACCEL out"
@@ -132,48 +129,10 @@ class Rider:
 
     # ---- copies that never meet ----
 
-    def _note(self, optimizer: Any, key: str, measure: Callable[[list[Any]], list[Any]]) -> None:
-        """Note what an optimizer's parameters are, if ranks should agree on them."""
-        if self.promised < 2 or self.may_differ or self.attempt is None:
-            return
-        # Each rank of DeepSpeed's holds its own part. That it was imported says little: accelerate
-        # imports it to look.
-        if self._engine is not None:
-            return
-        parameters = _parameters(optimizer)
-        # Of FSDP2 and tensor parallelism each rank has a part.
-        if parameters and not any(hasattr(p, "device_mesh") for p in parameters):
-            try:
-                self._notes[f"{key} {self._numbers[optimizer]}"] = measure(parameters)
-            except Exception as error:
-                # A kind of tensor that was not thought of must not end a training.
-                print(f"note: rank {self.rank}: {key} are not compared: {error}", file=sys.stderr)
-                self.may_differ = True
-            self.write()
-
     def compare(self) -> None:
-        """End the run if the ranks train copies; nothing, as long as not all have told.
-
-        Rank 0 looks again and again, and each rank at its end: the last one to come finds them all.
-        """
-        if self.attempt is None or self.promised < 2 or len(self._notes) == self._num_compared:
-            return
-        found = heartbeats.notes(self.attempt, self.promised)
-        names = [key.partition(" ")[2] for key in found[0] if key.startswith("weights ")]
-        for name in names:
-            notes = [(one.get(f"gradients {name}"), one.get(f"weights {name}")) for one in found]
-            if any(None in pair for pair in notes):
-                return
-            # Of FSDP's first version each rank has a part, in plain tensors.
-            if _differ(notes) and _find({"FullyShardedDataParallel"}) is None:
-                self.refuse(
-                    f"after {COMPARED_AFTER} optimizer steps the {self.promised} processes hold "
-                    "different weights, because gradients are not averaged between them: each "
-                    "trains a copy of its own; wrap every model that is trained "
-                    "(accelerator.prepare, DistributedDataParallel) and call the wrapped one, or "
-                    "say `independent_ranks: true` in the job's file"
-                )
-        self._num_compared = len(self._notes)
+        """End the run if the ranks train copies; rank 0 looks often, each rank at its end."""
+        if self.attempt is not None and (problem := self.copies.problem(self.attempt)):
+            self.refuse(problem)
 
     def refuse(self, message: str) -> NoReturn:
         """End this process, and so all, with one line; one rank says it."""
@@ -207,7 +166,7 @@ class Rider:
         # The clock runs since the first step began.
         pace = elapsed / steps if steps else None
         with self._lock:
-            heartbeats.beat(self.attempt, self.rank, steps, pace, self._notes)
+            heartbeats.beat(self.attempt, self.rank, steps, pace, self.copies.notes)
 
     def _write_on(self) -> None:
         # Rank 0's is looked at by people; of many ranks the others spare the file system.
@@ -217,51 +176,10 @@ class Rider:
             if (steps := self.steps) != written:
                 self.write()
                 written = steps
-            if self.rank == 0 and self._looks_left and self._notes:
+            if self.rank == 0 and self._looks_left and self.copies.notes:
                 self._looks_left -= 1
                 self.compare()
             time.sleep(interval_s)
-
-
-def _parameters(optimizer: Any) -> list[Any]:
-    """Return the first parameters of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]][:MAX_PARAMETERS]
-
-
-def _norms(parameters: list[Any]) -> list[float]:
-    grads = (p.grad for p in parameters)
-    return [0.0 if grad is None else float(grad.detach().float().norm()) for grad in grads]
-
-
-def _digests(parameters: list[Any]) -> list[str]:
-    """Return a short hash of each parameter's first values."""
-    found = []
-    for parameter in parameters:
-        values = parameter.detach().reshape(-1)[:MAX_VALUES].float().cpu()
-        found.append(hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16])
-    return found
-
-
-def _differ(notes: list[tuple[Any, Any]]) -> bool:
-    """Return whether a parameter is another on some rank, and its gradient was, too.
-
-    Weights alone may differ in their last bits where the ranks' GPUs are not alike.
-    """
-    (norms, digests), *others = notes
-    for own_norms, own_digests in others:
-        rows = zip(norms, own_norms, digests, own_digests, strict=False)
-        for a, b, digest, own_digest in rows:
-            if digest != own_digest and abs(a - b) > TOLERANCE * max(abs(a), abs(b)):
-                return True
-    return False
-
-
-def _find(names: set[str]) -> Any:
-    """Return an object of a class of one of these names, or a subclass; None without one."""
-    for thing in gc.get_objects():
-        if any(base.__name__ in names for base in type(thing).__mro__):
-            return thing
-    return None
 
 
 class _Finder(MetaPathFinder):

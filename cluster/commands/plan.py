@@ -10,23 +10,18 @@ from typing import Any
 import yaml
 
 from cluster.check import limits
-from cluster.plan.launch import (
-    Launch,
-    Source,
-    command_of,
-    new_run,
-    resolve_launch,
-    run_that_goes_on,
-)
+from cluster.check.limits import Judged
+from cluster.plan.launch import Launch, resolve_launch
 from cluster.plan.request import Request, Sizes, is_dry_run, resolve_request, sbatch_command
 from cluster.plan.runtime import choose_runtime, variants
+from cluster.plan.source import Source, command_of, new_run, run_that_goes_on
 from cluster.runs import clusters, folders, history
 from cluster.site import places
 from cluster.site.settings import Site
 from cluster.slurm.call import PASSED, Slurm
 from cluster.slurm.reasons import ACTIVE
 from cluster.slurm.refusals import Trial
-from runfolder import attempts, records
+from runfolder import records
 from runfolder.errors import UserError
 
 BATCH_SCRIPT = Path("code/slurm/train.sbatch")
@@ -40,6 +35,8 @@ class Plan:
     command: list[str]
     environment: dict[str, str]
     """The environment of the command, and so of the job."""
+    judged: Judged
+    """The job under the site's limits."""
     remarks: list[str]
     trial: Trial
     """What Slurm says about the job without queueing it."""
@@ -48,9 +45,18 @@ class Plan:
 
 
 def plan_new(
-    queue: Slurm, site: Site, sizes: Sizes, options: Any, script_arguments: list[str]
+    queue: Slurm,
+    site: Site,
+    sizes: Sizes,
+    options: Any,
+    script_arguments: list[str],
+    *,
+    like: Plan | None = None,
 ) -> Plan | int:
     """Return the plan of a new run, or its script's exit code if the script refuses the settings.
+
+    `like`: a plan of the same job and sizes, whose image was checked and whose limits Slurm has
+    told; neither is done again.
 
     Raises:
         UserError: anything that can be found to be wrong before it is queued.
@@ -78,7 +84,7 @@ def plan_new(
         "command": command_of("submit", source, said, script_arguments),
     }
     source = replace(source, record=record)
-    return _plan(queue, site, options, wanted, source, script_arguments)
+    return _plan(queue, site, options, wanted, source, script_arguments, like)
 
 
 def plan_continued(
@@ -92,9 +98,7 @@ def plan_continued(
     source = run_that_goes_on(options.run, accel=options.accel)
     record = source.record
     last = check_no_job(queue, source.folder, options.run)
-    ended = attempts.read_all(source.folder)[-1:]
-    has_finished = any((one.outcome or {}).get("outcome") == "finished" for one in ended)
-    if has_finished and not script_arguments:
+    if history.has_finished(source.folder) and not script_arguments:
         raise UserError(
             f"RUN={options.run}: has finished; nothing was queued. To train on, say how far, as in "
             'ARGS="--max_steps 500"'
@@ -147,8 +151,7 @@ def _dependency(queue: Slurm, after: str, cluster: str) -> list[str]:
     """
     folder = folders.find(after)
     newest = records.submissions(folder)[-1:]
-    ended = attempts.read_all(folder)[-1:]
-    if any((one.outcome or {}).get("outcome") == "finished" for one in ended):
+    if history.has_finished(folder):
         return []
     name = history.name_of(folder)
     if not newest:
@@ -175,6 +178,7 @@ def _plan(
     wanted: Request,
     source: Source,
     script_arguments: list[str],
+    like: Plan | None = None,
 ) -> Plan | int:
     folder = source.folder
     if "\\" in str(folder) or not str(folder).isprintable():
@@ -182,13 +186,16 @@ def _plan(
             f"{places.folder_setting('runs')}: {folder}: Slurm cannot write a log there; choose a "
             "place without a backslash or control characters in its name"
         )
-    rules = limits.read(queue)
-    judged = limits.check(rules, site, wanted)
-    runtime = choose_runtime(
-        options.runtime or "apptainer",
-        options.image,
-        variants(gpus=wanted.device == "cuda", strict=True),
-    )
+    if like is None:
+        rules = limits.read(queue)
+        judged, cluster = limits.check(rules, site, wanted), rules.config.get("ClusterName", "")
+        runtime = choose_runtime(
+            options.runtime or "apptainer",
+            options.image,
+            variants(gpus=wanted.device == "cuda", strict=True),
+        )
+    else:
+        judged, cluster, runtime = like.judged, like.cluster, like.launch.runtime
     launch = resolve_launch(source, wanted, runtime, script_arguments, site=site)
     if isinstance(launch, int):
         return launch
@@ -198,7 +205,7 @@ def _plan(
     options_of_sbatch += source.record.get("mail", [])
     remarks = judged.notes
     if source.is_new and (after := source.record["after"]):
-        dependency = _dependency(queue, after, rules.config.get("ClusterName", ""))
+        dependency = _dependency(queue, after, cluster)
         options_of_sbatch += dependency
         remarks.append(f"after: {after} {'has to finish first' if dependency else 'has finished'}")
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}
@@ -211,7 +218,8 @@ def _plan(
         launch=replace(launch, values=values),
         command=[*options_of_sbatch, str(folder / BATCH_SCRIPT)],
         environment=passed | {"SLUICE_RUN_FOLDER": str(folder)},
+        judged=judged,
         remarks=remarks,
         trial=queue.trial([*trial, str(code / "slurm/train.sbatch")], passed),
-        cluster=rules.config.get("ClusterName", ""),
+        cluster=cluster,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
 import shlex
 import shutil
 import sys
@@ -23,9 +22,10 @@ from cluster.commands.plan import check_no_job
 from cluster.errors import Parser, split_at_dashes
 from cluster.plan import container, machine, resolve
 from cluster.plan.job import load_job
-from cluster.plan.launch import command_of, new_run, resolve_launch, run_that_goes_on
-from cluster.plan.request import Request
+from cluster.plan.launch import resolve_launch
+from cluster.plan.request import Request, whole_number
 from cluster.plan.runtime import choose_runtime, variants
+from cluster.plan.source import command_of, new_run, run_that_goes_on
 from cluster.runs import clusters, folders, history
 from cluster.site.file import load_site
 from cluster.slurm.call import private_folder
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     return run(
         options.job,
         accel=options.accel,
-        num_processes=_number(options.nproc),
+        num_processes=whole_number("NPROC", options.nproc, 1),
         continued=options.run,
         name=options.name,
         dry_run=options.dry_run,
@@ -221,11 +221,13 @@ def _say_what_differs(began: dict[str, Any], now: dict[str, Any]) -> None:
 def _say_what_next(folder: Path, attempt: int, code: int) -> None:
     outcome = attempts.read(folder, attempt).outcome or {}
     name = folder.relative_to(folder.parent.parent)
-    if outcome.get("outcome") == "finished" and records.program(folder) is not None:
-        print(f"\nfinished after {_steps_of(outcome)}")
-        print(f"  run folder   {resolve.short(folder)}")
-        _say_what_was_saved(folder, outcome)
-    elif outcome.get("outcome") == "finished":
+    program = records.program(folder)
+    if outcome.get("outcome") not in ("finished", "stopped"):
+        if code:
+            _say_failure(folder, attempt, code)
+    elif program is not None:
+        _say_end_of_program(folder, program, outcome)
+    elif outcome["outcome"] == "finished":
         print(f"\nfinished at step {outcome['step']}")
         print(f"  run folder   {resolve.short(folder)}")
         print(f"  checkpoint   {resolve.short(folder / 'checkpoints' / outcome['checkpoint'])}")
@@ -239,28 +241,32 @@ def _say_what_next(folder: Path, attempt: int, code: int) -> None:
         words = ["slurm/isolated.sh", resolve.short(Path(sys.executable)), "-m", "tensorboard.main"]
         words += ["--logdir", resolve.short(folder / "tensorboard")]
         print(f"      {first}{shlex.join(words)}")
-    elif outcome.get("outcome") == "stopped" and records.program(folder) is not None:
-        print(f"\nstopped after {_steps_of(outcome)} ({outcome['reason']})")
-        _say_what_was_saved(folder, outcome)
-        print(f"continue with: make run RUN={name}")
-    elif outcome.get("outcome") == "stopped":
+    else:
         print(f"\nstopped at step {outcome['step']} ({outcome['reason']}), saved")
+    if outcome.get("outcome") == "stopped":
         print(f"continue with: make run RUN={name}")
-    elif code:
-        # A script that ends in order records that; this one could not.
-        attempts.write_outcome(folder, number=attempt, outcome="failed", exit_code=code)
-        log = attempts.folder_of(folder, attempt) / "node-0.log"
-        print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
-        if checkpoints.newest_step(folder) is not None:
-            print(f"continue from the last checkpoint with: make run RUN={name}")
 
 
-def _say_what_was_saved(folder: Path, outcome: dict[str, Any]) -> None:
-    """Say it if a script that is not ours would have nothing to continue with."""
-    program = records.program(folder)
+def _say_failure(folder: Path, attempt: int, code: int) -> None:
+    # A script that ends in order records that; this one could not.
+    attempts.write_outcome(folder, number=attempt, outcome="failed", exit_code=code)
+    log = attempts.folder_of(folder, attempt) / "node-0.log"
+    print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
+    if checkpoints.newest_step(folder) is not None:
+        name = folder.relative_to(folder.parent.parent)
+        print(f"continue from the last checkpoint with: make run RUN={name}")
+
+
+def _say_end_of_program(folder: Path, program: dict[str, Any], outcome: dict[str, Any]) -> None:
+    """Say how a script that is not ours ended, and whether it has something to continue with."""
+    if outcome["outcome"] == "finished":
+        print(f"\nfinished after {_steps_of(outcome)}")
+        print(f"  run folder   {resolve.short(folder)}")
+    else:
+        print(f"\nstopped after {_steps_of(outcome)} ({outcome['reason']})")
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     # A dry run ends before most scripts save.
-    if program is not None and not outcome["saved"] and not config["dry_run"]:
+    if not outcome["saved"] and not config["dry_run"]:
         where = f"{resolve.short(folder)}/{program['checkpoints']}"
         print(f"note: nothing was saved in {where}: if continued, the script starts over")
 
@@ -271,11 +277,3 @@ def _steps_of(outcome: dict[str, Any]) -> str:
     if not outcome["counts_steps"]:
         return "no optimizer step of torch's; is this the script that trains?"
     return f"{steps:,} optimizer step{'s' if steps != 1 else ''}"
-
-
-def _number(given: str) -> int | None:
-    if not given:
-        return None
-    if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < 1:
-        raise UserError(f"NPROC={given}: must be a whole number, at least 1")
-    return int(given)

@@ -163,14 +163,19 @@ def _unclear(queue: Slurm, plan: Plan, why: str) -> UserError:
     )
 
 
+def check_trial(plan: Plan) -> None:
+    """Raise `UserError` if sbatch would refuse a job, not only at the moment."""
+    if plan.trial.refusal and not plan.trial.is_for_now:
+        raise _refused(plan.trial.refusal)
+
+
 def say_plan(queue: Slurm, plan: Plan, site: Site) -> None:
     """Print what would be queued.
 
     Raises:
         UserError: sbatch would refuse it, and not only at this moment.
     """
-    if plan.trial.refusal and not plan.trial.is_for_now:
-        raise _refused(plan.trial.refusal)
+    check_trial(plan)
     launch = plan.launch
     source, wanted = launch.source, launch.request
     print(f"plan: {'a new run' if source.is_new else 'continue'} {resolve.short(launch.folder)}")

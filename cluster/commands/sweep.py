@@ -10,6 +10,7 @@ job that waits to be requeued keeps its place.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -17,9 +18,9 @@ import time
 from dataclasses import replace
 
 from cluster.commands.plan import Plan, plan_new
-from cluster.commands.submit import check_is_copied, submit
+from cluster.commands.submit import check_is_copied, check_trial, submit
 from cluster.errors import Parser, split_at_dashes
-from cluster.plan.request import Sizes
+from cluster.plan.request import Sizes, whole_number
 from cluster.remote import calls
 from cluster.runs import clusters, history
 from cluster.site.file import load_site
@@ -61,18 +62,18 @@ def main(argv: list[str]) -> int:
         return calls.carry_out(site, ["sweep", *argv])
     queue = clusters.chosen(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
-    plans = []
+    plans: list[Plan] = []
     # All of them are checked before the first is queued.
     for number, (point, name) in enumerate(zip(points, names_of(points, group), strict=True)):
         if sys.stderr.isatty():
             print(f"checking {number + 1} of {len(points)}: {name}", file=sys.stderr)
         options.name = name
         words = [word for key, value in point for word in (f"--{key}", value)]
-        plan = plan_new(queue, site, sizes, options, [*script_arguments, *words])
+        like = plans[0] if plans else None
+        plan = plan_new(queue, site, sizes, options, [*script_arguments, *words], like=like)
         if isinstance(plan, int):
             return plan
-        if plan.trial.refusal and not plan.trial.is_for_now:
-            raise UserError(f"sbatch: {plan.trial.refusal}; nothing was queued")
+        check_trial(plan)
         plans.append(_in_lane(plan, group, number % at_once, point))
     if options.plan == "1":
         _say_plan(plans, points, at_once)
@@ -113,9 +114,7 @@ def points_of(grid: str) -> list[Point]:
         if "" in found or len(set(found)) < len(found) or key in values:
             raise UserError(f"GRID: '{printable(word)}' has an empty value, or one twice")
         values[key] = found
-    count = 1
-    for found in values.values():
-        count *= len(found)
+    count = math.prod(map(len, values.values()))
     if count > MAX_POINTS:
         raise UserError(f"GRID: has {count:,} points, and a sweep takes at most {MAX_POINTS}")
     pairs = [[(key, value) for value in found] for key, found in values.items()]
@@ -128,11 +127,7 @@ def at_most(given: str, points: int) -> int:
     Raises:
         UserError: it is not a number of runs.
     """
-    if not given:
-        return points
-    if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < 1:
-        raise UserError(f"MAX={given}: must be a whole number, at least 1")
-    return min(int(given), points)
+    return min(whole_number("MAX", given, 1) or points, points)
 
 
 def names_of(points: list[Point], group: str) -> list[str]:

@@ -13,6 +13,7 @@ from cluster.plan import program
 from cluster.plan.program import Program, Signal
 from cluster.site.file import check_variables
 from runfolder.errors import UserError, did_you_mean
+from runfolder.records import SCRIPT_FOLDER
 
 JOBS = Path("configs/jobs")
 STRATEGIES = Path("configs/accelerate")
@@ -108,7 +109,7 @@ def load_job(name: str) -> Job:
         return Job(**job, module=".".join(inside.with_suffix("").parts))
     folder = None if inside else root or script.parent
     within = script.resolve().relative_to(folder.resolve()) if folder else script
-    place = str(inside or Path(program.SCRIPT_FOLDER, within))
+    place = str(inside or Path(SCRIPT_FOLDER, within))
     return Job(
         **job,
         module=program.MODULE,
@@ -130,14 +131,13 @@ def _job_file(name: str) -> Path:
     path = Path(name).expanduser()
     if len(path.parts) < 2 and path.suffix not in (".yaml", ".yml"):
         return _named(JOBS, "JOB", name)
+    hint = did_you_mean(path.stem, sorted(file.stem for file in JOBS.glob("*.yaml")))
     if path.is_dir() or path.suffix not in (".yaml", ".yml"):
-        hint = did_you_mean(path.stem, sorted(file.stem for file in JOBS.glob("*.yaml")))
         raise UserError(
             f"JOB={name}: is neither the name of a job in {JOBS} nor a .yaml file of yours{hint}"
         )
     if not path.exists():
-        known = {file.stem: file for file in JOBS.glob("*.yaml")}
-        raise UserError(f"JOB={name}: there is no such file{did_you_mean(path.stem, known)}")
+        raise UserError(f"JOB={name}: there is no such file{hint}")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", path.stem):
         raise UserError(
             f"JOB={name}: the name of a job's file has letters, digits, '.', '_' and '-' only"
@@ -153,10 +153,13 @@ def _named(folder: Path, variable: str, name: str) -> Path:
     return known[name]
 
 
+def _seen_from(path: Path, named: str) -> Path:
+    """Return what a job's file names: seen from the checkout, or from that file's own folder."""
+    return (Path() if _in_checkout(path) else path.parent) / Path(named).expanduser()
+
+
 def _script(path: Path, named: str) -> Path:
-    """Return the script: seen from the checkout, or from the folder of a job file elsewhere."""
-    base = Path() if _in_checkout(path) else path.parent
-    script = base / Path(named).expanduser()
+    script = _seen_from(path, named)
     if script.is_dir():
         raise UserError(f"{path}: script: {script} is a folder; name the file that is started")
     if not script.is_file():
@@ -167,13 +170,12 @@ def _script(path: Path, named: str) -> Path:
 
 
 def _folder(path: Path, named: object) -> Path | None:
-    """Return the folder of a script's code, if the job's file says which; seen as the script is."""
+    """Return the folder of a script's code, if the job's file says which."""
     if named is None:
         return None
-    base = Path() if _in_checkout(path) else path.parent
-    if not isinstance(named, str) or not (base / Path(named).expanduser()).is_dir():
+    if not isinstance(named, str) or not (folder := _seen_from(path, named)).is_dir():
         raise UserError(f"{path}: folder: {named!r} is not a folder")
-    return base / Path(named).expanduser()
+    return folder
 
 
 def _in_checkout(path: Path) -> Path | None:

@@ -6,49 +6,26 @@ the run's folder as launch.env, and nothing else reaches `slurm/`.
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cluster.plan import container, resolve
+from cluster.plan import resolve
 from cluster.plan.binds import OF_THE_RUN, argument_binds, bind, extra_binds
-from cluster.plan.job import JOBS, load_job, strategy_file
-from cluster.plan.program import MODULE, SCRIPT_FOLDER, Program
+from cluster.plan.job import strategy_file
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime, runtime_values
+from cluster.plan.source import Source, note_changed_script
 from cluster.runs import folders
 from cluster.site.settings import Site
-from runfolder import files, launch, lock, records, settings
+from runfolder import files, launch, lock, settings
 from runfolder.errors import UserError
 
 # Seconds for saving, if there is no time limit.
 SAVE_S = 120
 MB = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is to run: a job as a new run, or a run to continue with its own code and settings."""
-
-    folder: Path
-    record: dict[str, Any]
-    """The run.json of a new run, or of the one to continue."""
-    accel: str
-    settings: Path
-    """The settings file that it starts with."""
-    code: Path
-    is_new: bool
-    program: Program | None = None
-    """Of a script that is not ours."""
-    script_folder: Path | None = None
-    """Of one outside the checkout, until the run has its copy."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """The job's own variables for every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,68 +95,6 @@ def _check_copied(source: Source, code: Path) -> None:
         )
 
 
-def new_run(job_name: str, *, name: str, accel: str) -> Source:
-    """Return a job as a new run; nothing is written.
-
-    Raises:
-        UserError: there is no such job, or no place for its run.
-    """
-    job = load_job(job_name)
-    record: dict[str, Any] = {"job": job.name, "module": job.module}
-    record |= {"resources": asdict(job.resources), "environment": job.environment}
-    record |= {"mail": job.mail, "after": job.after}
-    if job.program is not None:
-        record["program"] = job.program.record()
-    return Source(
-        folder=folders.new_folder(job.name, name),
-        record=record,
-        accel=accel or "ddp",
-        settings=job.path,
-        code=Path.cwd(),
-        is_new=True,
-        program=job.program,
-        script_folder=job.script_folder,
-        environment=job.environment,
-    )
-
-
-def note_changed_script(source: Source) -> None:
-    """Say it if a script was edited since its run began, which has its own copy."""
-    program, folder = source.program, source.record.get("script_folder")
-    if program is None or program.kind != "script" or folder is None:
-        return
-    now = Path(folder) / Path(program.name).relative_to(SCRIPT_FOLDER)
-    then = source.code / program.name
-    if now.is_file() and then.is_file() and now.read_bytes() != then.read_bytes():
-        print(f"note: {now} has changed; the run continues with its own copy", file=sys.stderr)
-
-
-def run_that_goes_on(name: str, *, accel: str) -> Source:
-    """Return a run to continue.
-    Raises:
-        UserError: there is none, or its code is older than launch.env.
-    """
-    folder = folders.find(name)
-    record = records.read(folder)
-    if not (folder / "code/runfolder/launch.py").is_file():
-        made_of = record.get("git_commit")
-        where = f"a checkout of {made_of[:12]}" if made_of else "the Sluice that started it"
-        raise UserError(
-            f"RUN={name}: was started by an older Sluice, and this one cannot start its code; "
-            f"continue it in {where}"
-        )
-    return Source(
-        folder=folder,
-        record=record,
-        accel=accel or record["accel"],
-        settings=folder / "config.yaml",
-        code=folder / "code",
-        is_new=False,
-        program=Program(**record["program"]) if record.get("program") else None,
-        environment=record.get("environment", {}),
-    )
-
-
 def resolve_launch(
     source: Source,
     request: Request,
@@ -216,7 +131,14 @@ def resolve_launch(
         # Otherwise torch would use the GPUs that it finds.
         told["CUDA_VISIBLE_DEVICES"] = ""
     if source.program:
-        config: str | int = _program_config(source, runtime, script_arguments, environment | told)
+        config: str | int = resolve.program_settings(
+            runtime,
+            source.program,
+            script_arguments,
+            environment | told,
+            before=None if source.is_new else source.settings,
+            is_copied=source.script_folder is not None,
+        )
     else:
         config = resolve.settings(
             runtime,
@@ -236,32 +158,6 @@ def resolve_launch(
         values=_values(source, request, runtime, staged, site),
         exported=exported | (site.environment if site else {}) | source.environment,
     )
-
-
-def _program_config(
-    source: Source, runtime: Runtime, words: list[str], environment: dict[str, str]
-) -> str | int:
-    """Return the config.yaml of a script that is not ours, or the exit code of a refusal."""
-    program = source.program
-    assert program is not None
-    resolve.make_datasets_folder()
-    # It is a word to make and not to the script, which need not know it.
-    dry_run = "--dry_run" in words
-    words = [word for word in words if word != "--dry_run"]
-    if not source.is_new:
-        before = json.loads(source.settings.read_text(encoding="utf-8"))
-        # What was given with an earlier launch is still said.
-        return json.dumps(before | {"arguments": before["arguments"] + words}, indent=2) + "\n"
-    is_installed = program.kind != "script" and source.script_folder is None
-    if is_installed and (code := _find_program(program, runtime, environment)):
-        return code
-    return program.config(words, dry_run=dry_run)
-
-
-def _find_program(program: Program, runtime: Runtime, environment: dict[str, str]) -> int:
-    """Return 0 if the image, or the environment of the host, has the module or the command."""
-    words = [f"--find={program.kind}", program.name]
-    return container.call(runtime, MODULE, words, code=Path.cwd(), environment=environment)
 
 
 def _values(
@@ -336,12 +232,3 @@ def _site_bind(site: Site, text: str) -> str:
                 "bind it elsewhere"
             )
     return bind(Path(parts[0]), Path(parts[-1]), mode)
-
-
-def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:
-    """Return the make command that starts such a run again, for its record."""
-    is_ours = source.settings.parent == JOBS
-    job = source.record["job"] if is_ours else source.settings.absolute()
-    words = ["make", target, f"JOB={job}", f"ACCEL={source.accel}"]
-    words += [f"{name}={value}" for name, value in sizes.items()]
-    return shlex.join([*words, f"ARGS={shlex.join(arguments)}"])

@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from runfolder.errors import UserError
 
-# Where a script's folder lies in the run's code, if it is no part of the checkout.
-SCRIPT_FOLDER = "script"
 # The module of ours that runs it.
 MODULE = "train.program"
 Signal = Literal["USR1", "TERM", "none"]

@@ -96,8 +96,8 @@ def resolve_request(
     Raises:
         UserError: a node of the site's partition does not have what is asked for.
     """
-    num_nodes = _number("NODES", sizes.nodes, 1) or asked["num_nodes"]
-    gpus = _number("GPUS", sizes.gpus, 0)
+    num_nodes = whole_number("NODES", sizes.nodes, 1) or asked["num_nodes"]
+    gpus = whole_number("GPUS", sizes.gpus, 0)
     if gpus is None:
         gpus = 0 if on_cpu else asked["gpus_per_node"]
         if gpus > site.slurm.gpus_per_node:
@@ -107,7 +107,7 @@ def resolve_request(
             )
     elif gpus > site.slurm.gpus_per_node:
         raise UserError(f"GPUS={gpus}: a node has {_has_gpus(site)}")
-    given = _number("NPROC", sizes.nproc, 1)
+    given = whole_number("NPROC", sizes.nproc, 1)
     before = asked.get("processes_per_node") if gpus == asked["gpus_per_node"] else None
     # With GPUs there is one process per GPU, whatever it was before.
     processes = given or gpus or before or 1
@@ -184,7 +184,12 @@ def _share(whole: int, gpus: int, of_gpus: int) -> int:
     return max(1, whole * gpus // of_gpus) if gpus else whole
 
 
-def _number(variable: str, given: str, least: int) -> int | None:
+def whole_number(variable: str, given: str, least: int) -> int | None:
+    """Return the number that a variable of make has; None if it is empty.
+
+    Raises:
+        UserError: it is not a whole number, or less than `least`.
+    """
     if not given:
         return None
     if not re.fullmatch(r"[0-9]{1,6}", given) or int(given) < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from cluster.plan import container
+from cluster.plan.program import MODULE, Program
 from cluster.plan.runtime import Runtime
 from cluster.runs import folders
 from cluster.site import places
@@ -41,20 +43,40 @@ def settings(
         return resolved.read_text(encoding="utf-8") if resolved.exists() else code
 
 
+def program_settings(
+    runtime: Runtime,
+    program: Program,
+    words: list[str],
+    environment: dict[str, str],
+    *,
+    before: Path | None,
+    is_copied: bool,
+) -> str | int:
+    """Return the config.yaml of a script that is not ours, or the exit code of a refusal.
+
+    `before`: that of a run that continues. `is_copied`: the job brings its code along, so that it
+    need not be installed.
+    """
+    _made(folders.datasets_folder(), "SLUICE_DATASETS")
+    # It is a word to make and not to the script, which need not know it.
+    dry_run = "--dry_run" in words
+    words = [word for word in words if word != "--dry_run"]
+    if before is not None:
+        known = json.loads(before.read_text(encoding="utf-8"))
+        # What was given with an earlier launch is still said.
+        return json.dumps(known | {"arguments": known["arguments"] + words}, indent=2) + "\n"
+    if program.kind != "script" and not is_copied:
+        find = [f"--find={program.kind}", program.name]
+        if code := container.call(runtime, MODULE, find, code=Path.cwd(), environment=environment):
+            return code
+    return program.config(words, dry_run=dry_run)
+
+
 def _writable_folders(environment: dict[str, str]) -> list[Path]:
     """Return the datasets folder, created if it is missing, and the cache if there is one."""
     writable = [_made(folders.datasets_folder(), "SLUICE_DATASETS")]
     home = Path(environment["HF_HOME"]).absolute()
     return [*writable, home] if home.is_dir() else writable
-
-
-def make_datasets_folder() -> None:
-    """Make the folder of datasets where it is missing: a container has to see it.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    _made(folders.datasets_folder(), "SLUICE_DATASETS")
 
 
 def _is_empty(folder: Path) -> bool:

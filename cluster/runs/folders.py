@@ -106,7 +106,7 @@ def create(
         if diff := git.pop("diff"):
             (unfinished / "code.diff").write_bytes(diff)
         if script_folder is not None:
-            own = checkout.copy(unfinished / "code/script", script_folder)
+            own = checkout.copy(unfinished / "code" / records.SCRIPT_FOLDER, script_folder)
             if diff := own.pop("diff"):
                 (unfinished / "script.diff").write_bytes(diff)
             git |= {"script_folder": str(script_folder.absolute())}

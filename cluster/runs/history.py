@@ -12,7 +12,7 @@ from typing import Any
 from cluster.runs import folders
 from cluster.slurm.call import QueuedJob
 from cluster.slurm.reasons import OVER
-from runfolder import checkpoints, records
+from runfolder import attempts, checkpoints, records
 from runfolder.attempts import OUTCOMES, Attempt
 from runfolder.errors import UserError
 from runfolder.files import last_lines, number, read_json, text
@@ -45,6 +45,12 @@ def submitted_runs() -> list[Path]:
     """Return the folders of all runs that were submitted to Slurm, the oldest first."""
     found = [path.parent for path in folders.runs_folder().glob("*/*/jobs.jsonl")]
     return sorted((path for path in found if path.name[0] != "."), key=lambda path: path.name)
+
+
+def has_finished(folder: Path) -> bool:
+    """Return whether a run's newest attempt came to its end."""
+    newest = attempts.read_all(folder)[-1:]
+    return any((one.outcome or {}).get("outcome") == "finished" for one in newest)
 
 
 def runs_of_sweep(name: str) -> list[Path]:

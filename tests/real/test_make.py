@@ -151,28 +151,10 @@ def test_a_dry_run_of_a_script_of_ones_own_ends_after_three_steps(checkout: Chec
     ).read_bytes()
 
 
-SAVES = """
-import signal
-import sys
-import time
-from pathlib import Path
-
-def save(number, frame):
-    Path("saved").write_text(signal.Signals(number).name)
-    sys.exit(75)
-
-if "--resume" in sys.argv:
-    sys.exit(0)
-signal.signal(signal.SIGUSR1, save)
-Path("ready").touch()
-time.sleep(3600)
-"""
-
-
 def test_ctrl_c_asks_a_script_of_ones_own_to_save_and_it_goes_on(checkout: Checkout) -> None:
     own = checkout.folder.parent / "saves"
     own.mkdir()
-    (own / "saves.py").write_text(SAVES)
+    shutil.copy(CHECKOUT / "tests/real/fit/saves.py", own)
     (own / "saves.yaml").write_text(
         "script: saves.py\nresume_arguments: [--resume]\ncheckpoints: saved\n"
     )

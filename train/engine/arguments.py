@@ -22,40 +22,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from runfolder.errors import UserError, did_you_mean
+from train.engine.training_arguments import OURS
 
 Config = TypeVar("Config")
-# What transformers' TrainingArguments and its example scripts call our settings: transformers
-# 5.23, TrainingArguments and examples/pytorch/language-modeling/run_clm.py. The first counts that
-# a script has.
-OF_TRAINING_ARGUMENTS = {
-    "learning_rate": ("optimizer.lr",),
-    "weight_decay": ("optimizer.weight_decay",),
-    "adam_beta1": ("optimizer.beta1",),
-    "adam_beta2": ("optimizer.beta2",),
-    "adam_epsilon": ("optimizer.eps",),
-    "max_grad_norm": ("optimizer.max_grad_norm",),
-    "lr_scheduler_type": ("schedule.kind",),
-    "warmup_steps": ("schedule.warmup_steps",),
-    "num_train_epochs": ("num_epochs", "max_steps"),
-    "per_device_train_batch_size": ("batch.micro_batch_size", "batch_size"),
-    "gradient_accumulation_steps": ("batch.global_batch_size",),
-    "block_size": ("data.sequence_length", "data.max_length"),
-    "max_seq_length": ("data.sequence_length", "data.max_length"),
-    "model_name_or_path": ("model.name",),
-    "dataset_name": ("data.name",),
-    "dataset_config_name": ("data.config",),
-    "train_file": ("data.train",),
-    "validation_file": ("data.validation",),
-    "logging_steps": ("log_every_steps",),
-    "eval_steps": ("evaluation.every_steps",),
-    "save_steps": ("checkpoint.every_steps",),
-    "save_total_limit": ("checkpoint.keep",),
-    "output_dir": ("run_folder",),
-    "torch_compile": ("compile",),
-    "bf16": ("precision",),
-    "fp16": ("precision",),
-    "ddp_timeout": ("timeout_s",),
-}
 
 
 def parse(
@@ -289,7 +258,7 @@ def _check_options(options: list[str], hints: dict[str, Any]) -> None:
 
 def _nearest(name: str, known: typing.Collection[str]) -> str:
     """Return the end of a message about an unknown name; `lr` alone finds `optimizer.lr`."""
-    for ours in OF_TRAINING_ARGUMENTS.get(name, ()):
+    for ours in OURS.get(name, ()):
         if ours in known:
             return f"; here it is '{ours}'"
     by_last = {choice.rpartition(".")[2]: choice for choice in known}

@@ -252,7 +252,11 @@ JOINED = STEPS + "import torch.distributed as dist\ndist.init_process_group('glo
     [
         ("for _ in range(100): step(dist.get_rank()); dist.barrier()", {}),
         ("for _ in range(3): step(dist.get_rank())", {}),
-        ("time.sleep(2 * dist.get_rank())\nfor _ in range(5): step(dist.get_rank())", {}),
+        (
+            "while dist.get_rank() and not os.path.exists('ahead'): time.sleep(0.01)\n"
+            "for _ in range(5): step(dist.get_rank())\nopen('ahead', 'w')",
+            {},
+        ),
         ("while True: step(dist.get_rank())", {"dry_run": True}),
         # One model is wrapped and averaged, and another is trained.
         (

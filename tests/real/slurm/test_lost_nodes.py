@@ -135,35 +135,17 @@ def test_a_script_of_ones_own_loses_a_node_goes_on_and_is_finished(desk: Desk) -
     assert (alone / "losses").read_text().splitlines() == lines[:8] + lines[10:]
 
 
-# Slurm's word before the limit is USR1; what the job's file says reaches the script.
-SAVES = """
-import signal
-import sys
-import time
-from pathlib import Path
-
-def save(number, frame):
-    Path("saved").write_text(signal.Signals(number).name)
-    sys.exit(75)
-
-if "--resume" in sys.argv:
-    sys.exit(0)
-signal.signal(signal.SIGTERM, save)
-Path("ready").touch()
-time.sleep(3600)
-"""
-
-
 def test_a_script_of_ones_own_is_asked_by_its_own_signal_saves_and_goes_on(desk: Desk) -> None:
     own = desk.checkout.parent / "saves"
     own.mkdir()
-    (own / "saves.py").write_text(SAVES)
+    shutil.copy(CHECKOUT / "tests/real/fit/saves.py", own)
     (own / "saves.yaml").write_text(
         "script: saves.py\nsignal: TERM\nresume_arguments: [--resume]\ncheckpoints: saved\n"
         "resources: {gpus_per_node: 0}\n"
     )
     run = desk.submit(f"JOB={own / 'saves.yaml'}")
     desk.wait_until((run.folder / "ready").exists, run)
+    # Slurm's word before the limit is USR1; what the job's file says reaches the script.
     desk.cluster.output("scancel", "--batch", "--signal=USR1", run.job_id)
     desk.wait(run)
     first, last = run.outcomes()

@@ -14,6 +14,7 @@ from cluster.plan.image import Image
 from cluster.plan.program import Program
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime
+from cluster.plan.source import Source, run_that_goes_on
 from cluster.site.settings import PRIVATE, Container, Paths
 from runfolder.errors import UserError
 from tests.shared import CHECKOUT
@@ -21,8 +22,8 @@ from tests.shared import CHECKOUT
 RUN = Request.of_this_machine(2, num_gpus=0)
 
 
-def source(folder: Path) -> launch.Source:
-    return launch.Source(
+def source(folder: Path) -> Source:
+    return Source(
         folder=folder / "run",
         record={"job": "x", "module": "train.x", "resources": {"max_restarts": 3}},
         accel="ddp",
@@ -95,8 +96,9 @@ def test_a_script_that_git_ignores_is_refused_and_makes_no_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.py").touch()
+    made_of, program = source(tmp_path), Program(kind="script", name="ignored/fit.py")
     made = launch.Launch(
-        source=replace(source(tmp_path), program=Program(kind="script", name="ignored/fit.py")),
+        source=replace(made_of, record=made_of.record | {"program": program.record()}),
         request=RUN,
         runtime=Runtime(image=Image(path=tmp_path, variant="cpu", sha256="", lock_sha256="")),
         config="{}",
@@ -120,7 +122,7 @@ def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
         '"git_commit": "0123456789abcdef"}'
     )
     with pytest.raises(UserError, match=r"started by an older Sluice.*checkout of 0123456789ab"):
-        launch.run_that_goes_on(str(run), accel="")
+        run_that_goes_on(str(run), accel="")
     (run / "code/runfolder").mkdir()
     (run / "code/runfolder/launch.py").touch()
-    assert launch.run_that_goes_on(str(run), accel="zero1").accel == "zero1"
+    assert run_that_goes_on(str(run), accel="zero1").accel == "zero1"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from runfolder.errors import UserError
 from train import tinyllama
-from train.engine import arguments
+from train.engine import arguments, training_arguments
 from train.engine.config import StagedPaths, TrainingConfig
 from train.engine.settings import OptimizerSettings
 from train.labs.ag_news.settings import Config as NewsConfig
@@ -250,7 +250,7 @@ def test_a_name_of_training_arguments_is_answered_with_ours(theirs: str, ours: s
 def test_every_name_of_training_arguments_means_a_setting_of_some_script() -> None:
     configs = (tinyllama.Config, NewsConfig, RagConfig)
     known = {name for config in configs for name in arguments._hints(config, "")}
-    for theirs, ours in arguments.OF_TRAINING_ARGUMENTS.items():
+    for theirs, ours in training_arguments.OURS.items():
         assert set(ours) <= known, theirs
 
 
