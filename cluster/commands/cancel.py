@@ -16,6 +16,8 @@ from runfolder import attempts, checkpoints, decision, records
 from runfolder.errors import UserError
 
 POLL_S = 2.0
+# What a shell says of Ctrl+C.
+INTERRUPTED = 130
 # After a plain scancel Slurm kills what remains: after KillWait, 30 s by default, and an epilog.
 KILL_S = 120
 # What scancel says about a job that is just ending or starting; the next look at it tells.
@@ -49,9 +51,11 @@ def cancel_sweep(name: str) -> int:
     for folder in reversed(history.runs_of_sweep(name)):
         try:
             code = cancel(history.name_of(folder)) or code
-            ended += 1
         except NotInQueue:
             continue
+        ended += 1
+        if code == INTERRUPTED:
+            break
     if not ended:
         raise UserError(f"NAME={name}: none of its runs is in the queue; make status NAME={name}")
     return code
@@ -123,7 +127,7 @@ class Cancellation:
                 print(f"\nno longer waiting; job {job_id} was told to end: make status shows it")
             else:
                 print(f"\njob {job_id} was not cancelled")
-            return 130
+            return INTERRUPTED
         decision.forget_cancel(self._folder)
         self._say_end(saved_in_time)
         return 0
