@@ -150,7 +150,7 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
             local_loss = torch.zeros((), dtype=torch.float64, device=device)
             for number, (inputs, labels) in enumerate(batch, start=1):
                 last = number == spec.gradient_accumulation_steps
-                local_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last)
+                local_loss += wrapped.accumulate((inputs, labels), scale=scale, last=last)
             mine = float(local_loss) / world_size()
             loss, _, _ = agree(mine, False, False, device=device)
             guard.check_loss(mine, loss, step=step, positions=positions)

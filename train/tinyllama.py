@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from runfolder.attempts import write_outcome
 from train.engine import signals, staging
 from train.engine.batches import Blocks
-from train.engine.config import TrainingConfig
+from train.engine.config import TextConfig
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
 from train.engine.script import Script
@@ -40,7 +40,7 @@ DRY_RUN: dict[str, Any] = {
 
 
 @dataclass(kw_only=True)
-class Config(TrainingConfig):
+class Config(TextConfig):
     """Train a causal language model on text."""
 
     run_folder: str = ""

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +137,30 @@ def pack(
     return packed
 
 
+class Rows(Protocol):
+    """What a step trains on and an evaluation scores: rows of `sequence_length` tokens."""
+
+    sequence_length: int
+
+    @property
+    def num_full(self) -> int:
+        """Rows that training reads."""
+
+    @property
+    def num_all(self) -> int:
+        """Rows that evaluation reads."""
+
+    @property
+    def positions_per_target(self) -> float:
+        """Tokens that are computed for each that is a target."""
+
+    def bytes_of(self, num_tokens: float) -> float:
+        """Return the bytes, in UTF-8, that `num_tokens` targets stand for on average."""
+
+    def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return inputs, labels and perhaps positions, each of shape (len(indices), T)."""
+
+
 class Blocks:
     """The blocks of a packed folder: block i is tokens [i T, i T + T + 1), T the sequence length.
 
@@ -176,6 +201,15 @@ class Blocks:
     def num_all(self) -> int:
         """All blocks, with the last one, which may be short; evaluation reads these."""
         return -(-self._num_targets // self.sequence_length)
+
+    @property
+    def positions_per_target(self) -> float:
+        """1: every token of a full block has a target."""
+        return 1.0
+
+    def bytes_of(self, num_tokens: float) -> float:
+        """Return the bytes that `num_tokens` targets stand for, as `Rows` says."""
+        return self.packed.num_bytes * num_tokens / self._num_targets
 
     def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return (inputs, labels), each of shape (len(indices), T).

@@ -12,6 +12,7 @@ from train.engine.settings import (
     OptimizerSettings,
     ScheduleSettings,
     ShardCheckpointSettings,
+    SourceSettings,
     TextEvaluationSettings,
     require,
 )
@@ -61,7 +62,7 @@ class TrainingConfig(LoopSettings):
     """All settings of a language-model training script."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: SourceSettings
     batch: BatchSettings = field(default_factory=BatchSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -71,3 +72,10 @@ class TrainingConfig(LoopSettings):
     """Written by the set-up; not for the command line."""
     dry_run: bool = False
     """A few steps of the preset `tiny` on the embedded sample: train, stop, resume, export."""
+
+
+@dataclass(kw_only=True)
+class TextConfig(TrainingConfig):
+    """All settings of a script that trains on text."""
+
+    data: DataSettings = field(default_factory=DataSettings)

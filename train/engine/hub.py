@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from runfolder.errors import UserError
 from train.engine.once import CutOff
-from train.engine.rows import Row, check_columns, class_name
+from train.engine.rows import Columns, Row, check_columns, chosen, class_name
 
 
 def resolve(kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
@@ -91,7 +91,7 @@ def download_model(name: str, revision: str | None, folder: Path, patterns: list
 
 
 def dataset_rows(
-    name: str, config: str | None, revision: str | None, split: str, columns: Mapping[str, str]
+    name: str, config: str | None, revision: str | None, split: str, columns: Columns
 ) -> Iterator[Row]:
     """Yield the rows of a dataset as `rows.read_rows` does, a thousand in memory at a time.
 
@@ -122,6 +122,7 @@ def dataset_rows(
             f"{what} could not be loaded at revision {commit[:12]}, only an earlier one from the "
             "cache; run it again, or give data.revision"
         )
+    columns = chosen(columns, rows.column_names)
     check_columns(what, columns, rows.column_names)
     names = list(columns.values())
     classes = [getattr(rows.features[name], "names", None) for name in names]

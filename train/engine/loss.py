@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runfolder.moments import reached
-from train.engine import models, signals
-from train.engine.batches import Blocks
+from train.engine import attention, models, signals
+from train.engine.batches import Rows
 from train.engine.distributed import agree, rank, world_size
 
 
@@ -47,16 +47,23 @@ class TokenLoss(nn.Module):
             layer.compile(dynamic=False)
         self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the loss in nats, summed over targets, fp32, for inputs and labels of (B, T).
 
         Without labels, the logits of (B, T, V): sampling must go through `forward` too, where a
-        sharded model gathers its weights.
+        sharded model gathers its weights. With positions of (B, T), an example begins wherever
+        they restart at 0, and attends to itself alone.
 
         No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
         """
+        packed = {} if positions is None else attention.packed_inputs(self.model, positions)
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=inputs, use_cache=False).logits
+            logits = self.model(input_ids=inputs, use_cache=False, **packed).logits
         return logits if labels is None else self._cross_entropy(logits, labels)
 
 
@@ -77,14 +84,14 @@ def global_target_tokens(labels: Iterable[torch.Tensor], device: torch.device) -
 
 @dataclass(frozen=True)
 class Validation:
-    """What an evaluation found, over all target tokens of the validation text."""
+    """What an evaluation found, over all target tokens of the validation data."""
 
     loss: float
     """Mean loss of a token in nats."""
     perplexity: float
     """exp(loss); comparable only between runs with the same tokenizer."""
     bits_per_byte: float
-    """Comparable between tokenizers: the whole text's loss in bits over its bytes in UTF-8."""
+    """Comparable between tokenizers: the loss in bits over the bytes in UTF-8 of what is scored."""
     num_tokens: int
 
     def metrics(self) -> dict[str, float]:
@@ -99,13 +106,13 @@ class Validation:
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
-    blocks: Blocks,
+    blocks: Rows,
     *,
     micro_batch_size: int,
     max_tokens: int | None,
     device: torch.device,
 ) -> Validation | None:
-    """Score the validation text, or its first `max_tokens`; None if the run is asked to stop.
+    """Score the validation data, or its first `max_tokens`; None if the run is asked to stop.
 
     Every target token counts once at any number of processes: ranks take turns at batches, and
     those past the end score nothing but still take part in the collectives of a sharded model.
@@ -122,8 +129,8 @@ def evaluate(
         indices = [
             i if i < num_blocks else blocks.num_all for i in range(start, start + micro_batch_size)
         ]
-        inputs, labels = (torch.from_numpy(part).to(device) for part in blocks.rows(indices))
-        total += torch.stack([module(inputs, labels).double(), (labels != -100).sum().double()])
+        batch = [torch.from_numpy(part).to(device) for part in blocks.rows(indices)]
+        total += torch.stack([module(*batch).double(), (batch[1] != -100).sum().double()])
         reached("in-evaluation")
         # Asking costs a collective and, on a GPU, a sync: every tenth batch is often enough.
         if turn % 10 == 9 and agree(signals.received() is not None, device=device)[0]:
@@ -131,10 +138,9 @@ def evaluate(
     dist.all_reduce(total)
     nats, num_tokens = (float(value) for value in total.tolist())
     loss = nats / num_tokens
-    bytes_scored = blocks.packed.num_bytes * num_tokens / (blocks.packed.num_tokens - 1)
     return Validation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / bytes_scored,
+        bits_per_byte=nats / math.log(2) / blocks.bytes_of(num_tokens),
         num_tokens=int(num_tokens),
     )

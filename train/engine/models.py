@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,32 @@ def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
     return LlamaConfig(
         **shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, dtype="float32"
     )
+
+
+@torch.no_grad()
+def add_tokens(model: PreTrainedModel, vocab_size: int) -> None:
+    """Give a model rows for `vocab_size` tokens; each new one is the mean of those it had.
+
+    The new tokens then change the probabilities of the others least (Hewitt 2021, "Initializing
+    new word embeddings for pretrained language models").
+    """
+    embedding: Any = model.get_input_embeddings()
+    known = embedding.weight.shape[0]
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name in ("weight", "bias"):
+            rows: Any = getattr(part, name, None)
+            if rows is not None:
+                rows[known:] = rows[:known].mean(dim=0)
+
+
+def end_with(model: PreTrainedModel, end_ids: Iterable[int]) -> None:
+    """Let the texts of a model also end with these tokens, wherever it is loaded."""
+    settings = model.generation_config
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    # The one that it had stays the first.
+    settings.eos_token_id = list(dict.fromkeys([*known, *sorted(end_ids)]))
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -16,17 +16,20 @@ from train.engine.filenames import suffix_of
 # Where a row is (file and line, if there are lines), and its values in the order asked for.
 Row = tuple[str, tuple[Any, ...]]
 
+# The setting that names a column, as it is below `data.`, and the column: {"text_column": "text"}.
+# Or a function that chooses them from the names of the columns, of the first row in JSON.
+Columns = Mapping[str, str] | Callable[[Sequence[str]], Mapping[str, str]]
+
 # Increment when files give other rows, so that what was staged before is not used again.
 READ_FORMAT = 3
 
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 
-def read_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def read_rows(file: Path, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a file of `filenames.SUFFIXES` that has rows (all but .txt).
 
-    `columns` maps the setting that names a column, as it is below `data.`, to the column:
-    {"text_column": "text"}. A message about a column that is missing names that setting.
+    A message about a column that is missing names its setting.
 
     Raises:
         UserError: a file does not match its suffix, or lacks a column; with its line.
@@ -63,6 +66,11 @@ def class_name(names: Sequence[str] | None, value: Any) -> Any:
     return names[value] if names and is_class else value
 
 
+def chosen(columns: Columns, names: Iterable[str]) -> Mapping[str, str]:
+    """Return the columns to read of those with `names`."""
+    return columns([str(name) for name in names]) if callable(columns) else columns
+
+
 def check_columns(where: str, columns: Mapping[str, str], found: Iterable[str]) -> None:
     """Raise `UserError` if a column is not among those `found`, or is there twice."""
     names = [str(name) for name in found]
@@ -75,14 +83,14 @@ def check_columns(where: str, columns: Mapping[str, str], found: Iterable[str]) 
             raise UserError(f"{where}: has {names.count(column)} columns '{column}'; rename one")
 
 
-def _csv_rows(file: Path, columns: Mapping[str, str], delimiter: str = ",") -> Iterator[Row]:
+def _csv_rows(file: Path, columns: Columns, delimiter: str = ",") -> Iterator[Row]:
     rows = csvrows.read(file, delimiter)
     _, header = next(rows, ("", []))
     if not header:
         raise UserError(f"{file}: is empty; its first line names the columns")
     # "label, text" means the columns label and text.
     names = [name.strip() for name in header]
-    wanted = {setting: column.strip() for setting, column in columns.items()}
+    wanted = {setting: column.strip() for setting, column in chosen(columns, names).items()}
     if not set(wanted.values()) <= set(names):
         _check_header(file, names, list(wanted.values()))
     check_columns(str(file), wanted, names)
@@ -91,7 +99,7 @@ def _csv_rows(file: Path, columns: Mapping[str, str], delimiter: str = ",") -> I
         yield where, tuple(fields[place] for place in places)
 
 
-def _tsv_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _tsv_rows(file: Path, columns: Columns) -> Iterator[Row]:
     yield from _csv_rows(file, columns, "\t")
 
 
@@ -109,26 +117,30 @@ def _check_header(file: Path, names: Sequence[str], wanted: Sequence[str]) -> No
         )
 
 
-def _json_lines(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    for where, row in jsonrows.read_lines(file):
-        yield where, _picked(where, row, columns)
+def _json_lines(file: Path, columns: Columns) -> Iterator[Row]:
+    yield from _picked(jsonrows.read_lines(file), columns)
 
 
-def _json_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    for where, row in jsonrows.read_document(file, columns.values()):
-        yield where, _picked(where, row, columns)
+def _json_rows(file: Path, columns: Columns) -> Iterator[Row]:
+    # Without columns, an object is a row.
+    wanted = () if callable(columns) else columns.values()
+    yield from _picked(jsonrows.read_document(file, wanted), columns)
 
 
-def _picked(where: str, row: Any, columns: Mapping[str, str]) -> tuple[Any, ...]:
-    if not isinstance(row, dict):
-        shape = json.dumps(dict.fromkeys(columns.values(), "..."), ensure_ascii=False)
-        hint = "; a list of rows is read from a file named .json" if isinstance(row, list) else ""
-        raise UserError(f"{where}: is not an object such as {shape}{hint}")
-    check_columns(where, columns, row)
-    return tuple(row[column] for column in columns.values())
+def _picked(rows: Iterable[tuple[str, Any]], columns: Columns) -> Iterator[Row]:
+    for where, row in rows:
+        if not isinstance(row, dict):
+            names = ["text"] if callable(columns) else columns.values()
+            shape = json.dumps(dict.fromkeys(names, "..."), ensure_ascii=False)
+            wrapped = isinstance(row, list)
+            hint = "; a list of rows is read from a file named .json" if wrapped else ""
+            raise UserError(f"{where}: is not an object such as {shape}{hint}")
+        columns = chosen(columns, row)
+        check_columns(where, columns, row)
+        yield where, tuple(row[column] for column in columns.values())
 
 
-def _parquet_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _parquet_rows(file: Path, columns: Columns) -> Iterator[Row]:
     import pyarrow.parquet
 
     # Otherwise it reads a whole row group ahead, which can be the whole file.
@@ -137,11 +149,11 @@ def _parquet_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         columns,
         lambda: pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20),
         lambda table: table.schema_arrow,
-        lambda table: table.iter_batches(batch_size=1000, columns=list(columns.values())),
+        lambda table, names: table.iter_batches(batch_size=1000, columns=names),
     )
 
 
-def _arrow_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+def _arrow_rows(file: Path, columns: Columns) -> Iterator[Row]:
     import pyarrow
 
     def open_either() -> Any:
@@ -150,7 +162,7 @@ def _arrow_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(pyarrow.OSFile(str(file)))
 
-    def batches(table: Any) -> Iterator[Any]:
+    def batches(table: Any, _names: list[str]) -> Iterator[Any]:
         if hasattr(table, "num_record_batches"):
             return (table.get_batch(i) for i in range(table.num_record_batches))
         return iter(table)
@@ -160,20 +172,21 @@ def _arrow_rows(file: Path, columns: Mapping[str, str]) -> Iterator[Row]:
 
 def _table_rows(
     file: Path,
-    columns: Mapping[str, str],
+    columns: Columns,
     open_table: Callable[[], Any],
     schema_of: Callable[[Any], Any],
-    batches_of: Callable[[Any], Iterable[Any]],
+    batches_of: Callable[[Any, list[str]], Iterable[Any]],
 ) -> Iterator[Row]:
     import pyarrow
 
     try:
         table = open_table()
         schema = schema_of(table)
+        columns = chosen(columns, schema.names)
         check_columns(str(file), columns, schema.names)
         classes = [_class_names(schema, column) for column in columns.values()]
         number = 0
-        for batch in batches_of(table):
+        for batch in batches_of(table, list(columns.values())):
             for start in range(0, batch.num_rows, 1000):
                 part = batch.slice(start, 1000)
                 lists = (part.column(name).to_pylist() for name in columns.values())
@@ -201,7 +214,7 @@ def _class_names(schema: Any, column: str) -> list[str]:
         return []
 
 
-_READERS: dict[str, Callable[[Path, Mapping[str, str]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, Columns], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_rows,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from runfolder.errors import UserError, did_you_mean
 from train.engine.presets import PRESETS
@@ -65,28 +65,21 @@ class EncoderSettings:
 
 
 @dataclass(kw_only=True)
-class DataSettings:
-    """The training and validation data."""
+class SourceSettings:
+    """Where the training and the validation data come from."""
 
-    PATHS = ("train", "validation")
+    PATHS: ClassVar[tuple[str, ...]] = ("train", "validation")
 
-    name: str | None = "Salesforce/wikitext"
+    name: str | None
     """A dataset's hub id (owner/name); `make fetch` stages it."""
-    config: str | None = "wikitext-2-raw-v1"
+    config: str | None = None
     """The dataset's configuration."""
-    revision: str | None = "b08601e04326c79dfdd32d625aee71d232d685c3"
+    revision: str | None = None
     """The commit of the dataset."""
     train: str | None = None
-    """Local text instead of `name`: a file or a folder; docs/data.md lists the formats."""
+    """Local data instead of `name`: a file or a folder; docs/data.md lists the formats."""
     validation: str | None = None
-    """Local text to evaluate on; required with `train`."""
-    text_column: str = "text"
-    """The column with the text, in files or in the hub dataset."""
-    join_rows: bool = False
-    """Rows are lines of one running text (as in WikiText), not separate documents."""
-    parse_special_tokens: bool = False
-    """Tokenize `</s>` and the like in the text as special tokens. By default they are text, as in
-    HTML, except for the tokens that the model's chat template writes."""
+    """Local data to evaluate on."""
     sequence_length: int | None = None
     """Tokens in a block; default: the model's context, at most 2048."""
 
@@ -97,14 +90,33 @@ class DataSettings:
                 f"data.sequence_length: {self.sequence_length} is not between 2 and 1048576",
             )
         require(
+            self.train is not None or bool(self.name),
+            "data.name: is empty; give a dataset's hub id, or data.train",
+        )
+
+
+@dataclass(kw_only=True)
+class DataSettings(SourceSettings):
+    """The training and the validation text; `validation` is required with `train`."""
+
+    name: str | None = "Salesforce/wikitext"
+    config: str | None = "wikitext-2-raw-v1"
+    revision: str | None = "b08601e04326c79dfdd32d625aee71d232d685c3"
+    text_column: str = "text"
+    """The column with the text, in files or in the hub dataset."""
+    join_rows: bool = False
+    """Rows are lines of one running text (as in WikiText), not separate documents."""
+    parse_special_tokens: bool = False
+    """Tokenize `</s>` and the like in the text as special tokens. By default they are text, as in
+    HTML, except for the tokens that the model's chat template writes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
             (self.train is None) == (self.validation is None),
             f"data.{'train' if self.validation is None else 'validation'}: is given without "
             f"data.{'validation' if self.validation is None else 'train'}; give both, so that "
             "local text is not mixed with a dataset of the hub",
-        )
-        require(
-            self.train is not None or bool(self.name),
-            "data.name: is empty; give a dataset's hub id, or data.train and data.validation",
         )
 
 

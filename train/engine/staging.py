@@ -21,7 +21,7 @@ from train.engine import (
     tokenization,
     transformers_tokenizer,
 )
-from train.engine.config import StagedPaths, TrainingConfig
+from train.engine.config import StagedPaths, TextConfig, TrainingConfig
 from train.engine.errors import said_of_the_disk
 from train.engine.once import (
     datasets_folder,
@@ -45,7 +45,7 @@ MODEL_FILES = (
 )
 
 
-def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
+def stage(config: TextConfig, *, online: bool) -> StagedPaths:
     """Stage model, tokenizer and packed text, unless they are there already, and return the paths.
 
     Paths in `config.staged` are used as they are if they exist: a run continues with the text
@@ -57,7 +57,7 @@ def stage(config: TrainingConfig, *, online: bool) -> StagedPaths:
     """
     with said_of_the_disk():
         staged, sources = config.staged, None
-        if staged is None or not all(staged_path(name).exists() for name in _names(staged)):
+        if staged is None or not are_there(staged):
             sources = texts.find(config)
             staged = _stage(config, sources, online)
         _check_lengths(config, staged)
@@ -75,32 +75,44 @@ def model_shape(config: TrainingConfig, model: Path | None) -> dict[str, Any]:
 
 
 def sequence_length(config: TrainingConfig, model: Path | None) -> int:
-    """Return the tokens of a block: as set, or the model's context up to 2048."""
-    return _length(config, model_shape(config, model))
+    """Return the tokens of a block: as set, or the model's context up to 2048.
 
-
-def _length(config: TrainingConfig, shape: dict[str, Any]) -> int:
-    return config.data.sequence_length or min(shape["max_position_embeddings"] or 2048, 2048)
-
-
-def _names(staged: StagedPaths) -> list[str]:
-    return [
-        name for name in (staged.model, staged.tokenizer, staged.train, staged.validation) if name
-    ]
-
-
-def _stage(config: TrainingConfig, sources: dict[str, texts.Source], online: bool) -> StagedPaths:
-    root = datasets_folder()
-    model = None
-    if config.model.preset is None:
-        model = stage_model(
-            config.model.name,
-            config.model.revision,
-            LANGUAGE_MODEL,
-            online=online,
-            tokenizer_source=config.model.tokenizer,
+    Raises:
+        UserError: the model's context is shorter.
+    """
+    context = model_shape(config, model)["max_position_embeddings"]
+    length = config.data.sequence_length or min(context or 2048, 2048)
+    if context and length > context:
+        raise UserError(
+            f"data.sequence_length: {length} is more than the {context} positions of the model; "
+            f"try --data.sequence_length {context}"
         )
-    tokenizer_folder = _stage_tokenizer(config, model, root, sources["train"], online)
+    return length
+
+
+def are_there(staged: StagedPaths) -> bool:
+    """Return whether all that was staged is still in the datasets folder."""
+    names = (staged.model, staged.tokenizer, staged.train, staged.validation)
+    return all(staged_path(name).exists() for name in names if name)
+
+
+def stage_language_model(config: TrainingConfig, *, online: bool) -> Path | None:
+    """Return the folder of the model to train, or None for a preset; as `stage_model`."""
+    if config.model.preset is not None:
+        return None
+    return stage_model(
+        config.model.name,
+        config.model.revision,
+        LANGUAGE_MODEL,
+        online=online,
+        tokenizer_source=config.model.tokenizer,
+    )
+
+
+def _stage(config: TextConfig, sources: dict[str, texts.Source], online: bool) -> StagedPaths:
+    root = datasets_folder()
+    model = stage_language_model(config, online=online)
+    tokenizer_folder = stage_tokenizer(config, model, sources["train"], online=online)
     packed = {}
     for split, source in sources.items():
         folder = named_by_content(
@@ -115,7 +127,7 @@ def _stage(config: TrainingConfig, sources: dict[str, texts.Source], online: boo
             loaded = tokenization.load(
                 tokenizer_folder, parse_special_tokens=config.data.parse_special_tokens
             )
-            _check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
+            check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
             batches.pack(source.read(), loaded, unfinished, source.name)
 
         packed[split] = make_once(folder, make, source.name, online=online or source.is_local)
@@ -136,18 +148,12 @@ def _say_what_was_read(sources: dict[str, texts.Source], staged: StagedPaths, on
     texts.say_overlap(sources, online=online)
 
 
-def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
+def _check_lengths(config: TextConfig, staged: StagedPaths) -> None:
     model = staged_path(staged.model) if staged.model else None
     shape = model_shape(config, model)
-    length = _length(config, shape)
-    context = shape["max_position_embeddings"] or length
-    if length > context:
-        raise UserError(
-            f"data.sequence_length: {length} is more than the {context} positions of the model; "
-            f"try --data.sequence_length {context}"
-        )
+    length = sequence_length(config, model)
     blocks = batches.Blocks(staged_path(staged.train), length)
-    _check_vocabulary(config, shape, blocks.packed.vocab_size)
+    check_vocabulary(config, shape, blocks.packed.vocab_size)
     num_tokens = blocks.packed.num_tokens
     if blocks.num_full == 0:
         raise UserError(
@@ -161,7 +167,8 @@ def _check_lengths(config: TrainingConfig, staged: StagedPaths) -> None:
         )
 
 
-def _check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size: int) -> None:
+def check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size: int) -> None:
+    """Raise `UserError` if a model has no row for the ids below `vocab_size`."""
     # A preset's vocabulary grows with the tokenizer; weights that were trained do not.
     if config.model.preset or vocab_size <= (known := shape["vocab_size"]):
         return
@@ -228,9 +235,14 @@ def _checked(folder: Path, kind: str, tokenizer_source: str | None) -> Path:
     return folder
 
 
-def _stage_tokenizer(
-    config: TrainingConfig, model: Path | None, root: Path, text: texts.Source, online: bool
+def stage_tokenizer(
+    config: TrainingConfig, model: Path | None, text: texts.Source, *, online: bool
 ) -> Path:
+    """Return the staged folder of the tokenizer: the one given, the model's, or one for `text`.
+
+    Raises:
+        UserError: it is not a tokenizer, or there is no text to train one on.
+    """
     given = config.model.tokenizer
     source = Path(given).expanduser() if given else model
     if source is not None:
@@ -238,7 +250,7 @@ def _stage_tokenizer(
     assert config.model.preset is not None
     vocab_size = PRESETS[config.model.preset].vocab_size
     return make_once(
-        named_by_content(root / "tokenizers", "trained", vocab_size, text.made_of),
+        named_by_content(datasets_folder() / "tokenizers", "trained", vocab_size, text.made_of),
         lambda out: tokenization.train(text.read(), vocab_size, out, text.name),
         f"a tokenizer trained on {text.name}",
         online=online or text.is_local,

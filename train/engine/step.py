@@ -13,7 +13,7 @@ import torch
 
 from runfolder.moments import reached
 from train.engine import guard, signals
-from train.engine.batches import Blocks, block_at, micro_batch_positions
+from train.engine.batches import Rows, block_at, micro_batch_positions
 from train.engine.config import TrainingConfig
 from train.engine.distributed import agree, rank, world_size
 from train.engine.loss import global_target_tokens
@@ -43,7 +43,7 @@ class Step:
 
 def take_step(
     wrapped: Strategy,
-    training: Blocks,
+    training: Rows,
     config: TrainingConfig,
     *,
     step: int,
@@ -78,13 +78,13 @@ def take_step(
         blocks = [block_at(p, num_blocks=training.num_full, seed=config.seed) for p in micro]
         batch.append([torch.from_numpy(part).to(device) for part in training.rows(blocks)])
     data_seconds = time.perf_counter() - started
-    tokens = global_target_tokens((labels for _, labels in batch), device)
+    tokens = global_target_tokens((labels for _, labels, *_ in batch), device)
     # Gradients are averaged over ranks; this makes the average a sum over all tokens.
     scale = (world_size() / tokens).float()
     summed_loss = torch.zeros((), dtype=torch.float64, device=device)
-    for number, (inputs, labels) in enumerate(batch, start=1):
+    for number, micro_batch in enumerate(batch, start=1):
         last_micro = number == wrapped.gradient_accumulation_steps
-        summed_loss += wrapped.accumulate(inputs, labels, scale=scale, last=last_micro)
+        summed_loss += wrapped.accumulate(micro_batch, scale=scale, last=last_micro)
     # Without the scale's world size, the ranks' parts add up to the mean over all tokens.
     local_loss = float(summed_loss) / world_size()
     loss, stops, writers = agree(local_loss, signals.received() is not None, writing, device=device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import datafiles, hub, overlap, rows
-from train.engine.config import TrainingConfig
+from train.engine.config import TextConfig, TrainingConfig
 from train.engine.data import SAMPLES, Piece, from_rows, pieces
 from train.engine.datafiles import DataFiles
 from train.engine.once import datasets_folder, fingerprint, make_once, named_by_content
@@ -53,7 +53,7 @@ def name_of(config: TrainingConfig, split: str) -> str:
     return f"data.name: {config.data.name} ({split})"
 
 
-def find(config: TrainingConfig) -> dict[str, Source]:
+def find(config: TextConfig) -> dict[str, Source]:
     """Return the text of each split; a file that is in both is kept in one of them.
 
     Raises:
@@ -116,17 +116,15 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _local(config: TrainingConfig, split: str, files: DataFiles) -> Source:
+def _local(config: TextConfig, split: str, files: DataFiles) -> Source:
     return _of_files(config, split, files.files, files)
 
 
-def _sample(config: TrainingConfig, split: str) -> Source:
+def _sample(config: TextConfig, split: str) -> Source:
     return _of_files(config, split, [SAMPLES / f"{split}.txt"], None)
 
 
-def _of_files(
-    config: TrainingConfig, split: str, paths: list[Path], files: DataFiles | None
-) -> Source:
+def _of_files(config: TextConfig, split: str, paths: list[Path], files: DataFiles | None) -> Source:
     data = config.data
     return Source(
         name=name_of(config, split),
@@ -139,7 +137,7 @@ def _of_files(
     )
 
 
-def _of_hub(config: TrainingConfig, split: str) -> Source:
+def _of_hub(config: TextConfig, split: str) -> Source:
     data, column = config.data, config.data.text_column
     assert data.name is not None
     hub_id = data.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,19 +77,18 @@ class Strategy:
         raise NotImplementedError
 
     def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
+        self, batch: Sequence[torch.Tensor], *, scale: torch.Tensor, last: bool
     ) -> torch.Tensor:
-        """Run a micro batch, of (B, T), forward and backward; return its summed loss times `scale`.
+        """Run a micro batch forward and backward; return its summed loss times `scale`.
 
+        `batch` is what `TokenLoss.forward` takes: inputs, labels and perhaps positions, of (B, T).
         `last` ends the accumulation: gradients are averaged over the ranks with it, or before.
         """
         raise NotImplementedError
 
-    def scaled_loss(
-        self, inputs: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
+    def scaled_loss(self, batch: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
         """Return the loss of a micro batch through the wrapped model, ready for backward."""
-        loss: torch.Tensor = self.module(inputs, labels) * scale
+        loss: torch.Tensor = self.module(*batch) * scale
         return loss
 
     def step(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,10 +25,10 @@ class Ddp(Strategy):
             )
 
     def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
+        self, batch: Sequence[torch.Tensor], *, scale: torch.Tensor, last: bool
     ) -> torch.Tensor:
         wait = last or world_size() == 1
         with contextlib.nullcontext() if wait else self.module.no_sync():
-            loss = self.scaled_loss(inputs, labels, scale)
+            loss = self.scaled_loss(batch, scale)
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

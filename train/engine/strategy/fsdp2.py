@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ class Fsdp2(Strategy):
         self.optimizer = self._adamw(loss)
 
     def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
+        self, batch: Sequence[torch.Tensor], *, scale: torch.Tensor, last: bool
     ) -> torch.Tensor:
         self.module.set_requires_gradient_sync(last)
-        loss = self.scaled_loss(inputs, labels, scale)
+        loss = self.scaled_loss(batch, scale)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class Zero(Strategy):
             zero._lazy_init_hp_params_optimizer_state()
 
     def accumulate(
-        self, inputs: torch.Tensor, labels: torch.Tensor, *, scale: torch.Tensor, last: bool
+        self, batch: Sequence[torch.Tensor], *, scale: torch.Tensor, last: bool
     ) -> torch.Tensor:
-        loss = self.scaled_loss(inputs, labels, scale)
+        loss = self.scaled_loss(batch, scale)
         # The loss is divided already by the tokens of the whole step.
         self.module.backward(loss, scale_wrt_gas=False)
         if not last:

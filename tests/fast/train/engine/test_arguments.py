@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runfolder.errors import UserError
 from train import tinyllama
 from train.engine import arguments, training_arguments
-from train.engine.config import StagedPaths, TrainingConfig
+from train.engine.config import StagedPaths, TextConfig
 from train.engine.settings import OptimizerSettings
 from train.labs.ag_news.settings import Config as NewsConfig
 from train.labs.rag.settings import Config as RagConfig
@@ -106,12 +106,12 @@ def test_a_resolved_dry_run_read_back_keeps_what_the_command_line_changed(tmp_pa
 
 
 def test_what_a_run_has_read_is_not_changed_when_it_goes_on(tmp_path: Path) -> None:
-    def parse_again(words: str) -> TrainingConfig:
+    def parse_again(words: str) -> TextConfig:
         path = file(tmp_path, arguments.to_yaml(began))
         words = f"--config {path} {words}"
-        return arguments.parse(TrainingConfig, words.split(), prog="test", dry_run={})
+        return arguments.parse(TextConfig, words.split(), prog="test", dry_run={})
 
-    began = TrainingConfig(staged=StagedPaths(tokenizer="t", train="a", validation="b"))
+    began = TextConfig(staged=StagedPaths(tokenizer="t", train="a", validation="b"))
     for words, before in (
         ("--data.train other.txt", "None"),
         ("--data.name=wikitext", "Salesforce/wikitext"),
@@ -124,7 +124,7 @@ def test_what_a_run_has_read_is_not_changed_when_it_goes_on(tmp_path: Path) -> N
     # The same is no change, and what counts anew is told apart by the checkpoint.
     again = parse_again("--data.text_column text --max_steps 9 --model.gradient_checkpointing")
     assert (again.max_steps, again.model.gradient_checkpointing) == (9, True)
-    began = TrainingConfig()
+    began = TextConfig()
     assert parse_again("--data.name other").data.name == "other"
 
 
@@ -169,12 +169,12 @@ def test_to_yaml_and_back_is_the_same(
     config: str | None,
     staged: str | None,
 ) -> None:
-    before = TrainingConfig(
+    before = TextConfig(
         optimizer=optimizer, seed=seed, staged=StagedPaths(model=staged, train=staged or "")
     )
     before = dataclasses.replace(before, data=dataclasses.replace(before.data, config=config))
     path = file(tmp_path_factory.getbasetemp(), arguments.to_yaml(before))
-    after = arguments.parse(TrainingConfig, ["--config", str(path)], prog="prog", dry_run={})
+    after = arguments.parse(TextConfig, ["--config", str(path)], prog="prog", dry_run={})
     assert after == before
 
 

@@ -54,7 +54,7 @@ def prepared(config: tinyllama.Config, device: torch.device) -> Strategy:
 
 def train_a_step(wrapped: Strategy) -> None:
     tokens = torch.arange(17).reshape(1, 17)
-    wrapped.accumulate(tokens[:, :-1], tokens[:, 1:], scale=torch.tensor(1 / 16), last=True)
+    wrapped.accumulate((tokens[:, :-1], tokens[:, 1:]), scale=torch.tensor(1 / 16), last=True)
     wrapped.step()
 
 

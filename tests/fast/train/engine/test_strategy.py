@@ -50,7 +50,7 @@ def prepared(
 
 def train_a_step(wrapped: Strategy, seed: int = 0, scale: float = 1 / 32) -> float:
     tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(seed))
-    wrapped.accumulate(tokens[:, :-1], tokens[:, 1:], scale=torch.tensor(scale), last=True)
+    wrapped.accumulate((tokens[:, :-1], tokens[:, 1:]), scale=torch.tensor(scale), last=True)
     return wrapped.step()
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from runfolder.errors import UserError
 from train.engine import lora
-from train.labs.causal_lm.settings import Config
+from train.engine.config import TrainingConfig
+from train.engine.lora import LoraSettings
+from train.engine.sampling import SampleSettings
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +18,42 @@ if TYPE_CHECKING:
     from train.engine.strategy.base import Strategy
 
 
-def pretrained(config: Config, tokenizer_folder: Path) -> Any:
+@dataclass(kw_only=True)
+class TuningConfig(TrainingConfig):
+    """The settings of a script that fine-tunes a pretrained language model."""
+
+    run_folder: str = ""
+    """Where checkpoints, metrics, samples and the model go; $SLUICE_RUN_FOLDER when empty."""
+    method: Literal["full", "lora"] = "full"
+    """full: all weights train. lora: the model is frozen, and small adapters train."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "full" and self.lora != LoraSettings():
+            raise UserError(
+                "lora: is only used with method lora; add --method lora, or leave it out"
+            )
+        if self.method == "lora" and self.model.preset and not self.dry_run:
+            raise UserError(
+                f"model.preset: {self.model.preset} has random weights, which adapters cannot fix; "
+                "leave it out and give a trained model with --model.name"
+            )
+
+
+def check_adapters(config: TuningConfig, model_folder: Path | None) -> None:
+    """Raise `UserError` if the model has no such layers for adapters; None is a preset."""
+    if config.method != "lora":
+        return
+    if model_folder:
+        lora.check(config.lora, lora.sides_of_folder(model_folder), config.model.name)
+    elif config.model.preset:
+        sides = lora.sides_of_preset(config.model.preset)
+        lora.check(config.lora, sides, f"the preset {config.model.preset}")
+
+
+def pretrained(config: TuningConfig, tokenizer_folder: Path) -> Any:
     """Return the model to fine-tune; with LoRA it is frozen and has adapters."""
     from train.engine import models
 
@@ -35,7 +74,7 @@ def sizes(model: Any) -> str:
     return words + lora.describe_adapted(model)
 
 
-def wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strategy:
+def wrap(model: Any, config: TuningConfig, device: torch.device, resume: Any) -> Strategy:
     """Return the model and its optimizer under the strategy of the launcher's file."""
     from train.engine import strategy
     from train.engine.distributed import world_size
@@ -56,7 +95,7 @@ def wrap(model: Any, config: Config, device: torch.device, resume: Any) -> Strat
     )
 
 
-def must_match(config: Config, sequence_length: int, model: Any) -> dict[str, Any]:
+def must_match(config: TuningConfig, sequence_length: int, model: Any) -> dict[str, Any]:
     """Return what a resumed run must not change: its data, and what its weights belong to."""
     assert config.staged is not None
     found = {

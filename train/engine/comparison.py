@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runfolder.files import write_atomically
 from train.engine.story import say
-from train.labs.causal_lm.settings import Config
 
 # The model before or after: its step, its scores, and a text for each prompt.
 View = dict[str, Any]
 COMPARED = ("validation_perplexity", "bits_per_byte")
 
 
-def compare(config: Config, run_folder: Path, before: View, after: View) -> None:
+def compare(prompts: Sequence[str], run_folder: Path, before: View, after: View) -> None:
     """Print what the training changed, and keep the texts in samples.jsonl."""
     lines = []
-    for number, prompt in enumerate(config.sample.prompts):
+    for number, prompt in enumerate(prompts):
         say(f"prompt  {prompt}")
         for when, view in (("before", before), ("after", after)):
             text = view["texts"][number]

@@ -40,16 +40,35 @@ class SampleSettings:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"sample.temperature: {self.temperature} is not 0 or a positive number")
 
-    def encode(self, tokenizer: LoadedTokenizer) -> list[list[int]]:
-        """Return the tokens of the prompts, each as the start of a document."""
-        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        encode = tokenizer.tokenizer.encode
-        return [start + encode(prompt, add_special_tokens=False).ids for prompt in self.prompts]
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The prompts as tokens, and how to read what follows them."""
+
+    tokens: list[list[int]]
+    end_ids: frozenset[int]
+    """A text ends with any of these."""
+    tokenizer: LoadedTokenizer
+    answers_only: bool = False
+    """The texts are without their prompts."""
 
 
-def check_fits(settings: SampleSettings, tokenizer: LoadedTokenizer, num_positions: int) -> None:
+def documents(settings: SampleSettings, tokenizer: LoadedTokenizer) -> Prompts:
+    """Return the prompts, each as the start of a document."""
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    encode = tokenizer.tokenizer.encode
+    return Prompts(
+        tokens=[
+            start + encode(prompt, add_special_tokens=False).ids for prompt in settings.prompts
+        ],
+        end_ids=frozenset(tokenizer.ends),
+        tokenizer=tokenizer,
+    )
+
+
+def check_fits(settings: SampleSettings, prompts: Prompts, num_positions: int) -> None:
     """Raise `UserError` if a prompt and its continuation are longer than the model's context."""
-    for prompt, tokens in zip(settings.prompts, settings.encode(tokenizer), strict=True):
+    for prompt, tokens in zip(settings.prompts, prompts.tokens, strict=True):
         if len(tokens) + settings.max_new_tokens > num_positions:
             raise UserError(
                 f"sample.max_new_tokens: {settings.max_new_tokens} and the {len(tokens)} tokens of "
@@ -59,16 +78,15 @@ def check_fits(settings: SampleSettings, tokenizer: LoadedTokenizer, num_positio
 
 def continue_prompts(
     module: Any,
+    prompts: Prompts,
     settings: SampleSettings,
-    tokenizer: LoadedTokenizer,
     *,
     seed: int,
     device: torch.device,
 ) -> list[str] | None:
     """Return the text of the model (a `TokenLoss`) for each prompt, or None if asked to stop.
 
-    Collective; every rank returns the same. Stops at the tokenizer's end of a document. Leaves the
-    model in eval mode.
+    Collective; every rank returns the same. Leaves the model in eval mode.
     """
     import torch
     import torch.distributed as dist
@@ -76,7 +94,7 @@ def continue_prompts(
     from train.engine import signals
     from train.engine.distributed import agree
 
-    rows = settings.encode(tokenizer)
+    rows = prompts.tokens
     ends = [len(row) for row in rows]
     # The same shape from the first token to the last, so that compiled layers are compiled once.
     # Causal attention does not see the padding after a row's end.
@@ -103,8 +121,12 @@ def continue_prompts(
             for row in sorted(unfinished):
                 tokens[row, ends[row]] = chosen[row]
                 ends[row] += 1
-                if int(chosen[row]) == tokenizer.eos_id:
+                if int(chosen[row]) in prompts.end_ids:
                     unfinished.remove(row)
             if not unfinished:
                 break
-    return [tokenizer.decode(tokens[row, :end].tolist()) for row, end in enumerate(ends)]
+    starts = [len(ids) if prompts.answers_only else 0 for ids in rows]
+    return [
+        prompts.tokenizer.decode(tokens[row, start:end].tolist())
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]

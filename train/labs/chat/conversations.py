@@ -1,0 +1,150 @@
+"""Conversations: rows of files or of a dataset, whatever their columns, as turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runfolder.errors import UserError
+from train.engine.rows import as_text
+
+# What the chat template reads: role, content, and whatever else a turn has.
+Turn = dict[str, Any]
+
+ROLES = {"system", "user", "assistant", "tool"}
+# The names of ShareGPT.
+_SAME_AS = {"human": "user", "gpt": "assistant"}
+# The columns of each form, in the order in which they are looked for, and those it may have.
+_FORMS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("messages",), ()),
+    (("conversations",), ("system",)),
+    (("prompt", "completion"), ()),
+    (("instruction", "output"), ("input", "system")),
+]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a row, and where it is."""
+
+    where: str
+    turns: list[Turn]
+    num_given: int = 0
+    """The turns at the beginning that are never learned: a prompt's, whatever their roles."""
+
+
+class Form:
+    """Which columns hold the conversations of a source; chosen at its first row."""
+
+    def __init__(self, setting: str, column: str | None) -> None:
+        self.setting = setting
+        self._column = column
+        self.columns: list[str] = []
+        self.unread: list[str] = []
+
+    def choose(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Return the columns to read of those with `names`, as `rows.Columns` does.
+
+        Raises:
+            UserError: they are of no known form.
+        """
+        if self._column is not None:
+            self.columns = [self._column]
+        else:
+            forms = [form for form in _FORMS if set(form[0]) <= set(names)]
+            if not forms:
+                raise UserError(
+                    f"{self.setting}: has the columns {', '.join(names)}, but neither messages, "
+                    "conversations, prompt and completion, nor instruction and output; name the "
+                    "one with the turns with --data.column"
+                )
+            required, optional = forms[0]
+            self.columns = [*required, *(name for name in optional if name in names)]
+        self.unread = [name for name in names if name not in self.columns]
+        return {"column": self.columns[0], **{name: name for name in self.columns[1:]}}
+
+    def describe(self) -> str:
+        """Return which columns were read, and which were not."""
+        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"columns {', '.join(self.columns)}{unread}"
+
+    def conversation(self, where: str, values: Sequence[Any]) -> Conversation:
+        """Return the conversation of a row with the chosen columns.
+
+        Raises:
+            UserError: it is not one with an answer to learn.
+        """
+        row = dict(zip(self.columns, values, strict=True))
+        given = []
+        if system := row.get("system"):
+            given = [{"role": "system", "content": as_text(system, where, "system")}]
+        if "instruction" in row:
+            parts = (as_text(row.get(name), where, name) for name in ("instruction", "input"))
+            prompt: Any = "\n\n".join(part for part in parts if part.strip())
+            turns, num_given = _pair(where, prompt, row["output"], ("instruction", "output"))
+        elif "prompt" in row and "completion" in row:
+            pair = (row["prompt"], row["completion"])
+            turns, num_given = _pair(where, *pair, ("prompt", "completion"))
+        else:
+            column = self.columns[0]
+            turns, num_given = _turns(where, row[column], column), 0
+        turns = given + turns
+        num_given = num_given + len(given) if num_given else 0
+        _check(where, turns, num_given)
+        return Conversation(where, turns, num_given)
+
+
+def _pair(where: str, prompt: Any, answer: Any, names: tuple[str, str]) -> tuple[list[Turn], int]:
+    """Return the turns of a question and its answer, each a text or turns, and of the question."""
+    if isinstance(prompt, list) and isinstance(answer, list):
+        asked = _turns(where, prompt, names[0])
+        return asked + _turns(where, answer, names[1]), len(asked)
+    turns = []
+    for role, value, name in zip(("user", "assistant"), (prompt, answer), names, strict=True):
+        text = as_text(value, where, name)
+        if not text.strip():
+            raise UserError(f"{where}: '{name}' is empty; remove the row, or fill it in")
+        turns.append({"role": role, "content": text})
+    return turns, 1
+
+
+def _turns(where: str, value: Any, column: str) -> list[Turn]:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        kind = type(value).__name__
+        raise UserError(
+            f"{where}: '{column}' is not a list of turns such as "
+            f'[{{"role": "user", "content": "..."}}] but {kind}'
+        )
+    return [_turn(f"{where}: turn {number}", turn) for number, turn in enumerate(value, start=1)]
+
+
+def _turn(where: str, turn: Turn) -> Turn:
+    names = ("role", "content") if "role" in turn else ("from", "value")
+    for name in names:
+        if name not in turn:
+            raise UserError(f"{where}: has no '{name}', only {', '.join(map(str, turn))}")
+    role, content = (turn[name] for name in names)
+    role = _SAME_AS.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise UserError(
+            f"{where}: its role is {role!r}; it has to be one of system, user, assistant, tool "
+            "(or human, gpt)"
+        )
+    # A table has every key in every row.
+    others = {key: kept for key, kept in turn.items() if key not in names and kept is not None}
+    text = as_text(content, where, names[1])
+    if not text.strip() and not others.get("tool_calls"):
+        raise UserError(f"{where}: its {names[1]} is empty; remove it, or the whole row")
+    return {"role": role, "content": text, **others}
+
+
+def _check(where: str, turns: list[Turn], num_given: int) -> None:
+    roles = [turn["role"] for turn in turns]
+    if "system" in roles[1:]:
+        number = roles.index("system", 1) + 1
+        raise UserError(
+            f"{where}: turn {number} is the system's, which may only be the first; move it there"
+        )
+    if "assistant" not in roles[num_given:]:
+        raise UserError(f"{where}: has no turn of the assistant to learn; remove the row")

@@ -1,0 +1,318 @@
+"""Conversations as tokens, with a mark for each that is learned; several of them in a row.
+
+An example of n tokens takes n - 1 places of a row: inputs are its tokens, labels the next ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from runfolder.errors import UserError
+from train.engine.tokenization import LoadedTokenizer
+from train.labs.chat.conversations import Conversation
+from train.labs.chat.settings import ConversationSettings
+from train.labs.chat.template import Template
+
+# Increment when the same conversations give other files.
+FORMAT = 1
+_IGNORED = -100
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What an examples folder's meta.json says."""
+
+    format: int = FORMAT
+    dtype: str
+    sequence_length: int
+    packing: bool
+    columns: str = ""
+    """Which columns were read, and which were not."""
+    num_conversations: int = 0
+    num_answers: int = 0
+    """Answers of which at least one token is learned."""
+    num_tokens: int = 0
+    num_targets: int = 0
+    """Tokens that are learned."""
+    num_bytes: int = 0
+    """In UTF-8, of the text that is learned."""
+    num_cut: int = 0
+    num_left_out: int = 0
+    """Too long, or without anything to learn after the cut."""
+    num_unended: int = 0
+    """Answers after which the template writes no end token."""
+    vocab_size: int = 0
+    """The largest id among the tokens, plus one."""
+    end_ids: list[int] = field(default_factory=list)
+    """The tokens that end an answer."""
+    spelled: dict[str, int] = field(default_factory=dict)
+    """In how many turns a special token is spelled, which it becomes."""
+    num_rows: int = 0
+
+    def describe(self) -> str:
+        """Return a one-line summary."""
+        used = (self.num_tokens - self.num_examples) / (self.num_rows * self.sequence_length)
+        told = [
+            f"{self.columns}; {self.num_conversations:,} conversations, {self.num_answers:,} "
+            f"answers, {self.num_targets:,} of {self.num_tokens:,} tokens are learned",
+            f"{self.num_rows:,} rows of {self.sequence_length} tokens, {used:.0%} full",
+        ]
+        if self.num_cut:
+            told.append(f"{self.num_cut:,} cut to the length of a row")
+        if self.num_left_out:
+            told.append(f"{self.num_left_out:,} left out: too long, or no answer within a row")
+        if self.num_unended:
+            told.append(
+                f"after {self.num_unended:,} answers the chat template writes no end token: the "
+                "model does not learn to stop there"
+            )
+        told += [
+            f"{count:,} turns spell '{token}', which becomes that token"
+            for token, count in self.spelled.items()
+        ]
+        return "; ".join(told)
+
+    @property
+    def num_examples(self) -> int:
+        """Conversations that are in the rows."""
+        return self.num_conversations - self.num_left_out
+
+
+def write(
+    conversations: Iterable[Conversation],
+    columns: Callable[[], str],
+    template: Template,
+    tokenizer: LoadedTokenizer,
+    settings: ConversationSettings,
+    sequence_length: int,
+    folder: Path,
+    name: str,
+) -> None:
+    """Write the examples to `folder`: tokens.bin, learned.bin, three arrays and meta.json.
+
+    `columns` returns the summary's line about them once they are known.
+
+    Raises:
+        UserError: the template does not take a conversation, or none is left to learn from.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    summary = Summary(dtype=dtype.name, sequence_length=sequence_length, packing=settings.packing)
+    vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    special = [token for token, i in vocabulary.items() if i in tokenizer.special_ids]
+    spelled: Counter[str] = Counter()
+    ends: set[int] = set()
+    lengths = []
+    left = iter(conversations)
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as marks:
+        while some := list(islice(left, 64)):
+            written = [
+                template.write_with_answers(conversation, last_only=settings.learn == "last_answer")
+                for conversation in some
+            ]
+            texts = [text for text, _ in written]
+            encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+            for conversation, (text, spans), encoding in zip(some, written, encodings, strict=True):
+                summary.num_conversations += 1
+                for turn in conversation.turns:
+                    spelled.update(token for token in special if token in turn["content"])
+                answer_of, end_ids = mark_answers(
+                    spans, encoding.ids, encoding.offsets, text, tokenizer
+                )
+                kept = _kept(encoding.ids, sequence_length + 1, settings.too_long, tokenizer)
+                summary.num_cut += 0 < len(kept) < len(encoding.ids)
+                ids = [encoding.ids[i] for i in kept]
+                learned = [answer_of[i] for i in kept]
+                answers = set(learned[1:]) - {None}
+                if not answers:
+                    summary.num_left_out += 1
+                    continue
+                tokens.write(np.asarray(ids, dtype=dtype).tobytes())
+                marks.write(bytes(number is not None for number in learned))
+                lengths.append(len(ids))
+                summary.num_answers += len(answers)
+                summary.num_tokens += len(ids)
+                summary.vocab_size = max(summary.vocab_size, max(ids) + 1)
+                summary.num_targets += len(learned[1:]) - learned[1:].count(None)
+                # A character can be several tokens; what ends an answer is no text.
+                spots = {
+                    encoding.offsets[i]
+                    for i in kept[1:]
+                    if answer_of[i] is not None and encoding.ids[i] not in tokenizer.special_ids
+                }
+                summary.num_bytes += sum(len(text[a:b].encode()) for a, b in spots)
+                ends.update(end_ids)
+                summary.num_unended += len(spans) - len(end_ids)
+    if not summary.num_conversations:
+        hint = "" if settings.validation else ", or a smaller --data.hold_back_every"
+        raise UserError(f"{name}: there is none; give more rows{hint}")
+    if not lengths:
+        raise UserError(
+            f"{name}: all {summary.num_conversations:,} conversations are left out: too long, or "
+            "no answer within a row; give a larger --data.sequence_length, or another "
+            "--data.too_long"
+        )
+    order, firsts = rows_of(np.asarray(lengths) - 1, sequence_length, packing=settings.packing)
+    summary.columns = columns()
+    summary.end_ids = sorted(ends)
+    summary.spelled = dict(spelled)
+    summary.num_rows = len(firsts) - 1
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]))
+    np.save(folder / "order.npy", order)
+    np.save(folder / "firsts.npy", firsts)
+    (folder / "meta.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+
+
+def mark_answers(
+    spans: list[tuple[int, int]],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    text: str,
+    tokenizer: LoadedTokenizer,
+) -> tuple[list[int | None], list[int]]:
+    """Return for each token the number of its answer, or None, and the tokens that end answers.
+
+    A token belongs to an answer if all its characters do; so does the special token after the
+    answer, with the white space before it: that is how the model learns to stop.
+    """
+    found: list[int | None] = [None] * len(ids)
+    end_ids = []
+    for number, (start, end) in enumerate(spans):
+        for i, (a, b) in enumerate(offsets):
+            if start <= a < b <= end:
+                found[i] = number
+        after = next((i for i, (a, _) in enumerate(offsets) if a >= end), len(ids))
+        for i in range(after, len(ids)):
+            if ids[i] in tokenizer.special_ids and ids[i] not in tokenizer.starts:
+                found[after : i + 1] = [number] * (i + 1 - after)
+                end_ids.append(ids[i])
+                break
+            a, b = offsets[i]
+            if text[a:b].strip():
+                break
+    return found, end_ids
+
+
+def _kept(
+    ids: list[int], room: int, too_long: str, tokenizer: LoadedTokenizer
+) -> range | list[int]:
+    """Return which tokens of a conversation are kept, at most `room`."""
+    if len(ids) <= room:
+        return range(len(ids))
+    if too_long == "leave_out":
+        return []
+    if too_long == "cut_end":
+        return range(room)
+    # The model has never seen a text without its start.
+    first = [0] if ids[:1] == tokenizer.starts else []
+    return [*first, *range(len(ids) - room + len(first), len(ids))]
+
+
+def rows_of(
+    lengths: npt.NDArray[np.int64], room: int, *, packing: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the examples in the order of the rows, and where in it each row begins, and the end.
+
+    Best fit decreasing: the longest first, each into the fullest row that has room for it
+    (Johnson 1973, "Near-optimal bin packing algorithms"). `packing` false: one in each row.
+    """
+    if not packing:
+        return np.arange(len(lengths)), np.arange(len(lengths) + 1)
+    rows: list[list[int]] = []
+    # The rows with so many places left, and a bit for each such number.
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]
+    bits = 0
+    for example in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example])
+        fitting = bits >> length
+        if fitting:
+            size = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[size].pop()
+            if not with_room[size]:
+                bits ^= 1 << size
+        else:
+            size, row = room, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        with_room[size - length].append(row)
+        bits |= 1 << (size - length)
+    # Not the longest first: an evaluation may read only the first rows.
+    rows.sort(key=min)
+    firsts = np.cumsum([0, *map(len, rows)])
+    return np.asarray([example for row in rows for example in row]), firsts
+
+
+class Examples:
+    """The rows of an examples folder, as `batches.Rows`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Map the folder.
+
+        Raises:
+            UserError: it is not one, or was cut short.
+        """
+        try:
+            self.summary = Summary(**json.loads((folder / "meta.json").read_text()))
+            self._tokens = np.memmap(folder / "tokens.bin", self.summary.dtype, "r")
+            self._learned = np.memmap(folder / "learned.bin", np.uint8, "r")
+            self._starts, self._order, self._firsts = (
+                np.load(folder / f"{name}.npy", mmap_mode="r")
+                for name in ("starts", "order", "firsts")
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder}: does not hold conversations ({error}); delete it, and it will be "
+                "rebuilt"
+            ) from None
+        if not len(self._tokens) == len(self._learned) == self._starts[-1]:
+            raise UserError(f"{folder}: is cut short; delete it, and it will be rebuilt")
+        self.sequence_length = self.summary.sequence_length
+
+    @property
+    def num_full(self) -> int:
+        """All rows: each has something to learn."""
+        return self.summary.num_rows
+
+    num_all = num_full
+
+    @property
+    def positions_per_target(self) -> float:
+        """Tokens that are computed, padding included, for each that is learned."""
+        return self.summary.num_rows * self.sequence_length / self.summary.num_targets
+
+    def bytes_of(self, num_tokens: float) -> float:
+        """Return the bytes that `num_tokens` learned tokens stand for."""
+        return self.summary.num_bytes * num_tokens / self.summary.num_targets
+
+    def rows(self, indices: list[int]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return inputs, labels and, with packing, positions, each of shape (len(indices), T).
+
+        Labels are -100 where nothing is learned: the turns of others, and what is not filled.
+        Positions restart at 0 with each example, and where the row is not filled. An index past
+        the end gives a row of padding.
+        """
+        length = self.sequence_length
+        inputs = np.zeros((len(indices), length), dtype=np.int64)
+        labels = np.full((len(indices), length), _IGNORED, dtype=np.int64)
+        positions = np.zeros((len(indices), length), dtype=np.int64)
+        for row, index in enumerate(indices):
+            place = 0
+            if index < self.num_all:
+                for example in self._order[self._firsts[index] : self._firsts[index + 1]]:
+                    start, end = self._starts[example], self._starts[example + 1]
+                    tokens = self._tokens[start:end].astype(np.int64)
+                    learned = self._learned[start + 1 : end] > 0
+                    to = place + len(tokens) - 1
+                    inputs[row, place:to] = tokens[:-1]
+                    labels[row, place:to] = np.where(learned, tokens[1:], _IGNORED)
+                    positions[row, place:to] = np.arange(to - place)
+                    place = to
+            positions[row, place:] = np.arange(length - place)
+        return (inputs, labels, positions) if self.summary.packing else (inputs, labels)
