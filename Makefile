@@ -22,7 +22,9 @@
 #: VARIANT cpu or cuda, of an image
 #: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
 #: KEY     to sign an image with (private), or to verify it with (public)
-#: PROMPT  the beginning of a generated text
+#: PROMPT  the beginning of a generated text; without it, standard input: make generate < my.txt
+#: PROMPT_FILE  a file with that beginning
+#: MODEL   a Hugging Face model folder to chat with or generate from, instead of a RUN
 #: Q       a question about the passages of a run of the lab rag
 #: IMAGE   the image, a .sif file (images/sluice-cpu.sif; with GPUs images/sluice-cuda.sif)
 #: ARGS    further arguments, passed on unchanged: ARGS="--max_steps 500 --optimizer.lr 1e-4"
@@ -33,10 +35,10 @@ VENV ?= .venv
 export VENV
 
 # In the environment, these mean something else: WSL sets NAME to the name of the machine, the
-# program `time` reads its format from TIME, the kernel's makefiles use Q for quiet output, and
-# other programs may read FORMAT, NODE or PORT.
+# program `time` reads its format from TIME, the kernel's makefiles use Q for quiet output, zsh
+# its prompt from PROMPT, and other programs may read FORMAT, MODEL, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
-$(foreach name,NAME TIME FORMAT NODE PORT Q,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
+$(foreach name,NAME TIME FORMAT NODE PORT Q MODEL PROMPT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `make submit RUN=` would be taken for a new run.
 ifeq ($(origin RUN):$(strip $(RUN)),command line:)
@@ -52,7 +54,8 @@ uses.dry-run = $(of_a_run)
 uses.run = $(of_a_run)
 uses.fetch = JOB RUNTIME IMAGE ARGS
 uses.export = RUN RUNTIME IMAGE ARGS
-uses.generate = $(uses.export) PROMPT
+uses.generate = $(uses.export) MODEL PROMPT PROMPT_FILE
+uses.chat = $(uses.export) MODEL
 uses.ask = $(uses.export) Q
 uses.submit = $(of_a_run) PLAN
 uses.sweep = JOB ACCEL NODES GPUS NPROC TIME NAME RUNTIME IMAGE ARGS PLAN GRID MAX
@@ -98,8 +101,14 @@ check_variables = $(if $(unknown),$(error $(unknown)= is not a variable of `make
 
 # `quote` turns any value into one shell word, and `flag` into an option, if the variable is set.
 quote = '$(subst ','\'',$(1))'
-# Unchanged: a dollar in a PROMPT, also written $$, is a dollar, not a variable of make's.
+# A dollar in a value, also written $$, is a dollar, not a variable of make's.
 flag = $(if $(value $(1)),--$(2)=$(call quote,$(subst $$$$,$$,$(value $(1)))))
+
+# Text arrives as it was typed: make would expand what it exports, $(shell ...) too, and cut a recipe
+# at a newline.
+unexport PROMPT Q CMD
+export prompt_text = $(value PROMPT)
+prompt = $(if $(filter command,$(firstword $(origin PROMPT))),--prompt="$$prompt_text")
 
 # Variables for another Python, such as PYTHONPATH from a module, are removed.
 python = slurm/isolated.sh $(call quote,$(VENV)/bin/python)
@@ -107,7 +116,7 @@ tool = $(call quote,$(VENV)/bin/$(1))
 sized = $(call flag,NODES,nodes) $(call flag,GPUS,gpus) $(call flag,NPROC,nproc) $(call flag,TIME,time)
 options = $(call flag,JOB,job) $(call flag,ACCEL,accel) $(sized) $(call flag,NAME,name) $(call flag,RUN,run)
 placed = $(call flag,RUNTIME,runtime) $(call flag,IMAGE,image)
-with_run = $(python) -m cluster train-module $(1) $(call flag,RUN,run) $(placed) --
+with_run = $(python) -m cluster train-module $(1) $(call flag,RUN,run) $(call flag,MODEL,model) $(placed) --
 one_image = $(if $(IMAGE),$(call quote,$(IMAGE))) $(call flag,VARIANT,variant) $(call flag,KEY,key)
 
 # All bash files of the repository. `find`, because a checkout may come without git.
@@ -121,7 +130,7 @@ $(call check_variables)
 .SILENT:
 .DEFAULT_GOAL := help
 .PHONY: submit sweep status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
-.PHONY: help build-image verify-image sign-image dry-run run fetch export generate ask test test-real drills lint format bench bench-gpu bench-ssh clean
+.PHONY: help build-image verify-image sign-image dry-run run fetch export generate chat ask test test-real drills lint format bench bench-gpu bench-ssh clean
 .PHONY: setup setup-train setup-dev setup-encoder
 
 help: ## this list
@@ -145,8 +154,11 @@ fetch: | setup ## download, tokenize and pack what JOB reads, so that it needs n
 export: | setup ## the newest checkpoint of RUN as a Hugging Face folder
 	$(call with_run,train.export) $(ARGS)
 
-generate: | setup ## text from RUN that continues PROMPT="..."
-	$(call with_run,train.generate) $(call flag,PROMPT,prompt) $(ARGS)
+generate: | setup ## text from RUN that continues PROMPT="...", PROMPT_FILE=, or standard input
+	$(call with_run,train.generate) $(prompt) $(call flag,PROMPT_FILE,prompt_file) $(ARGS)
+
+chat: | setup ## talk with the model of RUN, or of MODEL=; without a terminal, one turn per line
+	$(call with_run,train.chat) $(ARGS)
 
 ask: | setup ## the passages of RUN (lab rag) that answer Q="..."; without Q, one question per line
 	$(call with_run,train.ask) $(call flag,Q,question) $(ARGS)

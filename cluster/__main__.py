@@ -11,7 +11,7 @@ python -m cluster ssh [--command COMMAND]
 python -m cluster tunnel --run RUN [--port PORT]
 python -m cluster board --run RUN
 python -m cluster image verify|sign IMAGE [--key KEY]
-python -m cluster train-module MODULE --run RUN [-- WORD ...]
+python -m cluster train-module MODULE --run RUN | --model FOLDER [-- WORD ...]
 
 `python -m cluster COMMAND --help` lists the options of a command.
 """

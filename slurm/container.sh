@@ -8,14 +8,15 @@ set -euo pipefail
 # inside; --workdir: the current folder inside; --device: cpu or cuda; --binds: lines of
 # SOURCE:TARGET:ro or SOURCE:TARGET:rw, parents first; --flags: the site's own options for
 # Apptainer, one per line; --pass: names of further variables to pass into the container, joined by
-# "|"; --online: it may download.
-image='' apptainer='' scratch='' workdir='' device='' binds='' flags='' pass='' online=no
+# "|"; --online: it may download; --input: it reads standard input, which is empty otherwise.
+image='' apptainer='' scratch='' workdir='' device='' binds='' flags='' pass='' online=no input=no
 while [[ ${1:-} == --* ]]; do
   option=$1
   shift
   case $option in
   --) break ;;
   --online) online=yes ;;
+  --input) input=yes ;;
   --image=* | --apptainer=* | --scratch=* | --workdir=* | --device=* | --binds=* | --flags=* | --pass=*)
     name=${option%%=*}
     printf -v "${name#--}" %s "${option#*=}"
@@ -106,10 +107,13 @@ while IFS= read -r name; do
   if [[ $name =~ ^($seen)$ ]]; then export "APPTAINERENV_$name=${!name}"; fi
 done < <(compgen -e)
 
+# A job's processes must not take what a script around them reads.
+if [[ $input == no ]]; then exec </dev/null; fi
+
 # ---- signals ----
 # Apptainer passes signals on to the command only when none of its streams is a terminal. It then
 # passes on Ctrl+C too, which a terminal sends to the command itself: twice would end the launcher
 # before its processes have saved, so the command leaves the terminal.
-if [[ ! -t 1 && ! -t 2 ]]; then set -- setsid "$@"; fi
+if [[ ! -t 0 && ! -t 1 && ! -t 2 ]]; then set -- setsid "$@"; fi
 
-exec "$apptainer" --silent exec "${options[@]}" "${mounts[@]}" "$image" "$@" </dev/null
+exec "$apptainer" --silent exec "${options[@]}" "${mounts[@]}" "$image" "$@"

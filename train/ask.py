@@ -20,12 +20,12 @@ from runfolder.errors import UserError
 from train.engine import arguments
 from train.engine.errors import run_to_exit
 from train.engine.once import staged_path
+from train.engine.terminal import check_utf8, printable
 from train.labs.rag import corpus, indexes, passages, prompt, script
 from train.labs.rag.chunks import readable
 from train.labs.rag.generator import Generator
 from train.labs.rag.indexes import Hit
 from train.labs.rag.passages import Passage
-from train.labs.rag.prompt import printable
 from train.labs.rag.settings import Config, GeneratorSettings
 
 # Below it the best passage seldom holds the answer: docs/lab4-rag.md has the measurement. It is
@@ -89,10 +89,7 @@ def check_question(text: str, otherwise: str) -> None:
     """Raise `UserError` unless `text` is a question that can be read."""
     if not text.strip():
         raise UserError(otherwise)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError("Q: is not UTF-8 text; check the terminal's encoding") from None
+    check_utf8(text, "Q")
 
 
 def converse(library: Library, options: Options) -> None:

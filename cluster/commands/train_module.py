@@ -1,6 +1,7 @@
-"""`make export`, `make generate` and the like: a training module on a run's folder.
+"""`make export`, `make generate` and the like: a training module on a run's folder, or a model's.
 
 python -m cluster train-module train.generate --run RUN -- --prompt "The cluster"
+python -m cluster train-module train.chat --model FOLDER
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from cluster.errors import Parser, split_at_dashes
 from cluster.plan import container, machine
 from cluster.plan.runtime import choose_runtime, variants
 from cluster.runs import folders
+from runfolder.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -21,16 +23,21 @@ def main(argv: list[str]) -> int:
     own, words = split_at_dashes(argv)
     parser = Parser(
         prog="python -m cluster train-module",
-        usage="%(prog)s MODULE --run RUN [OPTION ...] [-- WORD ...]",
-        description="Run a training module on a run's folder.",
+        usage="%(prog)s MODULE (--run RUN | --model FOLDER) [OPTION ...] [-- WORD ...]",
+        description="Run a training module on a run's folder, or a model's.",
         allow_abbrev=False,
     )
     parser.add_argument("module", help="such as train.export")
     parser.add_argument("--run", default="", help="the run")
+    parser.add_argument("--model", default="", help="a Hugging Face model folder, instead")
     parser.add_argument("--runtime", default="", help="apptainer or host (default: what is there)")
     parser.add_argument("--image", default="", help="the image")
     options = parser.parse_args(own)
-    folder = folders.find(options.run)
+    if options.model and options.run:
+        raise UserError("RUN: give it or MODEL, not both")
+    folder = Path(options.model).expanduser() if options.model else folders.find(options.run)
+    if not folder.is_dir():
+        raise UserError(f"MODEL={options.model}: there is no such folder")
     variants_wanted = variants(gpus=bool(machine.gpus()), strict=False)
     runtime = choose_runtime(options.runtime, options.image, variants_wanted)
     print(f"note: {runtime}", file=sys.stderr, flush=True)
@@ -47,7 +54,8 @@ def main(argv: list[str]) -> int:
         arguments,
         code=Path.cwd(),
         environment=environment,
-        writable=[folder, *_outputs(words)],
+        writable=[*([] if options.model else [folder]), *_outputs(words)],
+        reads_input=True,
     )
 
 

@@ -89,7 +89,7 @@ def named_paths(arguments: Iterable[str]) -> list[Path]:
     """Return the existing paths in the words of a command and in its settings files."""
     found = []
     for word in arguments:
-        if word.startswith(("--prompt=", "--question=")):
+        if word.startswith(("--prompt=", "--question=", "--system=")):
             continue  # text, whatever it looks like
         value = word.partition("=")[2] if word.startswith("--") and "=" in word else word
         if path := _existing(value):

@@ -27,11 +27,12 @@ def call(
     environment: Mapping[str, str],
     writable: Iterable[Path] = (),
     online: bool = False,
+    reads_input: bool = False,
 ) -> int:
     """Run a training module with the code of `code`; return its exit code.
 
     In the container it may write to `writable`, folders that exist, and read what `arguments` and
-    the settings files among them name.
+    the settings files among them name. With `reads_input`, it has this process's standard input.
 
     Raises:
         UserError: a path that it needs cannot be bound, or the container does not start.
@@ -60,6 +61,7 @@ def call(
             f"--device={device}",
             f"--binds={chr(10).join(binds)}",
             *(["--online"] if online else []),
+            *(["--input"] if reads_input else []),
         ]
         started = {**environment, "SLUICE_DEVICE": device}
         exit_code = _call(["slurm/container.sh", *options, "--", *inside], started)

@@ -71,7 +71,7 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     targets = [target for target in phony.split() if target not in silent]
     variables = (
         "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
-        "PLAN FORMAT NODE DRILL CMD PORT Q GRID MAX"
+        "PROMPT_FILE MODEL PLAN FORMAT NODE DRILL CMD PORT Q GRID MAX"
     )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"
@@ -94,7 +94,42 @@ def test_every_value_arrives_as_one_word(checkout: Checkout) -> None:
     value = """it's "a $HOME; `name` \\ *"""
     words = checkout.words("run", f"NAME={value.replace('$', '$$')}", "RUN=a/b", "ACCEL=zero2")
     assert {f"--name={value}", "--run=a/b", "--accel=zero2"} <= set(words)
-    assert "--prompt=say $HOME" in checkout.words("generate", "RUN=x", "PROMPT=say $HOME")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "say $HOME",
+        "@file",
+        """two\nlines\n\n # it's "quoted" `name` $$x$$ $(shell touch bad) $(""",
+        "  spaces at the end  ".lstrip(),
+        "a line's end \\\nand \\",
+        "",
+    ],
+)
+def test_a_prompt_arrives_as_it_was_typed(checkout: Checkout, text: str) -> None:
+    words = checkout.words("generate", "RUN=x", f"PROMPT={text}")
+    assert words[-1] == f"--prompt={text}"
+    assert not (checkout.root / "bad").exists()
+
+
+@pytest.mark.parametrize(("target", "name"), [("ask", "Q"), ("ssh", "CMD")])
+def test_make_runs_nothing_of_a_text(checkout: Checkout, target: str, name: str) -> None:
+    text = "echo $(shell touch bad) $("
+    assert checkout.words(target, f"{name}={text}")[-1].partition("=")[2] == text
+    assert not (checkout.root / "bad").exists()
+
+
+def test_without_a_prompt_none_is_handed_on_nor_one_of_the_environment(checkout: Checkout) -> None:
+    # zsh's own prompt, exported; MODEL may be anything.
+    given = {"PROMPT": "%n@%m %# ", "MODEL": "x-7"}
+    words = ["-m", "cluster", "train-module", "train.generate", "--run=x", "--"]
+    assert checkout.words("generate", "RUN=x", **given) == words
+    words = checkout.words("generate", "MODEL=a model", "PROMPT_FILE=my $file")
+    assert words[-3:] == ["--model=a model", "--", "--prompt_file=my $file"]
+    assert checkout.words("chat", "MODEL=m", "ARGS=--seed 1")[3:] == [
+        *("train.chat", "--model=m", "--", "--seed", "1"),
+    ]
 
 
 def test_args_are_split_as_the_user_wrote_them(checkout: Checkout) -> None:

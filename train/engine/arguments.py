@@ -58,7 +58,7 @@ def parse(
     parsed = values(settings)
     # A file that says `dry_run: true` is a run's config.yaml: it has these settings already, and
     # what the command line changed in them.
-    if _gives(options, "dry_run") and parsed["dry_run"]:
+    if gives(options, "dry_run") and parsed["dry_run"]:
         parsed = values(settings, dry_run)
     del parsed["config"]
     if settings.get("staged"):
@@ -68,7 +68,7 @@ def parse(
     except UserError as error:
         name = str(error).partition(":")[0]
         in_file = path and name in hints
-        where = "--" if _gives(options, name) else f"{path}: " if in_file else ""
+        where = "--" if gives(options, name) else f"{path}: " if in_file else ""
         raise UserError(f"{where}{error}") from None
 
 
@@ -87,7 +87,7 @@ def _check_unchanged(
     options: list[str], *, values_of_file: dict[str, Any], parsed: Namespace, hints: dict[str, Any]
 ) -> None:
     for name in hints:
-        if name.startswith(_STAGED) and name not in _COUNTS_ANEW and _gives(options, name):
+        if name.startswith(_STAGED) and name not in _COUNTS_ANEW and gives(options, name):
             before: Any = values_of_file
             for key in name.split("."):
                 before = before.get(key) if isinstance(before, dict) else None
@@ -203,7 +203,8 @@ def _take_config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(path) if path else None), rest
 
 
-def _gives(options: list[str], name: str) -> bool:
+def gives(options: list[str], name: str) -> bool:
+    """Return whether `name` is on the command line, be it with an empty value."""
     return any(word.partition("=")[0] == f"--{name}" for word in options)
 
 

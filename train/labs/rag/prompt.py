@@ -1,8 +1,7 @@
-"""The prompt for an answer: numbered passages within a budget of tokens; and safe printing."""
+"""The prompt for an answer: numbered passages within a budget of tokens."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,22 +76,3 @@ def _shorter(text: str) -> list[str]:
     """Return the beginnings of a text that end with a sentence, the longest first."""
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     return [text[:end].rstrip() for end in reversed(ends) if text[end:].strip()]
-
-
-def printable(text: str) -> str:
-    """Return a text that is safe to print: control characters are escaped (\\x1b).
-
-    Line ends and tabs stay. Marks that change the direction of writing are escaped as well: with
-    them, a line can look different from what it is.
-    """
-    return "".join(ascii(char)[1:-1] if _steers(char) else char for char in text)
-
-
-def _steers(char: str) -> bool:
-    if char in "\n\t":
-        return False
-    # Control characters, halves of characters, marks that end a line or a paragraph.
-    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _DIRECTIONS
-
-
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

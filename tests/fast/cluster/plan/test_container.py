@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,7 @@ from tests.shared import CHECKOUT
 APPTAINER = """#!/bin/sh
 { for word; do printf '%s\\n' "$word"; done; } > "$NOTES/words"
 env > "$NOTES/environment"
+cat > "$NOTES/input"
 exit "${STATUS:-0}"
 """
 
@@ -230,6 +232,29 @@ def test_a_command_that_is_interrupted_ends_in_its_own_time_with_its_own_code(wh
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_standard_input_is_for_a_command_that_reads_it(apptainer: Path, checkout: Path) -> None:
+    make_image()
+    script = """
+import os, sys
+from pathlib import Path
+from cluster.plan import container
+from cluster.plan.runtime import choose_runtime
+for reads_input in (False, True):
+    container.call(choose_runtime("apptainer", "", ["cpu"]), "x", [], code=Path.cwd(),
+                   environment=os.environ, reads_input=reads_input)
+    print(Path(os.environ["NOTES"], "input").read_text())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input="two\nlines",
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "SLUICE_DATASETS": "data"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "\ntwo\nlines\n"
+
+
 def test_parents_come_before_what_is_written_below_them(tmp_path: Path) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a")
@@ -330,3 +355,22 @@ def test_the_command_names_the_run_and_the_place(checkout: Path, apptainer: Path
     assert words[-6:] == ["train.export", str(run), "--dtype", "bfloat16", "--output", words[-1]]
     assert mount(run, "") in words
     assert mount(checkout / "out", "") in words
+
+
+def test_the_command_takes_a_models_folder_instead(checkout: Path, apptainer: Path) -> None:
+    make_image()
+    (apptainer / "a model").mkdir()
+    command = [sys.executable, "-m", "cluster", "train-module", "train.chat"]
+    given = {**os.environ, "PYTHONPATH": str(CHECKOUT), "HOME": str(apptainer)}
+    words = ["--model=~/a model", "--", "--system=/usr"]
+    done = waiting.run([*command, *words], cwd=checkout, env=given)
+    assert (done.returncode, done.stderr) == (0, "note: in images/sluice-cpu.sif\n")
+    passed = (apptainer / "words").read_text().splitlines()
+    assert passed[-2:] == [str(apptainer / "a model"), "--system=/usr"]
+    assert mount(apptainer / "a model", ",ro") in passed
+    for more, line in (
+        (["--model=~/absent"], "error: MODEL=~/absent: there is no such folder\n"),
+        (["--model=~", "--run=x"], "error: RUN: give it or MODEL, not both\n"),
+    ):
+        done = waiting.run([*command, *more], cwd=checkout, env=given)
+        assert (done.returncode, done.stderr) == (2, line)

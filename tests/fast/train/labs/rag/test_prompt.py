@@ -1,4 +1,4 @@
-"""The prompt: numbered, never above its budget; and nothing in it steers a terminal."""
+"""The prompt: numbered, never above its budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runfolder.errors import UserError
-from train.labs.rag.prompt import INSTRUCTION, Source, build, printable
+from train.labs.rag.prompt import INSTRUCTION, Source, build
 
 SOURCES = [
     Source(title="Tide", text="The sea rises. It falls again. So it goes."),
@@ -63,11 +63,3 @@ def test_a_budget_that_holds_no_passage_is_refused() -> None:
     line = rf"--max_prompt_tokens: 40 tokens are too few .* the question alone takes {alone}"
     with pytest.raises(UserError, match=line):
         build("Why?", SOURCES, count=words, budget=40)
-
-
-def test_what_would_steer_a_terminal_is_written_out() -> None:
-    steering = "\x1b[2J\x07\r\x9b31m\u202eevil\u2066\u2028\ud800\x7f"
-    shown = printable(f"caf\u00e9 \u6d77 \U0001f41d\tand\n{steering}")
-    assert shown.startswith("caf\u00e9 \u6d77 \U0001f41d\tand\n\\x1b[2J\\x07\\r\\x9b31m\\u202eevil")
-    assert not set(shown) & set(steering) - set("[2J31mevil")
-    shown.encode()
