@@ -23,7 +23,7 @@ import torch
 from benchmarks import record
 from train.engine import guard, metrics, models, strategy
 from train.engine.batches import Blocks, block_at, micro_batch_positions
-from train.engine.config import TrainingConfig
+from train.engine.config import TextConfig
 from train.engine.distributed import agree, init_distributed, rank, world_size
 from train.engine.errors import run_to_exit
 from train.engine.loss import TokenLoss, global_target_tokens
@@ -107,7 +107,7 @@ def _device(spec: Spec) -> torch.device:
 def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch) -> None:
     """Train as train/tinyllama.py does, without its evaluation, checkpoints and log."""
     optimizer, schedule = OptimizerSettings(lr=spec.lr), ScheduleSettings(warmup_steps=2)
-    config = TrainingConfig(model=ModelSettings(preset=spec.preset))
+    config = TextConfig(model=ModelSettings(preset=spec.preset))
     # Initialized on the device, which is faster; the values do not matter here.
     with device:
         model = models.build(config, Path(spec.tokenizer), spec.seed)

@@ -33,7 +33,7 @@ ELSEWHERE = {
             'run("make", "dry-run", f"JOB={job}"',
             f'"{lab}"',
         )
-        for lab in ("ag_news", "causal_lm", "imdb", "rag")
+        for lab in ("ag_news", "causal_lm", "imdb", "rag", "chat")
     },
     "make dry-run JOB=../fit/fit.yaml": (
         "tests/real/test_make.py",

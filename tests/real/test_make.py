@@ -185,7 +185,7 @@ def test_a_dry_run_works_without_network_and_compiler_and_its_folder_is_whole(
 
 
 @pytest.mark.computes(2)
-@pytest.mark.parametrize("job", ["ag_news", "causal_lm", "imdb", "rag"])
+@pytest.mark.parametrize("job", ["ag_news", "causal_lm", "imdb", "rag", "chat"])
 def test_a_dry_run_of_a_lab_works_so_too(checkout: Checkout, job: str) -> None:
     done = checkout.run("make", "dry-run", f"JOB={job}", path=checkout.bare_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,7 @@
     make run JOB=causal_lm ARGS="--method lora --data.train my-text/ --data.validation more.txt"
 
 Texts from the same prompts and the perplexity of the whole validation text are measured before and
-after the training, which is train/engine/finetuning.py.
+after the training, which is train/finetuning.py.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def stage(config: Config, *, online: bool) -> Config:
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
-    from train.engine.finetuning import TuningData, fine_tune
+    from train.finetuning import TuningData, fine_tune
 
     assert config.staged is not None
     tokenizer_folder = staged_path(config.staged.tokenizer)

@@ -63,12 +63,12 @@ class Summary:
         told = [
             f"{self.columns}; {self.num_conversations:,} conversations, {self.num_answers:,} "
             f"answers, {self.num_targets:,} of {self.num_tokens:,} tokens are learned",
-            f"{self.num_rows:,} rows of {self.sequence_length} tokens, {used:.0%} full",
+            f"{self.num_rows:,} blocks of {self.sequence_length} tokens, {used:.0%} full",
         ]
         if self.num_cut:
-            told.append(f"{self.num_cut:,} cut to the length of a row")
+            told.append(f"{self.num_cut:,} cut to the length of a block")
         if self.num_left_out:
-            told.append(f"{self.num_left_out:,} left out: too long, or no answer within a row")
+            told.append(f"{self.num_left_out:,} left out: too long, or no answer within a block")
         if self.num_unended:
             told.append(
                 f"after {self.num_unended:,} answers the chat template writes no end token: the "
@@ -156,7 +156,7 @@ def write(
     if not lengths:
         raise UserError(
             f"{name}: all {summary.num_conversations:,} conversations are left out: too long, or "
-            "no answer within a row; give a larger --data.sequence_length, or another "
+            "no answer within a block; give a larger --data.sequence_length, or another "
             "--data.too_long"
         )
     order, firsts = rows_of(np.asarray(lengths) - 1, sequence_length, packing=settings.packing)

@@ -4,7 +4,7 @@
     make run JOB=chat ARGS="--method lora --data.train my-chats.jsonl"
 
 Only the assistant's answers are learned. Their perplexity on held-back conversations, and sample
-answers, are measured before and after the training, which is train/engine/finetuning.py.
+answers, are measured before and after the training, which is train/finetuning.py.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _prompts(config: Config, staged: StagedPaths) -> sampling.Prompts:
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
     from train.engine import attention, models
-    from train.engine.finetuning import TuningData, fine_tune
+    from train.finetuning import TuningData, fine_tune
 
     assert config.staged is not None
     tokenizer_folder = staged_path(config.staged.tokenizer)

@@ -99,7 +99,7 @@ def test_examples_share_rows_and_only_answers_are_labels(
     assert found.bytes_of(9) == 5
     assert found.positions_per_target == 20 / 9
     assert (
-        "3 conversations, 4 answers, 9 of 17 tokens are learned; 2 rows of 10 tokens, 70% full"
+        "3 conversations, 4 answers, 9 of 17 tokens are learned; 2 blocks of 10 tokens, 70% full"
         in (summary.describe())
     )
 
@@ -127,7 +127,7 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer_folder: Path, tmp_path: P
         found = examples(tokenizer_folder, folder, [chat], length, too_long=too_long)
         assert texts(tokenizer_folder, found) == [[expected]]
         assert (found.summary.num_cut, found.summary.num_answers) == (1, answers)
-        assert "1 cut to the length of a row" in found.summary.describe()
+        assert "1 cut to the length of a block" in found.summary.describe()
 
 
 def test_what_is_left_out_is_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_what_is_left_out_is_counted(tokenizer_folder: Path, tmp_path: Path) -> 
     for folder, too_long in (("one", "leave_out"), ("two", "cut_end")):
         found = examples(tokenizer_folder, tmp_path / folder, both, 6, too_long=too_long)
         assert (found.summary.num_left_out, found.num_all) == (1, 1)
-        assert "1 left out: too long, or no answer within a row" in found.summary.describe()
+        assert "1 left out: too long, or no answer within a block" in found.summary.describe()
     with pytest.raises(UserError, match=r"^data.train: here: all 1 conversations are left out"):
         examples(tokenizer_folder, tmp_path / "three", both[1:], 6)
 
