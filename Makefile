@@ -63,6 +63,7 @@ uses.status = RUN NAME FORMAT
 uses.logs = RUN NODE
 uses.cancel = RUN NAME
 uses.check = JOB ACCEL NODES GPUS NPROC TIME FORMAT ARGS
+uses.check-site =
 uses.ssh = CMD
 uses.tunnel = RUN NODE PORT
 uses.cluster-up = ARGS
@@ -129,8 +130,8 @@ $(call check_variables)
 # Recipes are one command each: that command reports what went wrong, not make.
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: submit sweep status logs cancel check ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
 .PHONY: help build-image verify-image sign-image dry-run run fetch export generate chat ask test test-real drills lint format bench bench-gpu bench-ssh clean
+.PHONY: submit sweep status logs cancel check check-site ssh tunnel cluster-up cluster-down cluster-shell cluster-drill
 .PHONY: setup setup-train setup-dev setup-encoder
 
 help: ## this list
@@ -186,6 +187,9 @@ cancel: | setup ## have RUN save, and end its job
 check: | setup ## what the cluster has and allows me; JOB=...: does it fit, when, within which limits?
 	$(python) -m cluster check $(if $(filter-out file,$(origin JOB)),$(call flag,JOB,job)) \
 	  $(call flag,ACCEL,accel) $(sized) $(call flag,FORMAT,format) -- $(ARGS) || [ $$? -eq 1 ]
+
+check-site: | setup ## is site.toml right? every fault in it at once, and where Slurm says otherwise
+	$(python) -m cluster check-site
 
 ssh: | setup ## a terminal on the login node; CMD="..." runs a command there
 	$(python) -m cluster ssh $(call flag,CMD,command)

@@ -7,6 +7,7 @@ python -m cluster status [--run RUN | --name SWEEP] [--format json]
 python -m cluster logs --run RUN [--node 1]
 python -m cluster cancel --run RUN | --name SWEEP
 python -m cluster check [--job JOB [--nodes N] [--gpus N] [--time T]] [--format json]
+python -m cluster check-site
 python -m cluster ssh [--command COMMAND]
 python -m cluster tunnel --run RUN [--port PORT]
 python -m cluster board --run RUN
@@ -27,7 +28,7 @@ from runfolder.errors import UserError, did_you_mean
 
 # On a laptop these run on the cluster, over SSH.
 ON_THE_CLUSTER = ("status", "logs", "cancel", "check")
-HERE = ("run", "submit", "sweep", "ssh", "tunnel", "board", "image", "train-module")
+HERE = ("check-site", "run", "submit", "sweep", "ssh", "tunnel", "board", "image", "train-module")
 COMMANDS = (*ON_THE_CLUSTER, *HERE)
 
 

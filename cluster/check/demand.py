@@ -102,22 +102,12 @@ def demand_of(
     known: Mapping[str, Node] | None,
 ) -> Demand:
     """Return what a job needs there."""
-    selects = partition.selects or config.get("SelectTypeParameters", "").upper()
+    selects = selects_of(partition, config)
     gives_memory = "MEMORY" in selects
     whole = chosen.is_exclusive or partition.gives_whole_nodes
     whole = whole or "linear" in config.get("SelectType", "")
     cpus = request.cpus_per_node
-    unknown = []
-    own = None
-    shown = sum(partition.name in node.partitions for node in (known or {}).values())
-    if known is not None and shown < partition.total_nodes:
-        # Cloud nodes that are not started yet, for instance.
-        hidden = f"{partition.total_nodes - shown} of {partition.total_nodes} nodes"
-        unknown.append(f"unknown: {hidden} of partition {partition.name}, which are not shown")
-    elif known is not None:
-        own = _candidates(partition, chosen, known)
-        if own is None:
-            unknown.append(f"unknown: which nodes --constraint={chosen.constraint} matches")
+    own, unknown = nodes_of(partition, chosen, known)
     if own:
         threads = max(node.threads_per_core for node in own)
         if "CR_CPU" not in selects:
@@ -175,13 +165,25 @@ def _minutes(request: Request) -> int | None:
     return None if seconds is None else math.ceil(seconds / 60)
 
 
-def _candidates(
-    partition: Partition, chosen: Choice, known: Mapping[str, Node]
-) -> list[Node] | None:
-    """Return the nodes of the partition that the site's flags allow; None: unknown."""
+def selects_of(partition: Partition, config: Mapping[str, str]) -> str:
+    """Return what is allocated there, in Slurm's words: CR_CORE_MEMORY."""
+    return partition.selects or config.get("SelectTypeParameters", "").upper()
+
+
+def nodes_of(
+    partition: Partition, chosen: Choice, known: Mapping[str, Node] | None
+) -> tuple[list[Node] | None, list[str]]:
+    """Return the nodes of the partition that the site's flags allow; if unknown, None and why."""
+    if known is None:
+        return None, []
+    shown = sum(partition.name in node.partitions for node in known.values())
+    if shown < partition.total_nodes:
+        # Cloud nodes that are not started yet, for instance.
+        hidden = f"{partition.total_nodes - shown} of {partition.total_nodes} nodes"
+        return None, [f"unknown: {hidden} of partition {partition.name}, which are not shown"]
     needed = features(chosen.constraint)
     if needed is None:
-        return None
+        return None, [f"unknown: which nodes --constraint={chosen.constraint} matches"]
     only = set(hosts.expand(chosen.nodelist)) if chosen.nodelist else None
     without = set(hosts.expand(chosen.exclude))
     return [
@@ -193,7 +195,7 @@ def _candidates(
         and node.name not in without
         # A list of several nodes names those that must be included.
         and (only is None or node.name in only or len(only) > 1)
-    ]
+    ], []
 
 
 def _memory_per_gpu(

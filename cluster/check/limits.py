@@ -116,6 +116,14 @@ def user_name() -> str:
         return getpass.getuser()
 
 
+def no_such_partition(rules: Rules, chosen: Choice, name: str) -> str:
+    """Return the message about a partition that Slurm does not show."""
+    return (
+        f"{chosen.where}: slurm.partition '{name}': there is no such partition"
+        f"{did_you_mean(name, rules.partitions)}"
+    )
+
+
 def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
     """Check a job against all rules."""
     name = chosen.partition
@@ -134,10 +142,7 @@ def judge(rules: Rules, chosen: Choice, request: Request) -> Judged:
         return Judged(findings=[], remarks=remarks, demand=None)
     partition = rules.partitions.get(name)
     if partition is None:
-        message = (
-            f"{chosen.where}: slurm.partition '{name}': there is no such partition"
-            f"{did_you_mean(name, rules.partitions)}"
-        )
+        message = no_such_partition(rules, chosen, name)
         return Judged(findings=[never(message, "Partition", "")], remarks=remarks, demand=None)
     remarks += [f"unknown: {key} of partition {name}" for key in partition.unknown]
     demand = demand_of(request, partition, chosen, rules.config, rules.nodes)

@@ -21,13 +21,18 @@ GIB = 1024**3
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print it all; lines are as wide as the terminal, or as long as needed in a file."""
+    """Print it all."""
+    show_sections(_sections(facts))
+
+
+def show_sections(sections: Iterable[tuple[str, Any]]) -> None:
+    """Print titles and tables, as wide as the terminal, or in a file as wide as needed."""
     width = None
     if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
         width = 10_000
     console = Console(width=width, highlight=False, markup=False)
     with console.capture() as capture:
-        for title, content in _sections(facts):
+        for title, content in sections:
             console.print(Text(title, style="bold"))
             console.print(content)
             console.print()
@@ -49,10 +54,10 @@ def _sections(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
     yield "this machine", _login_node(facts["login_node"])
     if facts["unknown"]:
         rows = [(what.replace("_", " "), why) for what, why in facts["unknown"].items()]
-        yield "unknown", _table(["what", "why"], rows)
+        yield "unknown", rows_of(["what", "why"], rows)
 
 
-def _table(columns: list[str], rows: Iterable[Iterable[Any]]) -> Any:
+def rows_of(columns: list[str], rows: Iterable[Iterable[Any]]) -> Any:
     listed = [[UNKNOWN if cell is None else str(cell) for cell in row] for row in rows]
     if not listed:
         return Text("  none")
@@ -91,7 +96,7 @@ def _partitions(partitions: list[dict[str, Any]]) -> Any:
                 qos + (f" (limits of {one['qos']})" if one["qos"] else ""),
             ]
         )
-    return _table(columns, rows)
+    return rows_of(columns, rows)
 
 
 def _allowed(allowed: list[str] | None, denied: list[str]) -> str:
@@ -129,7 +134,7 @@ def _nodes(nodes: list[dict[str, Any]] | None) -> Any:
         (state, len(names), cpus, gpus, memory, hosts.compact(names), reason)
         for (state, cpus, gpus, memory, reason), names in alike.items()
     ]
-    return _table(columns, rows)
+    return rows_of(columns, rows)
 
 
 def _reservations(kept: list[dict[str, Any]] | None) -> Any:
@@ -146,7 +151,7 @@ def _reservations(kept: list[dict[str, Any]] | None) -> Any:
         )
         for one in kept
     ]
-    return _table(["name", "from", "until", "nodes", "for", "flags"], rows)
+    return rows_of(["name", "from", "until", "nodes", "for", "flags"], rows)
 
 
 def _accounts(facts: dict[str, Any]) -> Any:
@@ -161,7 +166,7 @@ def _accounts(facts: dict[str, Any]) -> Any:
         )
         for one in facts["associations"]
     ]
-    return _table(["account", "partition", "QOS", "default QOS"], rows)
+    return rows_of(["account", "partition", "QOS", "default QOS"], rows)
 
 
 def _limits(facts: dict[str, Any]) -> Any:
@@ -176,7 +181,7 @@ def _limits(facts: dict[str, Any]) -> Any:
         return Text(f"  {UNKNOWN}")
     if not rows and facts["unknown"]:
         return Text("  none shown")
-    return _table(["whose", "limit", "of", "at most", "in use"], dict.fromkeys(rows))
+    return rows_of(["whose", "limit", "of", "at most", "in use"], dict.fromkeys(rows))
 
 
 def _limit(limit: dict[str, Any]) -> tuple[str, ...]:
@@ -198,7 +203,7 @@ def _fair_share(rows: list[dict[str, Any]] | None) -> Any:
         )
         for row in rows
     ]
-    return _table(["account", "fair share", "my share", "my usage", "counts for priority"], cells)
+    return rows_of(["account", "fair share", "my share", "my usage", "counts for priority"], cells)
 
 
 def _jobs(jobs: list[dict[str, Any]] | None) -> Any:
@@ -216,7 +221,7 @@ def _jobs(jobs: list[dict[str, Any]] | None) -> Any:
         )
         for one in jobs
     ]
-    return _table(["job", "name", "state", "partition", "nodes", "left", "why it waits"], rows)
+    return rows_of(["job", "name", "state", "partition", "nodes", "left", "why it waits"], rows)
 
 
 def _login_node(here: dict[str, Any]) -> Any:
@@ -242,4 +247,4 @@ def _login_node(here: dict[str, Any]) -> Any:
     allowed = here["user_namespaces"]
     words = UNKNOWN if allowed is None else "allowed" if allowed else "not allowed"
     space.append(("user namespaces", words, ""))
-    return Group(_table(["", "", ""], space))
+    return Group(rows_of(["", "", ""], space))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +90,7 @@ def on(queue: Slurm, site: Site, request: Request, name: str) -> Answer:
     if not any(finding.verdict is Verdict.NEVER for finding in findings):
         ahead = _ahead(queue, rules, chosen, remarks)
         findings += _room(queue, rules, chosen, judged, ahead, remarks)
-        trial = _trial(queue, site, request, name, judged.for_trial)
+        trial = try_it(queue, site, request, name, judged.for_trial)
         start, nodes = trial.start, trial.nodes
         findings += _as_slurm_says(trial, findings, ahead, remarks)
         findings = _unless_it_starts(trial, findings, rules, judged, remarks)
@@ -163,7 +164,10 @@ def _ahead(
         return []
 
 
-def _trial(queue: Slurm, site: Site, request: Request, name: str, besides: list[str]) -> Trial:
+def try_it(
+    queue: Slurm, site: Site, request: Request, name: str, besides: Sequence[str] = ()
+) -> Trial:
+    """Have Slurm itself look at a job of this size, without queueing it."""
     words = sbatch_command(site, request, name=f"sluice-{name}", folder=here())
     # With the environment of `make submit`, because some of its variables set options of sbatch.
     passed = {key: value for key, value in os.environ.items() if PASSED.fullmatch(key)}

@@ -17,9 +17,7 @@ def find_apptainer() -> str | None:
         UserError: $APPTAINER or site.toml names something that is not a command.
     """
     given = os.environ.get("APPTAINER")
-    if not given and (named := site_of_this_machine().container.apptainer):
-        if shutil.which(named) is None:
-            raise UserError(f"{load_site().source}: container.apptainer: {named} is not a command")
+    if not given and (named := named_by_site()):
         return named
     found = shutil.which(given or "apptainer")
     if given and found is None:
@@ -27,6 +25,18 @@ def find_apptainer() -> str | None:
     found = found or shutil.which(str(_private_apptainer()))
     # It is called from other folders.
     return str(Path(found).absolute()) if found else None
+
+
+def named_by_site() -> str:
+    """Return the command that site.toml names; "" if it names none.
+
+    Raises:
+        UserError: it is not a command.
+    """
+    named = site_of_this_machine().container.apptainer
+    if named and shutil.which(named) is None:
+        raise UserError(f"{load_site().source}: container.apptainer: {named} is not a command")
+    return named
 
 
 def need_apptainer(why: str) -> str:

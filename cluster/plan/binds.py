@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from cluster.site.settings import Site
 from runfolder.errors import UserError
 
 # The folders in / that the image has itself. /tmp is the container's own.
@@ -147,6 +148,27 @@ def _check_free(target: Path) -> None:
                 f"{target}: conflicts with {own} in the container of a run; move it, or "
                 "use RUNTIME=host"
             )
+
+
+def site_bind(site: Site, text: str) -> str:
+    """Return a line of container.binds in site.toml as slurm/container.sh expects it.
+
+    Raises:
+        UserError: it has another form, or lies where a run's container has something else.
+    """
+    parts = text.split(":")
+    mode = parts.pop() if parts[-1] in ("ro", "rw") else "ro"
+    if len(parts) not in (1, 2) or not all(part.startswith("/") for part in parts):
+        raise UserError(
+            f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro with absolute paths"
+        )
+    for own in OF_THE_RUN:
+        if Path(parts[-1]).is_relative_to(own):
+            raise UserError(
+                f"{site.source}: container.binds: '{text}' would hide the run's own {own}; "
+                "bind it elsewhere"
+            )
+    return bind(Path(parts[0]), Path(parts[-1]), mode)
 
 
 def certificates(environment: Mapping[str, str]) -> list[Path]:

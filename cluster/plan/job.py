@@ -11,7 +11,7 @@ import yaml
 
 from cluster.plan import program
 from cluster.plan.program import Program, Signal
-from cluster.site.file import check_variables
+from cluster.site.variables import check_variables
 from runfolder.errors import UserError, did_you_mean
 from runfolder.records import SCRIPT_FOLDER
 

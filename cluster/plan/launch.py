@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cluster.plan import resolve
-from cluster.plan.binds import OF_THE_RUN, argument_binds, bind, extra_binds
+from cluster.plan.binds import argument_binds, bind, extra_binds, site_bind
 from cluster.plan.job import strategy_file
 from cluster.plan.request import Request
 from cluster.plan.runtime import Runtime, runtime_values
@@ -187,7 +187,7 @@ def _values(
             binds = argument_binds(config["arguments"] + config["resume_arguments"])
         else:
             binds = extra_binds(config, datasets)
-        binds += [_site_bind(site, text) for text in site.container.binds] if site else []
+        binds += [site_bind(site, text) for text in site.container.binds] if site else []
         values["binds"] = "\n".join(binds)
         for path in (source.folder, source.code, datasets, cache):
             # A path that cannot be bound is reported now, not on the nodes.
@@ -216,19 +216,3 @@ def _of_site(site: Site, source: Source, runtime: Runtime, config: Any) -> dict[
         "min_free_gpu_fraction": str(health.min_free_gpu_fraction),
         "min_free_scratch_bytes": str(health.min_free_scratch_mb * MB),
     }
-
-
-def _site_bind(site: Site, text: str) -> str:
-    parts = text.split(":")
-    mode = parts.pop() if parts[-1] in ("ro", "rw") else "ro"
-    if len(parts) not in (1, 2) or not all(part.startswith("/") for part in parts):
-        raise UserError(
-            f"{site.source}: container.binds: '{text}' is not SOURCE:TARGET:ro with absolute paths"
-        )
-    for own in OF_THE_RUN:
-        if Path(parts[-1]).is_relative_to(own):
-            raise UserError(
-                f"{site.source}: container.binds: '{text}' would hide the run's own {own}; "
-                "bind it elsewhere"
-            )
-    return bind(Path(parts[0]), Path(parts[-1]), mode)

@@ -197,6 +197,11 @@ def whole_number(variable: str, given: str, least: int) -> int | None:
     return int(given)
 
 
+def least_s(save_s: int) -> int:
+    """Return the shortest time limit, in seconds, that leaves a job time to train."""
+    return max(2 * save_s, save_s + SIGNAL_EARLY_S)
+
+
 def _time(site: Site, time: str) -> str:
     try:
         limit = notation.seconds(time)
@@ -205,7 +210,7 @@ def _time(site: Site, time: str) -> str:
             f"TIME={time}: is not a time limit; write minutes, hours:minutes:seconds or "
             "days-hours:minutes:seconds"
         ) from None
-    least = max(2 * site.slurm.save_s, site.slurm.save_s + SIGNAL_EARLY_S)
+    least = least_s(site.slurm.save_s)
     if limit is not None and limit < least:
         where = site.source or "the private cluster"
         raise UserError(

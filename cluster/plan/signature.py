@@ -47,8 +47,7 @@ def check_image(path: Path) -> Image:
 def check_signature(path: Path, key: str, asked: str, manifest: dict[str, Any]) -> None:
     # --local: do not look on a server for a key that is not in the keyring.
     options = ["--local"] if key == KEYRING else ["--key", key]
-    if key != KEYRING and not Path(key).is_file():
-        raise UserError(f"{asked}={key}: is neither a public key file nor the word '{KEYRING}'")
+    check_key(key, asked)
     apptainer = need_apptainer(f"{asked}={key}")
     done = subprocess.run(
         [apptainer, "verify", *options, str(path)], capture_output=True, text=True, check=False
@@ -59,6 +58,16 @@ def check_signature(path: Path, key: str, asked: str, manifest: dict[str, Any]) 
             f"{path}: {asked}={key} does not verify its signature{signer} "
             f"({last_words(done.stderr)}); use the signer's key, or an image from someone you trust"
         )
+
+
+def check_key(key: str, asked: str) -> None:
+    """Check that there is such a public key; `asked` says who names it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if key != KEYRING and not Path(key).is_file():
+        raise UserError(f"{asked}={key}: is neither a public key file nor the word '{KEYRING}'")
 
 
 def sign(path: Path, key: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.runs import history
+from cluster.site.faults import CLUSTER
 from cluster.site.flags import CLUSTER_VARIABLES
 from cluster.site.settings import Site
 from cluster.slurm.call import QueuedJob, Slurm
@@ -27,7 +27,7 @@ def chosen(site: Site) -> Slurm:
     for variable in CLUSTER_VARIABLES:
         if not name and os.environ.get(variable):
             name, where = os.environ[variable], variable
-    if name and (not re.fullmatch(r"[\w.-]+", name) or name == "all"):
+    if name and not CLUSTER.fullmatch(name):
         raise UserError(f"{where}: '{name}' is not the name of one cluster; choose one")
     return replace(Slurm.from_site(site), cluster=name)
 

@@ -119,18 +119,17 @@ def _whole(name: str) -> str:
     return next((full for full in meant if full in REFUSED), meant[0] if len(meant) == 1 else name)
 
 
-def problem(flags: Sequence[str]) -> str:
-    """Return why these flags are not allowed; empty if they are."""
+def problems(flags: Sequence[str]) -> Iterator[str]:
+    """Find which of these flags are not allowed, and why."""
     for name, value in options(flags):
-        if not name:
-            return f"'{value}' is not an sbatch option; write each with its value: --NAME=VALUE"
-        if name in REFUSED:
-            return f"--{name} is not allowed here: {REFUSED[name]}"
         # Slurm's other names for CPUs and GPUs: gpu:2, gres:gpu:a100:2, gres/gpu=2, cpu=4.
         counts = name == "gres" or name.startswith("tres-per-")
-        if counts and re.search(r"(?i)(^|,)\s*(gres[:/])?(cpu|gpu)\b", value):
-            return f"--{name}={value} is not allowed here: {_SIZES}, such as slurm.gpu_type"
-    return ""
+        if not name:
+            yield f"'{value}' is not an sbatch option; write each with its value: --NAME=VALUE"
+        elif name in REFUSED:
+            yield f"--{name} is not allowed here: {REFUSED[name]}"
+        elif counts and re.search(r"(?i)(^|,)\s*(gres[:/])?(cpu|gpu)\b", value):
+            yield f"--{name}={value} is not allowed here: {_SIZES}, such as slurm.gpu_type"
 
 
 def ignored(environment: Mapping[str, str]) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cluster.site.file import expanded, site_of_this_machine
+from cluster.site.file import site_of_this_machine
 from cluster.site.settings import Folder
+from cluster.site.variables import expanded
 
 
 def folder(kind: Folder) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+EXAMPLE = Path("configs/site.example.toml")
 # Set for a command that came from a laptop, so that it does not look for another machine.
 ARRIVED = "SLUICE_ARRIVED"
 Folder = Literal["runs", "datasets", "cache", "images"]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.site.file import EXAMPLE
-from cluster.site.settings import Site
+from cluster.site.settings import EXAMPLE, Site
 from cluster.slurm.reasons import OVER
 from cluster.slurm.refusals import (
     ControllerUnreachable,

@@ -46,6 +46,8 @@ class Node:
     partitions: tuple[str, ...]
     cpus: int
     cpus_used: int
+    cores: int
+    """0: unknown. The CPUs are these, or all their threads, as the site has set it."""
     threads_per_core: int
     memory_mb: int
     memory_used_mb: int
@@ -126,6 +128,7 @@ def _node(name: str, shows: Mapping[str, str]) -> Node:
         partitions=tuple(filter(None, shows.get("Partitions", "").split(","))),
         cpus=_number(shows.get("CPUEfctv")) or _number(shows.get("CPUTot")),
         cpus_used=_number(shows.get("CPUAlloc")),
+        cores=_number(shows.get("Sockets")) * _number(shows.get("CoresPerSocket")),
         threads_per_core=_number(shows.get("ThreadsPerCore")) or 1,
         memory_mb=max(0, _number(shows.get("RealMemory")) - _number(shows.get("MemSpecLimit"))),
         memory_used_mb=_number(shows.get("AllocMem")),

@@ -272,6 +272,18 @@ def test_the_cluster_and_a_job_are_checked_from_afar(either: Laptop) -> None:
     assert "fits:  NODES=2" in never.stdout
 
 
+def test_a_site_file_is_compared_with_the_clusters_slurm_from_afar(laptop: Laptop) -> None:
+    laptop.use()
+    said = laptop.output("check-site")
+    assert re.search(r"(?m)^slurm.cpus_per_node +4 +4 on 2 nodes$", said)
+    # Its own faults need no network, and are told all at once.
+    signed_in = laptop.sign_ins()
+    laptop.use(backend="rsh", more="[slurn]\n")
+    faults = [line for line in laptop.make("check-site").stderr.splitlines() if "error: " in line]
+    assert len(faults) == 2
+    assert laptop.sign_ins() == signed_in
+
+
 def test_what_a_tunnel_cannot_lead_to_is_said(either: Laptop) -> None:
     laptop = either
     port = free_port()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import launch
+from cluster.plan import binds, launch
 from cluster.plan.image import Image
 from cluster.plan.program import Program
 from cluster.plan.request import Request
@@ -87,8 +87,8 @@ def test_what_a_site_says_is_resolved_here_and_nowhere_else(tmp_path: Path) -> N
 
 def test_a_bind_of_the_site_that_would_hide_the_runs_own_is_refused() -> None:
     with pytest.raises(UserError, match="would hide the run's own /datasets"):
-        launch._site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
-    assert launch._site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
+        binds.site_bind(PRIVATE, "/scratch:/datasets/mine:rw")
+    assert binds.site_bind(PRIVATE, "/scratch:/data:rw") == "/scratch:/data:rw"
 
 
 def test_a_script_that_git_ignores_is_refused_and_makes_no_run(

@@ -881,6 +881,36 @@ def test_exit_codes_of_the_command_and_of_make(
         check.main(["--job=tinyllama"])
 
 
+def test_a_site_file_is_compared_with_slurm_and_a_file_corrected_as_told_is_right(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "site.toml"
+    wrong = {"partition": "gpux", "cpus_per_node": 9, "gpus_per_node": 3, "gpu_type": "a100"}
+    wrong |= {"account": "physics", "save_s": 50000}
+    lines = {key: f"{key} = {json.dumps(value)}" for key, value in wrong.items()}
+    words = (sys.executable, "-m", "cluster", "check-site")
+
+    def faults() -> list[str]:
+        path.write_text("\n".join(["[slurm]", *lines.values(), '[paths]\nscratch = "/var/tmp"']))
+        done = cluster.run(*words, cwd=CHECKOUT, environment={"SLUICE_SITE": str(path)})
+        assert done.returncode == (2 if done.stderr else 0), done.stderr
+        return done.stderr.splitlines()
+
+    (fault,) = faults()
+    assert fault.endswith("slurm.partition 'gpux': there is no such partition; did you mean 'gpu'?")
+    lines["partition"] = 'partition = "gpu"'
+    told = faults()
+    assert len(told) == len(wrong) - 1, told
+    for fault in told:
+        correction = fault.partition("; write slurm.")[2]
+        lines[correction.split(" ")[0]] = correction
+    assert faults() == []
+    # What only sbatch knows.
+    lines["sbatch_flags"] = 'sbatch_flags = ["--no-such-option=1"]'
+    (fault,) = faults()
+    assert "sbatch refuses a job with these settings: unrecognized option" in fault
+
+
 def test_the_overview_tells_what_there_is(clean: Ground) -> None:
     clean.wait_for("RUNNING", [clean.occupy(PRIVATE, gpus="1")])
     with limited(clean, ("qos", "normal"), "MaxTRESPU=gres/gpu=3"):
