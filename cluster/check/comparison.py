@@ -183,8 +183,8 @@ def _nodes(
         if size.wanted > most:
             is_too_large = True
             found.faults.append(
-                f"{site.source}: {size.setting}: {size.wanted}, but a job can have at most {most} "
-                f"{size.what} of a node of partition {partition.name}{meaning}; write "
+                f"{site.source}: {size.setting}: {size.wanted}, but a node of partition "
+                f"{partition.name} gives a job at most {most} {size.what}{meaning}; write "
                 f"{size.setting} = {most}"
             )
         elif size.wanted < least:

@@ -18,8 +18,8 @@ class SiteError(UserError):
     """The site's file cannot be used; the text is its first fault, and how many more there are."""
 
     def __init__(self, *faults: str) -> None:
-        rest = len(faults) - 1
-        more = f"; and {rest} more: `make check-site` lists all of them" if rest else ""
+        many = len(faults)
+        more = f" (1 of {many} faults: `make check-site` lists them all)" if many > 1 else ""
         super().__init__(faults[0] + more)
         self.faults = faults
 

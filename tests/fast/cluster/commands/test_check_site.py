@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cluster.commands import check_site
 from cluster.remote import calls
 from cluster.runs import clusters
-from cluster.site.settings import ARRIVED
+from cluster.site.settings import ARRIVED, FOLDERS
 from cluster.slurm.refusals import ControllerUnreachable, SlurmError
 from runfolder.errors import UserError
 from tests.fast import command
@@ -106,6 +107,22 @@ def test_differences_and_what_is_not_on_this_machine_are_told_together(desk: Des
     assert len(faults) == len(beginnings), faults
     for fault, beginning in zip(faults, beginnings, strict=True):
         assert fault.startswith(beginning)
+
+
+def test_data_may_be_the_sites_own_but_runs_must_be_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (desk.folder / "shared").mkdir()
+    may = os.access
+    # Root may write everywhere.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "shared" and may(path, mode)
+    )
+    text = "".join(f'{kind} = "{desk.folder}/shared"\n' for kind in FOLDERS)
+    (fault,) = desk.faults(GOOD + text)
+    assert fault.startswith("paths.runs: ")
+    (fault,) = desk.faults(GOOD + f'images = "{desk.folder}/shared/new"\n')
+    assert fault.startswith(f"paths.images: {desk.folder}/shared is not a folder that you can")
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_other_commands_show_the_first_and_how_many_more(
         load_site()
     assert len(refused.value.faults) == 3
     assert str(refused.value) == (
-        f"{refused.value.faults[0]}; and 2 more: `make check-site` lists all of them"
+        f"{refused.value.faults[0]} (1 of 3 faults: `make check-site` lists them all)"
     )
 
 
