@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
+from cluster.plan.job import load_job
 from tests import waiting
 from tests.readme import ELSEWHERE, NOWHERE, commands, run_one_after_the_other
 from tests.shared import CHECKOUT
@@ -40,6 +42,20 @@ def test_links_lead_somewhere() -> None:
     for page in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_jobs_of_the_page_on_new_jobs_are_jobs(tmp_path: Path) -> None:
+    page = (CHECKOUT / "docs/new-job.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "line.py").write_text(script)
+    known = set(re.findall(r'add_argument\("(--\w+)"', script))
+    first, second = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for text in (first, second):
+        (tmp_path / "line.yaml").write_text(text)
+        program = load_job(str(tmp_path / "line.yaml")).program
+        assert program is not None
+        words = [*program.arguments, *program.resume_arguments]
+        assert {word for word in words if word.startswith("--")} == known
 
 
 def test_the_tests_that_pages_name_are_there() -> None:
