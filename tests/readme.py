@@ -47,6 +47,7 @@ ELSEWHERE = {
         "tests/real/test_make.py",
         'run("make", "ask", "RUN=rag", "Q=How do sailors',
     ),
+    "make chat RUN=chat": ("tests/real/test_make.py", 'run("make", "chat", "RUN=chat"'),
     "make cluster-up": ("tests/real/cluster/test_new_user.py", 'make("cluster-up"'),
     'make submit NODES=2 ARGS="--dry_run"': (
         "tests/real/cluster/test_new_user.py",

@@ -202,6 +202,10 @@ def test_a_dry_run_of_a_lab_works_so_too(checkout: Checkout, job: str) -> None:
         found = checkout.run("make", "ask", "RUN=rag", "Q=How do sailors know a lighthouse?")
         assert found.returncode == 0, found.stderr
         assert re.search(r"\blighthouse\b", found.stdout)
+    if job == "chat":
+        # Nobody says anything; the model and its chat template are there.
+        talk = checkout.run("make", "chat", "RUN=chat")
+        assert (talk.returncode, talk.stderr) == (0, "note: on the host, no container\n")
 
 
 def next_commands_work(checkout: Checkout, output: str) -> None:
