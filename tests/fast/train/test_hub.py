@@ -339,3 +339,23 @@ def test_a_cache_of_another_revision_does_not_stand_in_for_the_pinned_one(
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
     assert f"could not be loaded at revision {DATASET_REVISION[:12]}" in said
+
+
+def test_conversations_are_fetched_with_what_is_not_read_named(
+    hub: Hub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    lines = (SAMPLES / "chat/train.jsonl").read_text().splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"source": ["ours"] * len(chats), "messages": chats}), stream)
+    readme = b"---\nconfigs:\n- config_name: default\n  data_files: train-*\n---\n"
+    files = {"README.md": readme, "train-0.parquet": stream.getvalue()}
+    hub.add("datasets", "trl-lib/Capybara", DATASET_REVISION, files)
+    done = fetch(environment, hub, "--job", "chat", "--", "--data.sequence_length", "64")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (
+        "data.name: trl-lib/Capybara: columns messages; not read: source; 31 conversations"
+        in done.stdout
+    )
+    assert "one row in 20 of data.name: trl-lib/Capybara: columns messages" in done.stdout
+    assert "; 1 conversation, 1 answer, " in done.stdout

@@ -61,9 +61,10 @@ class Summary:
         """Return a one-line summary."""
         used = (self.num_tokens - self.num_examples) / (self.num_rows * self.sequence_length)
         told = [
-            f"{self.columns}; {self.num_conversations:,} conversations, {self.num_answers:,} "
-            f"answers, {self.num_targets:,} of {self.num_tokens:,} tokens are learned",
-            f"{self.num_rows:,} blocks of {self.sequence_length} tokens, {used:.0%} full",
+            f"{self.columns}; {_many(self.num_conversations, 'conversation')}, "
+            f"{_many(self.num_answers, 'answer')}, "
+            f"{self.num_targets:,} of {self.num_tokens:,} tokens are learned",
+            f"{_many(self.num_rows, 'block')} of {self.sequence_length} tokens, {used:.0%} full",
         ]
         if self.num_cut:
             told.append(f"{self.num_cut:,} cut to the length of a block")
@@ -71,11 +72,11 @@ class Summary:
             told.append(f"{self.num_left_out:,} left out: too long, or no answer within a block")
         if self.num_unended:
             told.append(
-                f"after {self.num_unended:,} answers the chat template writes no end token: the "
+                f"after {_many(self.num_unended, 'answer')} the chat template writes no end token: the "
                 "model does not learn to stop there"
             )
         told += [
-            f"{count:,} turns spell '{token}', which becomes that token"
+            f"'{token}' is spelled in {_many(count, 'turn')}, and becomes that token"
             for token, count in self.spelled.items()
         ]
         return "; ".join(told)
@@ -84,6 +85,10 @@ class Summary:
     def num_examples(self) -> int:
         """Conversations that are in the rows."""
         return self.num_conversations - self.num_left_out
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def write(

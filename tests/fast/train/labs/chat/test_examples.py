@@ -143,7 +143,7 @@ def test_what_is_left_out_is_counted(tokenizer_folder: Path, tmp_path: Path) -> 
 def test_what_a_reader_has_to_know_is_said(tokenizer_folder: Path, tmp_path: Path) -> None:
     found = examples(tokenizer_folder, tmp_path, [conversation("is </s> the end?", "b")], 30)
     assert found.summary.spelled == {"</s>": 1}
-    assert "1 turns spell '</s>', which becomes that token" in found.summary.describe()
+    assert "'</s>' is spelled in 1 turn, and becomes that token" in found.summary.describe()
 
 
 def test_no_end_token_is_counted(characters: Path, tmp_path: Path) -> None:
