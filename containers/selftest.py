@@ -111,6 +111,8 @@ def versions(labels: dict[str, str]) -> str:
     locked: dict[str, list[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==([^ ;\\]+)", lock, re.MULTILINE):
         locked.setdefault(name, []).append(version)
+    extra = extra_packages()
+    locked |= {name: [version] for name, version in extra.items()}
     installed = {
         re.sub(r"[-_.]+", "-", d.name).lower(): d.version
         for d in importlib.metadata.distributions()
@@ -119,12 +121,21 @@ def versions(labels: dict[str, str]) -> str:
         if name in installed and installed[name] not in allowed:
             raise Failed(f"{name} {installed[name]} is installed, {', '.join(allowed)} is locked")
     if unlocked := sorted(installed.keys() - locked.keys()):
-        raise Failed(f"not in the lock: {', '.join(unlocked)}")
+        raise Failed(f"neither in the lock nor among the extra packages: {', '.join(unlocked)}")
     for label, version in labels.items():
         name = label.removeprefix("sluice.version.")
         if name != label and installed.get(name) != version:
             raise Failed(f"label {label} is {version}, {installed.get(name)} is installed")
-    return f"{len(installed)} packages as locked, torch {installed['torch']}"
+    beside = f", {len(extra)} extra" if extra else ""
+    return f"{len(installed) - len(extra)} packages as locked{beside}, torch {installed['torch']}"
+
+
+def extra_packages() -> dict[str, str]:
+    """Return the packages of EXTRA=, with their versions."""
+    path = SHARE / "extra.txt"
+    lines = path.read_text().split() if path.exists() else []
+    pairs = (line.split("==") for line in lines)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
 
 
 def shared_libraries() -> str:
@@ -146,15 +157,25 @@ def shared_libraries() -> str:
 
     with ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(missing, files), strict=True))
-    wrong = [
-        f"{path} needs {name}"
-        for path, names in found.items()
-        for name in names
-        if name not in OF_THE_DRIVER and not OPTIONAL.search(str(path))
-    ]
+    wrong, of_extra = [], set()
+    # Often for other systems or versions of CUDA; only their user knows which are needed.
+    extra = {path for name in extra_packages() for path in files_of(name)}
+    for path, names in found.items():
+        for name in names:
+            if path in extra:
+                of_extra.add(name)
+            elif name not in OF_THE_DRIVER and not OPTIONAL.search(str(path)):
+                wrong.append(f"{path} needs {name}")
     if wrong:
         raise Failed("; ".join(wrong))
-    return f"{len(files)} libraries, all dependencies found"
+    beside = f", but extra packages lack {', '.join(sorted(of_extra))}" if of_extra else ""
+    return f"{len(files)} libraries, all dependencies found{beside}"
+
+
+def files_of(package: str) -> list[Path]:
+    """Return the files that a package has installed."""
+    distribution = importlib.metadata.distribution(package)
+    return [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
 
 
 def is_elf(path: Path) -> bool:

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Make or refresh a virtual environment from containers/locks:  containers/venv.sh [--FLAVOUR]
+# Make or refresh a virtual environment from containers/locks:
+#
+#   containers/venv.sh [--FLAVOUR] [--extra=FILE]
 #
 #   --base   what the commands of cluster/ need, without torch (seconds, 60 MB)
 #   --cpu    also what training needs, with the CPU build of torch: the default
 #   --dev    also the tools of `make test` and `make lint`
 #   --cuda   what training needs, with the CUDA build of torch (5 GB); for GPUs without an image
 #   --nvcc, --sbom    only needed while an image is built
+#   --extra=FILE      also the packages that this requirements file names, in versions that go with
+#                     the lock; they stay until another FILE is given, also in a new environment
 #   VENV     its folder (.venv; a relative path starts at the repository root)
 #   PYTHON   the interpreter to make it from (default: the first suitable one on PATH)
 #
@@ -36,18 +40,33 @@ fail() {
 
 # ---- arguments ------------------------------------------------------------------------------
 
-case "$#:${1-}" in
-0:) flavour=cpu ;;
-1:--base | 1:--cpu | 1:--dev | 1:--cuda | 1:--nvcc | 1:--sbom) flavour=${1#--} ;;
-*) fail "venv.sh: unknown arguments '$*'; use containers/venv.sh [--base|--cpu|--dev|--cuda]" ;;
+readonly arguments=$*
+flavour=cpu extra=''
+case ${1-} in
+--base | --cpu | --dev | --cuda | --nvcc | --sbom)
+  flavour=${1#--}
+  shift
+  ;;
 esac
-readonly flavour
+if [[ ${1-} == --extra=?* ]]; then
+  extra=${1#--extra=}
+  shift
+fi
+readonly flavour extra
 # What each flavour includes: dev.txt has all of cpu.txt, and cpu.txt and cuda.txt all of base.txt.
+# Only those that train have packages of the user's own.
+trains=yes
 case $flavour in
 dev) readonly holds='base cpu dev' ;;
 cpu | cuda) readonly holds="base $flavour" ;;
-*) readonly holds=$flavour ;;
+*)
+  readonly holds=$flavour
+  trains=''
+  ;;
 esac
+if (($#)) || [[ -n $extra && -z $trains ]]; then
+  fail "venv.sh: unknown arguments '$arguments'; use containers/venv.sh [--base|--cpu|--dev|--cuda] [--extra=FILE]"
+fi
 
 # CDPATH would send a relative cd elsewhere.
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -55,6 +74,9 @@ readonly locks=containers/locks
 readonly venv=${VENV:-.venv}
 readonly lock_file=$venv/.sluice-lock stamp=$venv/.sluice-stamp
 readonly output=$venv/setup.log details=$venv/pip-details.log
+# The user's own packages: the requirements, and what pip installed for them, as NAME==VERSION.
+readonly requested=$venv/.sluice-extra pinned=$venv/share/extra.txt
+readonly locked=$venv/locked.txt before=$venv/extra-before.txt
 
 # Modules on clusters set PYTHONPATH and the like; packages found there would count as installed
 # here, and pip starts other Pythons, to which the -I of the first does not apply.
@@ -78,6 +100,7 @@ print(flavour, system.sysname, system.machine, "python%d.%d" % sys.version_info[
 key() {
   local files=("$locks/pip.txt" "$locks/$1.txt")
   if [[ $1 == cpu || $1 == dev ]]; then files+=("$locks/torch-cpu.txt"); fi
+  if [[ $1 == extra ]]; then files=("$requested" "$pinned"); fi
   # Without site-packages (-S) and the user's settings (-I) this takes 20 ms.
   "$venv/bin/python" -I -S -c "$key_program" "$1" "${files[@]}"
 }
@@ -90,10 +113,17 @@ is_ready() { # is_ready FLAVOUR
 }
 
 # The CUDA environment can be used for training, too.
-serves() { is_ready "$flavour" || { [[ $flavour == cpu ]] && is_ready cuda; }; }
+has_lock() { is_ready "$flavour" || { [[ $flavour == cpu ]] && is_ready cuda; }; }
+
+has_extra() {
+  if [[ -n $extra ]]; then [[ -f $requested && $(<"$requested") == "$requirements" ]] || return 1; fi
+  [[ -z $trains || ! -f $requested ]] || is_ready extra
+}
+
+serves() { has_lock && has_extra; }
 
 # No lock is taken here: an install removes the stamp before it changes anything.
-if serves; then exit 0; fi
+if [[ -z $extra ]] && serves; then exit 0; fi
 
 # ---- an interpreter -------------------------------------------------------------------------
 
@@ -135,6 +165,11 @@ find_python() {
   fail "PATH: no Python from $python_range that runs${unfit:+ (Python $unfit is not)}; install one, or set PYTHON to its path"
 }
 find_python
+
+if [[ -n $extra ]]; then
+  requirements=$("$python" -I containers/extra.py "$extra") || exit 2
+  if serves; then exit 0; fi
+fi
 
 # ---- one at a time --------------------------------------------------------------------------
 
@@ -217,7 +252,7 @@ check_space() { # check_space MIB
 
 # Not `venv --clear`: that would delete the lock too, and a third set-up would lock another file.
 clear_folder() {
-  find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${lock_file##*/}" -exec rm -rf -- {} + ||
+  find "$venv/" -mindepth 1 -maxdepth 1 ! -name "${lock_file##*/}" ! -name "${requested##*/}" -exec rm -rf -- {} + ||
     fail "VENV=$venv: the old environment cannot be deleted; end what still uses it, then run this again"
 }
 
@@ -302,49 +337,113 @@ install_rest() { # install_rest LOCK
   rm -- "$file"
 }
 
+# ---- packages of the user's own -------------------------------------------------------------
+
+packages() { "${pip[@]}" list --format freeze; }
+
+# Those that are not the lock's.
+others() { packages | grep -vxF -f "$locked" || (($? == 1)); }
+
+uninstall() { # uninstall LIST
+  if [[ -s $1 ]]; then "${pip[@]}" uninstall --yes --requirement "$1"; fi
+}
+
+remove_extra() {
+  if [[ ! -f $pinned ]]; then return; fi
+  quietly uninstall "$pinned" || stop 'the extra packages'
+  mv -- "$pinned" "$before"
+}
+
+# pip's own resolver, with the versions of the lock as constraints.
+resolve() { "${pip[@]}" install --no-user --log "$details" --constraint "$locked" --requirement "$1"; }
+
+# If pip refuses, the environment is as it was, with the packages that it had.
+install_extra() {
+  local wanted=$venv/extra-wanted.txt stamped refused='' why='' name
+  if [[ -n $extra ]]; then printf '%s\n' "$requirements" >"$wanted"; else cp -- "$requested" "$wanted"; fi
+  note "  extra packages"
+  stamped=$(sed '/^extra /d' -- "$stamp")
+  rm -- "$stamp"
+  remove_extra
+  packages >"$locked" || fail "$venv: pip cannot list its packages; delete the folder, then run this again"
+  mkdir -p -- "${pinned%/*}"
+  : >"$details"
+  if quietly resolve "$wanted"; then
+    others >"$pinned"
+    mv -- "$wanted" "$requested"
+  else
+    refused=yes
+    why=$("$python" -I containers/extra.py --explain "$output" "$locked")
+    others >"$wanted"
+    uninstall "$wanted" &>/dev/null || stop EXTRA
+    if [[ -f $before ]] && resolve "$before" &>/dev/null; then others >"$pinned"; fi
+  fi
+  if [[ -f $pinned ]]; then stamped+=$'\n'$(key extra); fi
+  printf '%s\n' "$stamped" >"$stamp.new"
+  mv -- "$stamp.new" "$stamp"
+  rm -f -- "$before" "$locked" "$wanted"
+  if [[ -z $refused ]]; then
+    note "  beyond the lock: $(paste -s -d ' ' "$pinned" | sed 's/^$/nothing/')"
+    return
+  fi
+  if [[ -n $why ]]; then fail "EXTRA: $why"; fi
+  name=$(sed -n 's/^ERROR: No matching distribution found for //p' "$output" | tail -n 1)
+  if [[ -n $name && -z $(unreachable) ]]; then
+    fail "EXTRA: $name: pip finds no such package or version for Python $python_version; correct it, or check \`pip config list\`"
+  fi
+  stop EXTRA
+}
+
 # ---- do it ----------------------------------------------------------------------------------
 
 # pip turns Ctrl-C into an ordinary failure, which would be reported as one.
 trap 'note "$venv: interrupted; the next run starts again"; exit 130' INT
 
-# If all that is there is up to date and part of this flavour, keep it and add to it.
-there=''
-if [[ -f $stamp ]]; then
-  # The last line of a damaged stamp may have no end.
-  while read -r part _ || [[ -n $part ]]; do
-    if ! is_ready "$part"; then
-      there=''
-      break
-    fi
-    if [[ " $holds " != *" $part "* ]]; then
-      fail "VENV=$venv: holds the $part environment; set VENV to another path for $flavour, or delete it"
-    fi
-    there=$part
-  done <"$stamp"
-fi
-lock=$locks/$flavour.txt
-if [[ -n $there ]]; then
-  note "$venv: adding what $lock has in addition to $there"
-  check_space $(($(needed_mib "$flavour") - $(needed_mib "$there") + 500))
-  rm -- "$stamp"
-else
-  # What is here is unfinished or out of date.
-  rm -f -- "$stamp"
-  clear_folder
-  note "$venv: installing the $flavour environment with Python $python_version (once)"
-  check_space "$(needed_mib "$flavour")"
-  make_empty
-fi
-if [[ ($flavour == cpu || $flavour == dev) && $there != cpu ]]; then install_torch; fi
-note "  $lock ($(grep -c '^[^ ]' "$lock") packages)"
-install_rest "$lock"
-if ! quietly "${pip[@]}" check; then
-  last_words
-  fail "$venv: the locked packages are incompatible on this machine (above); please report it"
-fi
+install_lock() {
+  local there='' part lock=$locks/$flavour.txt
+  # If all that is there is up to date and part of this flavour, keep it and add to it.
+  if [[ -f $stamp ]]; then
+    # The last line of a damaged stamp may have no end.
+    while read -r part _ || [[ -n $part ]]; do
+      if [[ $part == extra ]]; then continue; fi
+      if ! is_ready "$part"; then
+        there=''
+        break
+      fi
+      if [[ " $holds " != *" $part "* ]]; then
+        fail "VENV=$venv: holds the $part environment; set VENV to another path for $flavour, or delete it"
+      fi
+      there=$part
+    done <"$stamp"
+  fi
+  if [[ -n $there ]]; then
+    note "$venv: adding what $lock has in addition to $there"
+    check_space $(($(needed_mib "$flavour") - $(needed_mib "$there") + 500))
+    rm -- "$stamp"
+    # One of them may be in this lock, in another version.
+    remove_extra
+  else
+    # What is here is unfinished or out of date.
+    rm -f -- "$stamp"
+    clear_folder
+    note "$venv: installing the $flavour environment with Python $python_version (once)"
+    check_space "$(needed_mib "$flavour")"
+    make_empty
+  fi
+  if [[ ($flavour == cpu || $flavour == dev) && $there != cpu ]]; then install_torch; fi
+  note "  $lock ($(grep -c '^[^ ]' "$lock") packages)"
+  install_rest "$lock"
+  if ! quietly "${pip[@]}" check; then
+    last_words
+    fail "$venv: the locked packages are incompatible on this machine (above); please report it"
+  fi
 
-# The stamp is written last, and atomically.
-for part in $holds; do key "$part"; done >"$stamp.new"
-mv -- "$stamp.new" "$stamp"
+  # The stamp is written last, and atomically.
+  for part in $holds; do key "$part"; done >"$stamp.new"
+  mv -- "$stamp.new" "$stamp"
+}
+
+if ! has_lock; then install_lock; fi
+if ! has_extra; then install_extra; fi
 rm -f -- "$output" "$details"
 note "$venv: ready after $SECONDS s"

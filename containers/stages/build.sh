@@ -39,12 +39,14 @@ if [[ $variant == cuda ]]; then packages+=(g++ python3-dev); fi
 bash "$here/stages/packages.sh" "${packages[@]}"
 
 export PYTHON=/usr/bin/python3
-environment() { # environment FOLDER FLAVOUR
-  if VENV=$1 "$here/venv.sh" "--$2"; then return; fi
+environment() { # environment FOLDER FLAVOUR [OPTION]
+  if VENV=$1 "$here/venv.sh" "--$2" "${@:3}"; then return; fi
   # The file that the error names is lost with this stage.
   if [[ -f $1/setup.log ]]; then cat -- "$1/setup.log"; fi
   exit 2
 }
+extra=()
+if [[ -f $settings/extra.txt ]]; then extra=("--extra=$settings/extra.txt"); fi
 if [[ $variant == cuda ]]; then
   # nvcc has its own folder, which is not copied from this stage.
   environment /opt/nvcc nvcc
@@ -58,9 +60,9 @@ if [[ $variant == cuda ]]; then
   export DS_ACCELERATOR=cuda
   # The same image runs on every node, whatever CPU this machine has.
   export CXX=$here/stages/portable-c++
-  environment /opt/sluice cuda
+  environment /opt/sluice cuda "${extra[@]}"
 else
-  environment /opt/sluice cpu
+  environment /opt/sluice cpu "${extra[@]}"
 fi
 environment /opt/sbom sbom
 cp /opt/pyproject.toml /opt/sbom/

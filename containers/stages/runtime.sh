@@ -53,6 +53,8 @@ version() { sed -n "s/^pypi $1 //p" "$share/packages.txt"; }
   for package in torch transformers accelerate deepspeed; do
     echo "sluice.version.$package $(version "$package")"
   done
+  # The packages of EXTRA=, as containers/venv.sh recorded them.
+  if [[ -f $share/extra.txt ]]; then sed 's/^\(.*\)==/sluice.extra.\1 /' "$share/extra.txt"; fi
 } >>"$labels"
 
 # ---- mount points ---------------------------------------------------------------------------

@@ -67,11 +67,11 @@ def test_help_is_the_default_and_lists_every_target_and_variable(checkout: Check
     phony = " ".join(re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE))
     listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
     # What sets up an environment is run by the others; it is for people only where it says so.
-    silent = {"setup", "setup-train", "setup-dev"}
+    silent = {"setup", "setup-dev"}
     targets = [target for target in phony.split() if target not in silent]
     variables = (
-        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE KEY PROMPT RUNTIME IMAGE ARGS "
-        "PROMPT_FILE MODEL PLAN FORMAT NODE DRILL CMD PORT Q GRID MAX"
+        "JOB ACCEL NPROC NODES GPUS TIME NAME RUN VARIANT BASE EXTRA KEY PROMPT RUNTIME IMAGE "
+        "ARGS PROMPT_FILE MODEL PLAN FORMAT NODE DRILL CMD PORT Q GRID MAX"
     )
     assert sorted(listed) == sorted([*targets, *variables.split()])
     assert not (checkout.root / "set-up").exists(), "help needs no environment"
@@ -169,6 +169,31 @@ def test_a_variable_that_the_target_does_not_use_is_refused(
     (line,) = done.stderr.splitlines()
     assert said in line
     assert not (checkout.root / "set-up").exists()
+
+
+def test_a_file_of_packages_reaches_the_image_or_the_environment_and_no_other_target(
+    checkout: Checkout,
+) -> None:
+    def set_up(*words: str, **environment: str) -> tuple[int, str]:
+        done = checkout.make(*words, **environment)
+        assert len(done.stderr.splitlines()) == (1 if done.returncode else 0)
+        return done.returncode, done.stderr
+
+    checkout.program("containers/build.sh", 'echo "build $EXTRA" >> set-up')
+    assert set_up("setup-train", "EXTRA=my packages.txt") == (0, "")
+    assert set_up("build-image", "EXTRA=my packages.txt") == (0, "")
+    # Other programs may use the variable.
+    assert set_up("setup-train", EXTRA="-O3") == (0, "")
+    assert set_up("build-image", EXTRA="-O3") == (0, "")
+    lines = (checkout.root / "set-up").read_text().splitlines()
+    assert lines == ["--extra=my packages.txt", "build my packages.txt", "", "build "]
+    for words, said in (
+        (["run", "EXTRA=x"], "EXTRA= is not a variable of `make run`"),
+        (["build-image", "EXTRA="], "EXTRA= is empty: give a requirements file"),
+    ):
+        code, error = set_up(*words)
+        assert code == 2
+        assert said in error
 
 
 def test_every_target_says_which_variables_it_uses() -> None:

@@ -1,4 +1,6 @@
-"""The image that the real tests run in, built as the README tells, with passwords all around."""
+"""The image that the real tests run in: built as the README tells, but with a package added, and
+with passwords all around.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ SECRETS = {
     "environment": "sluice-planted-in-environment",
     "pip": "sluice-planted-in-pip",
     "apt": "sluice-planted-in-apt",
+    "extra": "sluice-planted-in-extra",
 }
 
 
@@ -50,6 +53,9 @@ def build(builder: Account, checkout: Path, apptainer: str) -> Path:
     given = os.environ.get("PIP_EXTRA_INDEX_URL") or listed.stdout.strip()
     apt = builder.home / "apt.conf"
     apt.write_text(f'Acquire::ftp::Proxy "http://user:{SECRETS["apt"]}@127.0.0.1:9/";\n')
+    # A small package without dependencies, so that all tests have an image with one.
+    requirements = builder.home / "requirements.txt"
+    requirements.write_text(f"# {SECRETS['extra']}\neinops>=0.8\n")
     # An index that has nothing.
     with serving({}) as index:
         extra = index.url.replace("//", f"//user:{SECRETS['pip']}@")
@@ -61,6 +67,7 @@ def build(builder: Account, checkout: Path, apptainer: str) -> Path:
             "APPTAINERENV_TOKEN": SECRETS["environment"],
         }
         words = ["make", "build-image", "VARIANT=cpu", "BASE=debian"]
+        words.append(f"EXTRA={requirements}")
         done = builder.run(*words, cwd=checkout, environment=environment, timeout=3600)
         assert done.returncode == 0, done.stderr
         assert "/simple/torch/" in index.asked

@@ -23,7 +23,7 @@ import pytest
 from cluster.plan.image import lock_sha256
 from tests.real.accounts import IS_ROOT, Account, make_account
 from tests.real.whole_image import SECRETS
-from tests.shared import free_port
+from tests.shared import CHECKOUT, free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.needs("unshare", "apptainer", "mmdebstrap", "docker-registry", "skopeo")
@@ -119,6 +119,7 @@ def test_an_unreachable_base_is_said_with_another_way(refusal: Refusal, base: st
         ({"TMPDIR": "/nowhere"}, "TMPDIR=/nowhere"),
         ({"CUDA_ARCHITECTURES": "sm_90"}, "compute capabilities"),
         ({"COMPRESSION": "rar"}, "choose zstd or gzip"),
+        ({"EXTRA": "/nowhere.txt"}, "EXTRA=/nowhere.txt: there is no such file"),
         ({"BASE": "docker://127.0.0.1:port/debian"}, "is not a name such as"),
     ],
 )
@@ -168,6 +169,19 @@ def test_its_labels_say_what_it_was_made_of(image: Path, apptainer: str) -> None
     assert labels["sluice.variant"] == "cpu"
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
     assert labels["sluice.version.torch"].startswith("2.")
+
+
+def test_a_package_of_the_users_own_is_in_it_and_recorded(image: Path, apptainer: str) -> None:
+    recorded = json.loads(image.with_suffix(".json").read_text())["extra_packages"]
+    assert recorded.keys() == {"einops"}
+    assert f"pypi einops {recorded['einops']}" in image.with_suffix(".txt").read_text().splitlines()
+    sbom = json.loads(image.with_suffix(".cdx.json").read_text())
+    assert f"pkg:pypi/einops@{recorded['einops']}" in {c.get("purl") for c in sbom["components"]}
+    program = "import einops; from runfolder.packages import installed; print(installed())"
+    command = ("env", "PYTHONPATH=/mnt", "python", "-c", program)
+    done = inside(apptainer, image, *command, binds=(f"{CHECKOUT}:/mnt",))
+    assert done.stdout == f"{recorded}\n", done.stderr
+    assert " packages as locked, 1 extra, torch 2." in image.with_suffix(".log").read_text()
 
 
 def test_the_log_has_the_self_test(image: Path) -> None:
@@ -412,25 +426,35 @@ def test_whoever_runs_the_tests_builds_from_a_tag_whose_digest_is_recorded(
     shutil.rmtree(account.home)
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("this is the reason", "  this is the reason"),
+        ("error: EXTRA: this is the reason", "error: EXTRA: this is the reason (log: "),
+    ],
+)
 def test_a_build_that_fails_keeps_the_log_and_the_image_before(
-    light: Light, small_base: Path
+    light: Light, small_base: Path, reason: str, shown: str
 ) -> None:
     earlier = light.checkout / "images/kept.sif"
     earlier.parent.mkdir(exist_ok=True)
     earlier.write_bytes(b"an image")
+    manifest = {"extra_packages": {"einops": "0.8.2"}}
+    earlier.with_suffix(".json").write_text(json.dumps(manifest, indent=2))
     light.account.own(earlier.parent)
     broken = light.checkout / "containers/stages/build.sh"
     whole = broken.read_text()
-    broken.write_text("echo this is the reason; exit 1\n")
+    broken.write_text(f"echo '{reason}'; exit 1\n")
     temporary = light.account.home / "tmp of a failure"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     light.account.own(temporary)
     words = ["build-image", "VARIANT=cpu", f"BASE={small_base}", f"IMAGE={earlier}"]
     done = light.make(*words, f"TMPDIR={temporary}")
     broken.write_text(whole)
     assert done.returncode == 2
-    assert "this is the reason" in done.stderr
-    assert "error: " in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith(shown)], done.stderr
+    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1
+    assert "that this replaces has extra packages, and the new one none" in done.stderr
     assert "this is the reason" in earlier.with_suffix(".failed.log").read_text()
     assert earlier.read_bytes() == b"an image"
     assert list(temporary.iterdir()) == []

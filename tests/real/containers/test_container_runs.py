@@ -211,6 +211,7 @@ def assert_recorded(user: User, image: Path, folder: Path) -> None:
     assert record["runtime"] == "apptainer"
     assert record["image"] == {"path": str(image), "sha256": manifest["sha256"]}
     assert record["lock_sha256"] == manifest["lock_sha256"]
+    assert record["extra_packages"] == manifest.get("extra_packages", {})
     for path in (folder, *folder.rglob("*")):
         assert path.lstat().st_uid == user.uid, path
 

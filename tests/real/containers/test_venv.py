@@ -128,6 +128,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_wheel(folder, "setuptools", "1.0", {"setuptools.py": b""})
     write_wheel(folder, "light", "1.0", {"light.py": b""})
     write_wheel(folder, "tool", "1.0", {"tool.py": b""})
+    # For EXTRA: one that any lock goes with, in two versions, and what it needs; one that wants
+    # to change the lock.
+    for name, version, needs in (
+        ("own", "1.0", "light>=1"),
+        ("own", "2.0", "needed"),
+        ("needed", "3.0", "light"),
+        ("rival", "4.0", "light<1"),
+    ):
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        info = f"{name}-{version}.dist-info/METADATA"
+        write_wheel(folder, name, version, {info: f"{metadata}Requires-Dist: {needs}\n".encode()})
     write_sdist(folder)
     for build, version in (("cpu", "2.13.0+cpu"), ("cuda", "2.13.0"), ("cuda", "2.14.0")):
         (folder / build).mkdir(exist_ok=True)
@@ -192,7 +203,7 @@ class Checkout:
 def make_checkout(root: Path, shop: Path, python: Path) -> Checkout:
     locks = root / "containers/locks"
     locks.mkdir(parents=True)
-    for name in ("venv.sh", "bootstrap_pip.py"):
+    for name in ("venv.sh", "bootstrap_pip.py", "extra.py"):
         shutil.copy2(CHECKOUT / "containers" / name, root / "containers")
     home = root / "home"
     home.mkdir()
@@ -493,6 +504,67 @@ def test_the_cuda_environment_serves_to_train_and_is_not_replaced(growing: Check
     assert refused.returncode == 2
     assert "error: VENV=.venv: holds the cuda environment" in refused.stderr
     assert growing.installed()["torch"] == "2.13.0"
+
+
+# ---- packages of the user's own -------------------------------------------------------------
+
+
+def others(checkout: Checkout) -> dict[str, str]:
+    """The packages that are not the lock's; they are recorded, too."""
+    found = checkout.installed()
+    for name in ("pip", "light", "setuptools", "torch", "deepspeed", "tool"):
+        found.pop(name, None)
+    lines = (checkout.venv / "share/extra.txt").read_text(encoding="utf-8").splitlines()
+    assert dict(line.split("==") for line in lines) == found
+    return found
+
+
+def ask_for(checkout: Checkout, text: str) -> str:
+    """Write a file of requirements; return the option that names it."""
+    (checkout.root / "my packages.txt").write_text(text, encoding="utf-8")
+    return "--extra=my packages.txt"
+
+
+def test_own_packages_stay_until_others_are_asked_for(growing: Checkout) -> None:
+    option = ask_for(growing, "own\n")
+    wheel = growing.shop / "tool-1.0-py3-none-any.whl"
+    cpu = (growing.root / "containers/locks/cpu.txt").read_text(encoding="utf-8")
+    growing.lock("dev.txt", cpu + pin("tool==1.0", wheel))
+    done = growing.run(option)
+    assert done.returncode == 0, done.stderr
+    assert "\n  beyond the lock: needed==3.0 own==2.0\n" in f"\n{done.stderr}"
+    assert others(growing) == {"own": "2.0", "needed": "3.0"}
+    for words in ([option], [], ["--cpu"], ["--base"]):
+        assert growing.run(*words).stderr == ""
+    # More of the lock, then another lock: both bring them along.
+    assert growing.run("--dev").returncode == 0
+    assert growing.installed()["tool"] == "1.0"
+    assert others(growing) == {"own": "2.0", "needed": "3.0"}
+    lengthen_a_lock(growing)
+    done = growing.run()
+    assert "installing the cpu environment" in done.stderr
+    assert others(growing) == {"own": "2.0", "needed": "3.0"}
+    # The file is not read again until it is named.
+    option = ask_for(growing, "# another\nown<2\n")
+    assert growing.run().stderr == ""
+    assert growing.run(option).returncode == 0
+    assert others(growing) == {"own": "1.0"}
+
+
+def test_what_does_not_go_with_the_lock_is_refused_and_changes_nothing(ready: Checkout) -> None:
+    assert ready.run(ask_for(ready, "own==1.0\n")).returncode == 0
+    before, stamp = ready.installed(), (ready.venv / STAMP).read_text()
+    for text, said in (
+        ("own\nrival\n", "error: EXTRA: rival 4.0 needs light<1, but the lock has light 1.0, "),
+        ("nowhere\n", "error: EXTRA: nowhere: pip finds no such package or version for Python 3"),
+        ("own @ file:///tmp/own.whl", "error: EXTRA=my packages.txt: line 1: is an address or a "),
+    ):
+        done = ready.run(ask_for(ready, text))
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(said), done.stderr
+        assert done.stderr.count("error") == 1
+        assert (ready.installed(), (ready.venv / STAMP).read_text()) == (before, stamp)
+    assert ready.run().stderr == ""
 
 
 # ---- interruptions --------------------------------------------------------------------------
