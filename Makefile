@@ -37,8 +37,8 @@ export VENV
 
 # In the environment, these mean something else: WSL sets NAME to the name of the machine, the
 # program `time` reads its format from TIME, the kernel's makefiles use Q for quiet output, zsh
-# its prompt from PROMPT, and other programs may read EXTRA, FORMAT, MODEL, NODE or
-# PORT.
+# its prompt from PROMPT, and other programs may read EXTRA, FORMAT,
+# MODEL, NODE or PORT.
 from_environment = $(findstring environment,$(origin $(1)))
 $(foreach name,NAME TIME EXTRA FORMAT NODE PORT Q MODEL PROMPT,$(if $(call from_environment,$(name)),$(eval override $(name) :=)))
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runfolder import attempts, decision, launch, settings
+from runfolder import attempts, decision, launch, packages, settings
 from runfolder.errors import UserError
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_SAVED
 from runfolder.files import read_json
@@ -59,11 +59,16 @@ def main(argv: list[str]) -> int:
 
 
 def begin(run: Path, options: argparse.Namespace) -> int:
-    """Create the next attempt's folder; or give up, if the job was restarted too often."""
+    """Create the next attempt's folder; or give up a job that must not start again."""
     attempts.close_last(run, by_job=True)
-    if options.restarts and (why := decision.too_often(run, options.job, _max_restarts(run))):
+    # An image is the same file, but an environment on the host may have changed since.
+    why = packages.changed(run, packages.installed(), "now")
+    if options.restarts:
+        why = why or decision.too_often(run, options.job, _max_restarts(run))
+    if why:
         print(f"error: not started again: {why}", file=sys.stderr)
-        attempts.annotate(run, attempts.numbers(run)[-1], next="stop", why=why)
+        for number in attempts.numbers(run)[-1:]:
+            attempts.annotate(run, number, next="stop", why=why)
         return GIVEN_UP
     address, port = meeting_point(
         of_interface=options.interface,

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
         check_signature(path, key, asked, manifest)
     trust = f"signature verified with {key}" if key else "signature not checked (KEY= checks it)"
     same = "this" if image.lock_sha256 == lock_sha256(image.variant) else "ANOTHER"
-    print(f"{path}: intact, sha256 {image.sha256[:12]}, from {same} checkout's lock; {trust}")
+    source = f"from {same} checkout's lock"
+    if image.extra_packages:
+        source += f", with {len(image.extra_packages)} extra packages"
+    print(f"{path}: intact, sha256 {image.sha256[:12]}, {source}; {trust}")
     return 0
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Image:
     variant: str
     sha256: str
     lock_sha256: str
+    extra_packages: dict[str, str] = field(default_factory=dict)
+    """Those of EXTRA=, with their versions."""
 
 
 def images_folder() -> Path:
@@ -70,8 +72,14 @@ def check_bytes(path: Path) -> tuple[Image, dict[str, Any]]:
             f"{path}: its checksum does not match its manifest {manifest_path(path)}: "
             f"{_damaged(path)}"
         )
-    variant, lock = manifest["variant"], manifest["lock_sha256"]
-    return Image(path=path, variant=variant, sha256=manifest["sha256"], lock_sha256=lock), manifest
+    found = Image(
+        path=path,
+        variant=manifest["variant"],
+        sha256=manifest["sha256"],
+        lock_sha256=manifest["lock_sha256"],
+        extra_packages=manifest["extra_packages"],
+    )
+    return found, manifest
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -86,7 +94,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{beside}: cannot be read: {error}; {_remedy(path)}") from None
+    if isinstance(content, dict):
+        # Older ones have none.
+        content.setdefault("extra_packages", {})
     kinds = {"variant": str, "sha256": str, "size_bytes": int, "lock_sha256": str}
+    kinds |= {"extra_packages": dict}
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise UserError(f"{beside}: is not an image manifest: no '{key}'; {_remedy(path)}")

@@ -20,7 +20,7 @@ from cluster.plan.runtime import Runtime, runtime_values
 from cluster.plan.source import Source, note_changed_script
 from cluster.runs import folders
 from cluster.site.settings import Site
-from runfolder import files, launch, lock, settings
+from runfolder import files, launch, lock, packages, settings
 from runfolder.errors import UserError
 
 # Seconds for saving, if there is no time limit.
@@ -114,6 +114,9 @@ def resolve_launch(
     strategy_file(source.accel)
     if not source.is_new:
         lock.check_free(source.folder)
+        where = f"in {runtime.image.path}" if runtime.image else "on the host"
+        if why := packages.changed(source.folder, runtime.extra_packages, where):
+            raise UserError(f"{resolve.short(source.folder)}: {why}")
         note_changed_script(source)
     environment = resolve.environment()
     exported = {

@@ -12,6 +12,7 @@ from cluster.plan import machine
 from cluster.plan.apptainer import find_apptainer, no_apptainer
 from cluster.plan.image import Image, image_path, lock_sha256
 from cluster.plan.signature import check_image
+from runfolder import packages
 from runfolder.errors import UserError, did_you_mean
 
 RUNTIMES = ("apptainer", "host")
@@ -29,16 +30,23 @@ class Runtime:
         """For messages: in images/sluice-cpu.sif."""
         return f"in {self.image.path}" if self.image else f"on the host, {self.why_host}"
 
+    @property
+    def extra_packages(self) -> dict[str, str]:
+        """Return the packages of EXTRA= that a run finds there, with their versions."""
+        return packages.installed() if self.image is None else self.image.extra_packages
+
     def record(self) -> dict[str, Any]:
         """Return what run.json says about it."""
+        extra = {"extra_packages": self.extra_packages}
         if self.image is None:
             variant = machine.environment_variant()
             lock = lock_sha256(variant) if variant else None
-            return {"runtime": "host", "image": None, "lock_sha256": lock}
+            return {"runtime": "host", "image": None, "lock_sha256": lock, **extra}
         return {
             "runtime": "apptainer",
             "image": {"path": str(self.image.path.absolute()), "sha256": self.image.sha256},
             "lock_sha256": self.image.lock_sha256,
+            **extra,
         }
 
 

@@ -33,9 +33,10 @@ def check_image(path: Path) -> Image:
     """
     image, manifest = check_bytes(path)
     if image.lock_sha256 != lock_sha256(image.variant):
+        extra = " EXTRA=FILE, with its extra packages" if image.extra_packages else ""
         raise UserError(
             f"{path}: was built from a different lock (containers/locks) than this checkout's; "
-            f"build it again: make build-image VARIANT={image.variant}"
+            f"build it again: make build-image VARIANT={image.variant}{extra}"
         )
     if key := os.environ.get("SLUICE_VERIFY_KEY"):
         check_signature(path, key, "SLUICE_VERIFY_KEY", manifest)

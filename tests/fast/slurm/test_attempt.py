@@ -106,6 +106,26 @@ def test_a_job_that_saved_at_its_limit_goes_on_without_end(job: Job) -> None:
     assert job.outcome(9)["next"] == "stop"
 
 
+def test_a_job_whose_packages_changed_is_not_started_again(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "share").mkdir()
+    (tmp_path / "share/extra.txt").write_text("trl==1\n")
+    (job.run / "run.json").write_text('{"extra_packages": {"trl": "1"}}')
+    assert job.begin().returncode == 0
+    job.train(5, "stopped")
+    assert job.end(0) == ["requeue"]
+    (tmp_path / "share/extra.txt").write_text("trl==2\n")
+    done = job.begin()
+    assert (done.returncode, done.stdout) == (attempt.GIVEN_UP, "")
+    assert done.stderr.startswith("error: not started again: the extra packages now are not")
+    assert len(done.stderr.splitlines()) == 1
+    assert attempts.numbers(job.run) == [1]
+    assert (job.outcome(1)["outcome"], job.outcome(1)["next"]) == ("stopped", "stop")
+    assert "trl was 1 and is 2" in job.outcome(1)["why"]
+
+
 def test_a_job_without_progress_ends_and_says_why(job: Job) -> None:
     job.begin()
     job.train(5, "stopped")

@@ -314,18 +314,20 @@ def test_settings_that_the_run_itself_refuses_are_not_kept(checkout: Checkout) -
 # ---- in an image ----
 
 
-def make_image(checkout: Checkout, content: bytes) -> dict[str, str]:
+def make_image(checkout: Checkout, content: bytes, **extra: str) -> dict[str, str]:
     """Put a file that passes for an image into the checkout; return the variable that it takes."""
     folder = checkout.root / "images"
     folder.mkdir(exist_ok=True)
     (folder / "sluice-cpu.sif").write_bytes(content)
     locks = [checkout.root / f"containers/locks/{n}.txt" for n in ("pip", "torch-cpu", "cpu")]
-    manifest = {
+    manifest: dict[str, Any] = {
         "variant": "cpu",
         "size_bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "lock_sha256": hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest(),
     }
+    if extra:
+        manifest["extra_packages"] = extra
     (folder / "sluice-cpu.json").write_text(json.dumps(manifest))
     # Nothing here runs in it: that is in test_container.py, and in tests/real/containers.
     program = checkout.root.parent / "apptainer"
@@ -363,6 +365,26 @@ def test_a_run_in_an_image_is_recorded_and_goes_on_in_the_one_of_today(checkout:
         f"note: the run began in {image} ({one[:12]}), now on the host"
     )
     assert "(on the host, no container), attempt 4" in host.stdout
+
+
+def test_a_run_goes_on_only_with_the_extra_packages_that_it_began_with(checkout: Checkout) -> None:
+    assert checkout.run("--dry_run", **make_image(checkout, b"one", trl="1.0")).returncode == 0
+    record = json.loads((checkout.folder / "run.json").read_text())
+    assert record["extra_packages"] == {"trl": "1.0"}
+    name = checkout.folder.name
+    # Another file with the same packages will do.
+    same = checkout.run("--run", name, **make_image(checkout, b"two", trl="1.0"))
+    assert same.returncode == 0, same.stderr
+    for runtime, extra, differs in (
+        ("apptainer", {"trl": "2", "new": "3"}, "new was absent and is 3, trl was 1.0 and is 2;"),
+        ("apptainer", {}, "the extra packages in images/sluice-cpu.sif are not those that the run"),
+        ("host", {}, "the extra packages on the host are not those that the run began with: trl "),
+    ):
+        image = make_image(checkout, b"one", **extra)
+        done = checkout.run("--run", name, "--runtime", runtime, **image)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert differs in done.stderr
+    assert sorted(path.name for path in (checkout.folder / "attempts").iterdir()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(

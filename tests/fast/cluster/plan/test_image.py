@@ -99,8 +99,10 @@ def test_any_flipped_bit_is_found(content: bytes, data: st.DataObject) -> None:
     [
         ({"size_bytes": 7}, "has 9 bytes, but its manifest says 7: the file is damaged"),
         ({"lock_sha256": "0" * 64}, r"a different lock .* make build-image VARIANT=cpu"),
+        ({"lock_sha256": "0", "extra_packages": {"trl": "1"}}, "VARIANT=cpu EXTRA=FILE, with its"),
         ({"variant": "cdua"}, "variant 'cdua' is unknown; did you mean 'cuda'"),
         ({"sha256": None}, "is not an image manifest: no 'sha256'"),
+        ({"extra_packages": ["trl"]}, "is not an image manifest: no 'extra_packages'"),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_remedy(changes: dict[str, Any], said: str) -> None:
