@@ -53,9 +53,9 @@ def build(builder: Account, checkout: Path, apptainer: str) -> Path:
     given = os.environ.get("PIP_EXTRA_INDEX_URL") or listed.stdout.strip()
     apt = builder.home / "apt.conf"
     apt.write_text(f'Acquire::ftp::Proxy "http://user:{SECRETS["apt"]}@127.0.0.1:9/";\n')
-    # A small package without dependencies, so that all tests have an image with one.
+    # Small, and all that it needs is in the lock; so all tests have an image with a package added.
     requirements = builder.home / "requirements.txt"
-    requirements.write_text(f"# {SECRETS['extra']}\neinops>=0.8\n")
+    requirements.write_text(f"# {SECRETS['extra']}\ntrl>=1.0\n")
     # An index that has nothing.
     with serving({}) as index:
         extra = index.url.replace("//", f"//user:{SECRETS['pip']}@")
