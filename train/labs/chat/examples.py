@@ -72,8 +72,8 @@ class Summary:
             told.append(f"{self.num_left_out:,} left out: too long, or no answer within a block")
         if self.num_unended:
             told.append(
-                f"after {_many(self.num_unended, 'answer')} the chat template writes no end token: the "
-                "model does not learn to stop there"
+                f"after {_many(self.num_unended, 'answer')} the chat template writes no end "
+                "token: the model does not learn to stop there"
             )
         told += [
             f"'{token}' is spelled in {_many(count, 'turn')}, and becomes that token"
