@@ -35,13 +35,14 @@ class Conversation:
 
 
 class Form:
-    """Which columns hold the conversations of a source; chosen at its first row."""
+    """Which columns hold the conversations of a source; chosen at the first row of each file."""
 
     def __init__(self, setting: str, column: str | None) -> None:
         self.setting = setting
         self._column = column
         self.columns: list[str] = []
-        self.unread: list[str] = []
+        """Of the file that is being read."""
+        self._told: dict[str, None] = {}
 
     def choose(self, names: Sequence[str]) -> Mapping[str, str]:
         """Return the columns to read of those with `names`, as `rows.Columns` does.
@@ -61,13 +62,14 @@ class Form:
                 )
             required, optional = forms[0]
             self.columns = [*required, *(name for name in optional if name in names)]
-        self.unread = [name for name in names if name not in self.columns]
+        unread = ", ".join(name for name in names if name not in self.columns)
+        line = f"columns {', '.join(self.columns)}" + (f"; not read: {unread}" if unread else "")
+        self._told[line] = None
         return {"column": self.columns[0], **{name: name for name in self.columns[1:]}}
 
     def describe(self) -> str:
-        """Return which columns were read, and which were not."""
-        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
-        return f"columns {', '.join(self.columns)}{unread}"
+        """Return which columns were read, and which were not, of all files so far."""
+        return "; ".join(self._told)
 
     def conversation(self, where: str, values: Sequence[Any]) -> Conversation:
         """Return the conversation of a row with the chosen columns.

@@ -128,17 +128,24 @@ def write(
                 summary.num_conversations += 1
                 for turn in conversation.turns:
                     spelled.update(token for token in special if token in turn["content"])
-                answer_of, end_ids = mark_answers(
-                    spans, encoding.ids, encoding.offsets, text, tokenizer
-                )
-                kept = _kept(encoding.ids, sequence_length + 1, settings.too_long, tokenizer)
-                summary.num_cut += 0 < len(kept) < len(encoding.ids)
-                ids = [encoding.ids[i] for i in kept]
+                # Each is a new list whenever it is asked for.
+                ids, offsets = encoding.ids, encoding.offsets
+                answer_of, end_ids = mark_answers(spans, ids, offsets, text, tokenizer)
+                kept = _kept(ids, sequence_length + 1, settings.too_long, tokenizer)
                 learned = [answer_of[i] for i in kept]
                 answers = set(learned[1:]) - {None}
                 if not answers:
                     summary.num_left_out += 1
                     continue
+                summary.num_cut += len(kept) < len(ids)
+                # A character can be several tokens; what ends an answer is no text.
+                spots = {
+                    offsets[i]
+                    for i in kept[1:]
+                    if answer_of[i] is not None and ids[i] not in tokenizer.special_ids
+                }
+                summary.num_bytes += sum(len(text[a:b].encode()) for a, b in spots)
+                ids = [ids[i] for i in kept]
                 tokens.write(np.asarray(ids, dtype=dtype).tobytes())
                 marks.write(bytes(number is not None for number in learned))
                 lengths.append(len(ids))
@@ -146,13 +153,6 @@ def write(
                 summary.num_tokens += len(ids)
                 summary.vocab_size = max(summary.vocab_size, max(ids) + 1)
                 summary.num_targets += len(learned[1:]) - learned[1:].count(None)
-                # A character can be several tokens; what ends an answer is no text.
-                spots = {
-                    encoding.offsets[i]
-                    for i in kept[1:]
-                    if answer_of[i] is not None and encoding.ids[i] not in tokenizer.special_ids
-                }
-                summary.num_bytes += sum(len(text[a:b].encode()) for a, b in spots)
                 ends.update(end_ids)
                 summary.num_unended += len(spans) - len(end_ids)
     if not summary.num_conversations:
