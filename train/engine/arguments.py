@@ -174,7 +174,10 @@ def _options_of(hint: Any) -> tuple[Any, ...]:
 def _hints(config_class: Any, prefix: str = "") -> dict[str, Any]:
     """Return the dotted name and the type of every setting."""
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(config_class).items():
+    hints = typing.get_type_hints(config_class)
+    for name, hint in (
+        (field.name, hints[field.name]) for field in dataclasses.fields(config_class)
+    ):
         found |= _hints(hint, f"{prefix}{name}.") if _is_group(hint) else {f"{prefix}{name}": hint}
     return found
 

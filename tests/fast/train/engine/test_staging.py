@@ -20,7 +20,7 @@ from tests.shared import CHECKOUT
 from tests.waiting import finish
 from train.engine import rows, staging, tokenization
 from train.engine.batches import Blocks
-from train.engine.config import StagedPaths, TrainingConfig
+from train.engine.config import StagedPaths, TextConfig
 from train.engine.data import SAMPLES, Piece
 from train.engine.once import staged_path
 from train.engine.settings import DataSettings, ModelSettings
@@ -51,16 +51,16 @@ def model(tmp_path: Path) -> Path:
     return write_tied_model(tmp_path / "model", vocab_size=300, max_position_embeddings=64, **shape)
 
 
-def configure(texts: Path, model: ModelSettings = TINY, **data: Any) -> TrainingConfig:
+def configure(texts: Path, model: ModelSettings = TINY, **data: Any) -> TextConfig:
     local = {"train": str(texts / "train.txt"), "validation": str(texts / "validation.txt")}
-    return TrainingConfig(model=model, data=DataSettings(**(local | data)))
+    return TextConfig(model=model, data=DataSettings(**(local | data)))
 
 
-def stage(config: TrainingConfig, *, online: bool = False) -> StagedPaths:
+def stage(config: TextConfig, *, online: bool = False) -> StagedPaths:
     return staging.stage(config, online=online)
 
 
-def refusal(config: TrainingConfig, *, online: bool = False) -> str:
+def refusal(config: TextConfig, *, online: bool = False) -> str:
     with pytest.raises(UserError) as raised:
         stage(config, online=online)
     return str(raised.value)
@@ -161,7 +161,7 @@ def test_validation_text_within_the_training_folder_is_not_trained_on(
     # A copy by another name is the same text.
     (folder / "old-val.txt").write_text(TEXT[:900].upper())
     data = DataSettings(train=str(folder), validation=str(folder / "val.txt"))
-    staged = stage(TrainingConfig(model=TINY, data=data))
+    staged = stage(TextConfig(model=TINY, data=data))
     assert read_by(staged) == (len(TEXT), 900)
     said = capsys.readouterr().out
     assert "left out: old-val.txt (it is in data.validation)" in said
@@ -201,7 +201,7 @@ def test_a_model_folder_is_read_where_it_lies(texts: Path, model: Path) -> None:
 def test_a_dry_run_stages_the_embedded_sample_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = stage(TrainingConfig(model=TINY, dry_run=True))
+    found = stage(TextConfig(model=TINY, dry_run=True))
     assert capsys.readouterr().out.splitlines() == [
         "staging a tokenizer trained on the embedded sample (train)",
         "staging the embedded sample (train)",
@@ -299,7 +299,7 @@ def test_without_a_network_what_is_not_staged_is_refused_by_its_setting(
         "model.name: TinyLlama/TinyLlama-1.1B-Chat-v1.0 is not staged; run `make fetch`"
     )
     assert "data.name: Salesforce/wikitext (train) is not staged; run `make fetch`" in refusal(
-        TrainingConfig(model=TINY)
+        TextConfig(model=TINY)
     )
     assert not datasets.exists()
 
@@ -335,7 +335,7 @@ def command(texts: Path) -> list[str]:
         "from train.engine.config import *\n"
         "from train.engine.settings import *\n"
         f"data = DataSettings(train='{texts}/train.txt', validation='{texts}/validation.txt')\n"
-        "config = TrainingConfig(model=ModelSettings(preset='tiny'), data=data)\n"
+        "config = TextConfig(model=ModelSettings(preset='tiny'), data=data)\n"
         "print(staging.stage(config, online=False).train)\n"
     )
     return [sys.executable, "-c", program]
