@@ -20,7 +20,9 @@ def printable(text: str) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return the end of a message about an unknown `word`: the closest choice, or all of them."""
     known = sorted(choices)
-    nearest = difflib.get_close_matches(word, known, n=1)
+    # The beginning of a name, such as `resume`, is meant for that name and not for a similar one.
+    begun = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
+    nearest = begun or difflib.get_close_matches(word, known, n=1)
     if nearest:
         return f"; did you mean '{nearest[0]}'?"
     return f"; choose from {', '.join(known)}" if 0 < len(known) <= MOST_CHOICES else ""

@@ -14,7 +14,7 @@ from cluster.check.limits import Judged
 from cluster.plan.launch import Launch, resolve_launch
 from cluster.plan.request import Request, Sizes, is_dry_run, resolve_request, sbatch_command
 from cluster.plan.runtime import choose_runtime, variants
-from cluster.plan.source import Source, command_of, new_run, run_that_goes_on
+from cluster.plan.source import Source, command_of, new_run, note_surprises, run_that_goes_on
 from cluster.runs import clusters, folders, history
 from cluster.site import places
 from cluster.site.settings import Site
@@ -62,6 +62,8 @@ def plan_new(
         UserError: anything that can be found to be wrong before it is queued.
     """
     source = new_run(options.job, name=options.name, accel=options.accel)
+    if like is None:
+        note_surprises(source, script_arguments)
     resources = source.record["resources"]
     wanted = resolve_request(
         site,

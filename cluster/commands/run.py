@@ -25,7 +25,7 @@ from cluster.plan.job import load_job
 from cluster.plan.launch import resolve_launch
 from cluster.plan.request import Request, whole_number
 from cluster.plan.runtime import choose_runtime, variants
-from cluster.plan.source import command_of, new_run, run_that_goes_on
+from cluster.plan.source import command_of, new_run, note_surprises, run_that_goes_on
 from cluster.runs import clusters, folders, history
 from cluster.site.file import load_site
 from cluster.slurm.call import private_folder
@@ -131,6 +131,7 @@ def run(
         dry_run = dry_run or bool(before.get("dry_run"))
     else:
         source = new_run(job_name, name=name, accel=accel)
+        note_surprises(source, script_arguments)
     devices = [] if dry_run else machine.gpus()
     default = 2 if dry_run else max(1, len(devices))
     if continued:

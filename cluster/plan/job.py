@@ -163,7 +163,10 @@ def _script(path: Path, named: str) -> Path:
     if script.is_dir():
         raise UserError(f"{path}: script: {script} is a folder; name the file that is started")
     if not script.is_file():
-        raise UserError(f"{path}: script: {script} does not exist; check the spelling")
+        hint = "check the spelling"
+        if (path.parent / named).is_file():
+            hint = f"names in a job file of the checkout are seen from it: {path.parent / named}"
+        raise UserError(f"{path}: script: {script} does not exist; {hint}")
     if script.suffix != ".py":
         raise UserError(f"{path}: script: {script} is not a .py file; for others take command:")
     return script

@@ -13,7 +13,11 @@ from cluster.plan.program import Program
 from cluster.runs import folders
 from runfolder import records
 from runfolder.errors import UserError
+from runfolder.files import read_json
 from runfolder.records import SCRIPT_FOLDER
+
+# A longer word is no path, but text.
+MAX_PATH = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,35 @@ def note_changed_script(source: Source) -> None:
     then = source.code / program.name
     if now.is_file() and then.is_file() and now.read_bytes() != then.read_bytes():
         print(f"note: {now} has changed; the run continues with its own copy", file=sys.stderr)
+
+
+def note_surprises(source: Source, words: list[str]) -> None:
+    """Say it if a new run of a script that is not ours may be taken for another's, or miss a file.
+
+    `words`: what the command line adds to the script's arguments.
+    """
+    program, job = source.program, source.record["job"]
+    if program is None:
+        return
+    newest = max(folders.runs_folder().glob(f"{job}/[0-9]*/run.json"), default=None)
+    before = (read_json(newest) or {}).get("script_folder") if newest else None
+    if before and source.script_folder and before != str(source.script_folder.absolute()):
+        print(
+            f"note: {job} also has runs of {before}: RUN={job} means the newest of all; give this "
+            "one a NAME=, or its job file another name",
+            file=sys.stderr,
+        )
+    values = (w.partition("=")[2] if w[:1] == "-" else w for w in [*program.arguments, *words])
+    for value in values:
+        beside = source.settings.absolute().parent / value
+        # What a run by hand has left at the place of its checkpoints is no input.
+        is_input = value not in ("", ".", program.checkpoints) and not Path(value).is_absolute()
+        if is_input and len(value) < MAX_PATH and beside.exists():
+            print(
+                f"note: {value}: the script looks for it in the run's folder; if it means "
+                f"{beside}, give that path",
+                file=sys.stderr,
+            )
 
 
 def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:

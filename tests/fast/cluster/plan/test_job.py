@@ -76,6 +76,11 @@ def test_a_path_that_is_no_job_file_is_refused(checkout: Path, name: str) -> Non
         ("", "is not a mapping with script, resources and arguments"),
         ("- script", "is not a mapping"),
         ("scirpt: x", "'scirpt' is not a setting; did you mean 'script'?"),
+        ("resume: true", "'resume' is not a setting; did you mean 'resume_arguments'?"),
+        (
+            "module: a\nresources: {gpus: 2}",
+            "'resources.gpus' is not a setting; did you mean 'gpus_per_node'?",
+        ),
         ("resources: {}", "give one of script, module or command; it has none of them"),
         ("script: a.py\nmodule: a", "give one of script, module or command; it has both"),
         ("script: 3", "script: 3 is not a name"),
@@ -105,11 +110,17 @@ def test_a_path_that_is_no_job_file_is_refused(checkout: Path, name: str) -> Non
         ("module: a\nmail: {user: a, type: 3}", "mail.type: 3 is not a list such as"),
         ("module: a\nafter: [x]", "after: ['x'] is not a run"),
         ("script: train/labs/rag.py\nsignal: TERM", "signal: is for a script that is not"),
-        ("script: train/labs/rga.py", "script: train/labs/rga.py does not exist"),
+        ("script: train/labs/rga.py", "script: train/labs/rga.py does not exist; check"),
+        (
+            "script: rag.py",
+            "script: rag.py does not exist; names in a job file of the checkout are seen from it: "
+            "configs/jobs/rag.py",
+        ),
     ],
 )
 def test_a_file_that_is_no_job_is_refused(checkout: Path, text: str | bytes, said: str) -> None:
     (checkout / "README").touch()
+    (checkout / "configs/jobs/rag.py").touch()
     assert refusal(text).startswith(said)
 
 
