@@ -36,6 +36,8 @@ def decide(
         return "stop", "all nodes have the same problem, so other nodes would not help"
     if why := too_often(run, job_id, max_restarts):
         return "stop", why
+    if not outcome.get("saved", True):
+        return "requeue", "starts over: it has saved nothing where its job file says it saves"
     return "requeue", "continues from its last checkpoint"
 
 

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from runfolder import attempts, heartbeats
+from runfolder import attempts, heartbeats, moments
 from runfolder.exit_codes import EXIT_BAD_INPUT
 from train.copies import COMPARED_AFTER, Copies, find_object, parameters_of
 
@@ -52,6 +52,7 @@ class Rider:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._looks_left = MAX_LOOKS
         self._most = 0
+        self._is_over = False
         self._engine: Any = None
         self._started: float | None = None
         self._writer: threading.Thread | None = None
@@ -68,6 +69,10 @@ class Rider:
 
     def before_step(self, optimizer: Any, *_: Any) -> None:
         """Refuse the first step of a process that is alone, and note what copies differ in."""
+        if self._is_over:
+            # A script that catches every exception, SystemExit too, would train on.
+            sys.stdout.flush()
+            os._exit(0)
         count = self._counts.get(optimizer, 0)
         if not self._numbers:
             self._first_step(optimizer)
@@ -76,6 +81,7 @@ class Rider:
             self._note(optimizer, self.copies.note_gradients)
         elif count == COMPARED_AFTER:
             self._note(optimizer, self.copies.note_weights)
+        moments.reached("before-step")
 
     def after_step(self, optimizer: Any, *_: Any) -> None:
         """Count, and end a rehearsal that has come far enough."""
@@ -156,6 +162,7 @@ class Rider:
         if self.rank == 0:
             print(f"dry run: ended after {self.steps} optimizer steps", flush=True)
         self.write()
+        self._is_over = True
         sys.exit(0)
 
     def write(self) -> None:

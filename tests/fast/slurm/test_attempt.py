@@ -396,6 +396,13 @@ def test_a_failure_is_tried_again_as_long_as_there_is_progress(theirs: Theirs) -
     assert "4 attempts failed, and resources.max_restarts is 3" in theirs.outcome(4)["why"]
 
 
+def test_a_script_that_saved_nothing_is_said_to_start_over(theirs: Theirs) -> None:
+    assert theirs.attempt(75, steps=5, saved=None) == "requeue"
+    assert theirs.outcome(1)["why"].startswith("starts over: it has saved nothing")
+    assert theirs.attempt(75, steps=5, saved=100) == "requeue"
+    assert theirs.outcome(2)["why"] == "continues from its last checkpoint"
+
+
 @pytest.mark.parametrize(("steps", "newer"), [(5, 0), (0, 1)], ids=["no new file", "no step"])
 def test_steps_alone_and_files_alone_are_no_progress(
     theirs: Theirs, steps: int, newer: int

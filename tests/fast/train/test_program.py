@@ -220,6 +220,13 @@ def test_a_dry_run_ends_after_a_few_steps_and_leaves_what_lies_behind_undone(rid
     assert done.stdout == "dry run: ended after 3 optimizer steps\n"
 
 
+def test_a_dry_run_ends_though_the_script_catches_everything(ride: Ride) -> None:
+    loop = "while True:\n    try:\n        step()\n    except:\n        print('again')\n"
+    done = ride.one(STEPS + loop, dry_run=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "dry run: ended after 3 optimizer steps\nagain\n"
+
+
 def test_usr2_prints_the_stacks_of_all_threads_and_nothing_ends(ride: Ride) -> None:
     text = (
         "import os, signal, sys\ndef waits():\n    os.kill(os.getpid(), signal.SIGUSR2)\nwaits()\n"
