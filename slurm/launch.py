@@ -7,8 +7,10 @@ launcher itself exits with 1 for all of them, after a traceback that does not sh
 """
 
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +24,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from runfolder import attempts, records
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SAVED, of_outcome
+from runfolder.files import write_atomically
 from runfolder.launch import read
 from slurm.interface import use_interface_towards
 
 # How long a run's outcome may take after the processes of another node have ended.
 PATIENCE_S = 60
+# In an attempt's folder: the signal that has ended the processes of a node.
+ENDED = "ended-by"
+LOOK_S = 5.0
 # The signal by which the processes were asked to end.
 asked = ""
 
@@ -41,6 +47,8 @@ def main() -> int:
         use_interface_towards(address, read(run).get("interface", ""))
     if (program := records.program(run)) is not None:
         pass_ctrl_c_on(program["signal"])
+        if os.environ.get("SLUICE_NODE_RANK") == "0":
+            end_with_the_others(attempts.folder_of(run, attempts.current()) / ENDED)
     code = launch()
     if os.environ.get("SLUICE_NODE_RANK", "0") == "0":
         attempts.write_outcome_of_program(run, code, asked)
@@ -70,6 +78,7 @@ def launch() -> int:
             # All that is known of one that is not ours: it ended when it was asked to.
             global asked
             asked = asked or signal.Signals(error.sigval).name
+            write_atomically(attempts.folder_of(run, attempts.current()) / ENDED, asked)
             return EXIT_SAVED
         # The first node writes it, when the processes of the others may have ended already.
         is_first = os.environ.get("SLUICE_NODE_RANK", "0") == "0"
@@ -80,6 +89,30 @@ def launch() -> int:
             time.sleep(0.2)
         return of_outcome(str(outcome.get("outcome")))
     return 0
+
+
+def end_with_the_others(marker: Path) -> None:
+    """Have this node's processes asked to save when another node's were ended by a signal.
+
+    Slurm may signal one node alone: one that comes back from a loss is told to end the job that it
+    runs again by now. The others would wait for it in init_process_group for half an hour.
+    """
+    told, tells = os.pipe()
+    os.set_blocking(tells, False)
+    # Any signal to this launcher is written there, whoever handles it.
+    signal.set_wakeup_fd(tells)
+
+    def watch() -> None:
+        looks = 0
+        while not select.select([told], [], [], LOOK_S)[0]:
+            # At the second look, since the signal may have been for this node, too, and be on its
+            # way; and not before the launcher has its handlers, or it would be killed.
+            looks += marker.exists() and callable(signal.getsignal(signal.SIGTERM))
+            if looks == 2:
+                os.kill(os.getpid(), signal.Signals[marker.read_text()])
+                return
+
+    threading.Thread(target=watch, name="others", daemon=True).start()
 
 
 def pass_ctrl_c_on(name: str) -> None:

@@ -29,11 +29,15 @@ def launcher(
     module: str,
     *words: str,
     environment: dict[str, str],
+    node: tuple[int, int] = (0, 1),
+    port: int = 0,
 ) -> Forked:
-    """Start a launcher, as slurm/node.sh does."""
-    options = ["--num_machines", "1", "--machine_rank", "0", "--rdzv_backend", "static"]
-    options += ["--config_file", f"configs/accelerate/{accel}.yaml"]
-    options += ["--num_processes", str(num_processes), "--main_process_port", str(free_port())]
+    """Start a launcher, as slurm/node.sh does; `node`: its number, and how many there are."""
+    number, num_nodes = map(str, node)
+    options = ["--num_machines", num_nodes, "--machine_rank", number, "--rdzv_backend", "static"]
+    options += ["--config_file", f"configs/accelerate/{accel}.yaml", "--num_processes"]
+    options += [str(num_processes), "--main_process_port", str(port or free_port())]
+    options += ["--main_process_ip", "127.0.0.1"]
     own = {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"}
     # As slurm/environment.sh has it; long, because a machine may be busy.
     own["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -110,6 +114,28 @@ def test_the_exit_code_is_that_of_the_processes(
     told = attempts.read(run, 3).outcome or {}
     assert told.get("exit_code") == (2 if expected == 2 and in_a_step else None)
     assert not any(Path(f"/proc/{launched['pid']}").exists() for launched in left)
+
+
+def test_a_node_does_not_wait_for_one_that_alone_was_asked_to_end(
+    clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    run, port = tmp_path / "run", free_port()
+    (run / "attempts/1").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"program": {"signal": "USR1", "checkpoints": "x"}}))
+    words = ("tests.real.train.worker_launched", str(tmp_path), "wait", "wait")
+    environment = clean_environment | {"SLUICE_RUN_FOLDER": str(run), "SLUICE_STEP": "1"}
+
+    def node(number: int) -> Forked:
+        own = environment | {"SLUICE_NODE_RANK": str(number)}
+        return launcher("ddp", 2, *words, environment=own, node=(number, 2), port=port)
+
+    with node(0) as first, node(1) as second:
+        files = [tmp_path / f"rank-{number}.json" for number in (0, 1)]
+        wait_until(lambda: all(file.exists() for file in files), "the processes are there")
+        os.kill(second.pid, signal.SIGTERM)
+        assert (second.end().returncode, first.end().returncode) == (0, 0)
+    outcome = attempts.read(run, 1).outcome or {}
+    assert (outcome["outcome"], outcome["reason"]) == ("stopped", "SIGTERM")
 
 
 def test_processes_do_not_outlive_a_launcher_that_is_killed(
