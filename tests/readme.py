@@ -41,7 +41,8 @@ ELSEWHERE = {
     ),
     "make submit JOB=../fit/fit.yaml NODES=2": (
         "tests/real/slurm/test_lost_nodes.py",
-        'submit("JOB=../fit/fit.yaml", "NODES=2")',
+        'submit(f"JOB=../fit/{name}.yaml", "NODES=2"',
+        '"fit"',
     ),
     'make ask RUN=rag Q="How do sailors know which lighthouse they see?"': (
         "tests/real/test_make.py",

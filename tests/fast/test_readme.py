@@ -58,6 +58,16 @@ def test_the_jobs_of_the_page_on_new_jobs_are_jobs(tmp_path: Path) -> None:
         assert {word for word in words if word.startswith("--")} == known
 
 
+def test_the_scripts_of_the_page_of_examples_are_those_that_are_run() -> None:
+    page = (CHECKOUT / "docs/script-examples.md").read_text()
+    shown = re.findall(r"```(python|yaml)\n(.*?)```", page, re.DOTALL)
+    names = {"python": ".py", "yaml": ".yaml"}
+    files = [path for path in (CHECKOUT / "tests/real/fit").iterdir() if path.stem != "saves"]
+    assert sorted((names[kind], text) for kind, text in shown) == sorted(
+        (path.suffix, path.read_text()) for path in files
+    )
+
+
 def test_the_tests_that_pages_name_are_there() -> None:
     sources = {path: path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py")}
     for page in [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]:

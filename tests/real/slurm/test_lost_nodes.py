@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import waiting
 from tests.moments import Pause
 from tests.real.desk import Desk, Run, paused, pids_of, processes
 from tests.shared import CHECKOUT
@@ -110,48 +113,109 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
         assert not (of_this_run and b"save" in words), words
 
 
-def test_a_script_of_ones_own_loses_a_node_goes_on_and_is_finished(desk: Desk) -> None:
+def test_scripts_of_ones_own_lose_a_node_go_on_and_are_finished(desk: Desk, tmp_path: Path) -> None:
     own = desk.checkout.parent / "fit"
-    shutil.copytree(CHECKOUT / "tests/real/fit", own)
-    with (own / "fit.yaml").open("a") as file:
-        file.write("environment: {HOLD: '10'}\n")
-    run = desk.submit("JOB=../fit/fit.yaml", "NODES=2")
-    losses = run.folder / "losses"
-    desk.wait_until(lambda: losses.exists() and len(losses.read_text().splitlines()) == 10, run)
-    desk.cluster.drill("power-off", "node2")
-    wait_until_requeued(desk, run)
-    desk.cluster.drill("power-on", "node2")
-    desk.wait(run)
-    last = run.outcomes()[-1]
-    assert (last["outcome"], last["step"]) == ("finished", 20 - 8), run.logs()
-    lines = losses.read_text().splitlines()
-    numbers = [int(line.split()[0]) for line in lines]
-    assert numbers == [*range(1, 11), *range(9, 21)]
-    assert "finished" in desk.make_inside("status", f"RUN={run.name}").stdout
-    # The same on one machine, in one go, to the last bit.
-    done = desk.make("run", "JOB=../fit/fit.yaml", "NPROC=2", "RUNTIME=host", "ARGS=--resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (alone,) = [path for path in run.folder.parent.iterdir() if path != run.folder]
-    assert (alone / "losses").read_text().splitlines() == lines[:8] + lines[10:]
-
-
-def test_a_script_of_ones_own_is_asked_by_its_own_signal_saves_and_goes_on(desk: Desk) -> None:
-    own = desk.checkout.parent / "saves"
-    own.mkdir()
-    shutil.copy(CHECKOUT / "tests/real/fit/saves.py", own)
-    (own / "saves.yaml").write_text(
-        "script: saves.py\nsignal: TERM\nresume_arguments: [--resume]\ncheckpoints: saved\n"
-        "resources: {gpus_per_node: 0}\n"
+    shutil.copytree(CHECKOUT / "tests/real/fit", own, dirs_exist_ok=True)
+    # One CPU of each node is enough for each, so that all of them run at once.
+    whole, small = "cpus_per_node = 4\ngpus_per_node = 2", "cpus_per_node = 1\ngpus_per_node = 0"
+    site = tmp_path / "site.toml"
+    site.write_text(desk.site().read_text().replace(whole, small))
+    with ExitStack() as stack:
+        runs, pauses = {}, {}
+        for name in ("fit", "ddp", "anew", "trainer"):
+            (tmp_path / name).mkdir()
+            # All but one have saved after step 8.
+            pauses[name] = Pause(tmp_path / name, "before-step", 9)
+            at_step_9 = desk.pausing(pauses[name])
+            runs[name] = at_step_9.submit(f"JOB=../fit/{name}.yaml", "NODES=2", site=site)
+        for name, run in runs.items():
+            stack.enter_context(paused(desk, run, pauses[name]))
+        desk.cluster.drill("power-off", "node2")
+    # While Slurm has yet to miss the node, the same on one machine, in one go.
+    reference = desk.start(
+        "run", "JOB=../fit/trainer.yaml", "NPROC=2", "RUNTIME=host", "NAME=alone"
     )
-    run = desk.submit(f"JOB={own / 'saves.yaml'}")
-    desk.wait_until((run.folder / "ready").exists, run)
+    for run in runs.values():
+        wait_until_requeued(desk, run)
+    jobs = [run.job_id for run in runs.values()]
+    desk.cluster.output("scontrol", "hold", ",".join(jobs))
+    desk.cluster.drill("power-on", "node2")
+    # What Slurm could not tell the node before, to end these jobs, it tells it now; the attempts
+    # that this would end are seen in the test above.
+    untold = re.compile(r"Agent (?:count|queue size): +[1-9]")
+    waiting.wait_until(lambda: not untold.search(desk.cluster.output("sdiag")), "node2 is told")
+    desk.cluster.output("scontrol", "release", ",".join(jobs))
+    done = waiting.finish(reference)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, run in runs.items():
+        _, *more, last = desk.wait(run).outcomes()
+        assert_they_went_on(more, run)
+        assert last["outcome"] == "finished", run.logs()
+        if not more:
+            assert last["step"] == (20 if name == "anew" else 20 - 8), run.logs()
+    # One that never resumes has trained in one go in its last attempt.
+    *_, straight = losses(runs["anew"])
+    assert list(straight) == list(range(1, 21))
+    for name in ("fit", "ddp"):
+        first, *_, last_losses = losses(runs[name])
+        assert f"resuming at step {min(last_losses) - 1}\n" in runs[name].logs()
+        # At most the step that was under way when the node was lost is taken again.
+        assert set(first) & set(last_losses) <= {9}
+        assert first.items() <= straight.items()
+        assert last_losses == {step: straight[step] for step in range(min(last_losses), 21)}
+    assert not runs["anew"].outcomes()[-1]["saved"]
+    mine = runs["trainer"].folder / "out/checkpoint-20"
+    (alone,) = mine.parents[2].glob("*-alone/out/checkpoint-20")
+    assert history(mine) == history(alone)
+    assert [step for step, *_ in history(mine)] == [*range(1, 21)]
+    weights = "model.safetensors"
+    assert (mine / weights).read_bytes() == (alone / weights).read_bytes()
+    assert "finished" in desk.make_inside("status", f"RUN={runs['fit'].name}").stdout
+
+
+def losses(run: Run) -> list[dict[int, float]]:
+    """Return the loss of each step that a script printed, for each attempt of its run."""
+    logs = [(path / "node-0.log").read_text() for path in run.attempts()]
+    found = [re.findall(r"^step (\d+) loss (\S+)$", log, re.MULTILINE) for log in logs]
+    return [{int(step): float(loss) for step, loss in lines} for lines in found]
+
+
+def history(checkpoint: Path) -> list[tuple[int, float, float]]:
+    """Return step, loss and gradient norm of each step that the Trainer has logged."""
+    logged = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in logged if "loss" in line]
+
+
+def test_the_trainer_is_asked_by_its_own_signal_saves_just_in_time_and_goes_on(
+    desk: Desk,
+) -> None:
+    own = desk.checkout.parent / "fit"
+    shutil.copytree(CHECKOUT / "tests/real/fit", own, dirs_exist_ok=True)
+    # It saves only when it is asked to, and after 3 s.
+    endless = "ARGS=--max_steps 1000000 --save_steps 1000000"
+    run = desk.submit("JOB=../fit/jit.yaml", endless)
+    desk.wait_until(lambda: has_begun(run, 1), run)
     # Slurm's word before the limit is USR1; what the job's file says reaches the script.
     desk.cluster.output("scancel", "--batch", "--signal=USR1", run.job_id)
+    desk.wait_until(lambda: has_begun(run, 2), run)
+    (saved,) = run.folder.glob("out/checkpoint-*")
+    ended = desk.make_inside("cancel", f"RUN={run.name}")
+    assert ended.returncode == 0, ended.stderr
     desk.wait(run)
     first, last = run.outcomes()
-    assert (run.folder / "saved").read_text() == "SIGTERM"
     assert (first["outcome"], first["reason"], first["next"]) == ("stopped", "SIGTERM", "requeue")
-    assert last["outcome"] == "finished", run.logs()
+    assert last["next"] == "stop", run.logs()
+    newest = max(run.folder.glob("out/checkpoint-*"), key=lambda path: int(path.name[11:]))
+    # It goes on from where it was saved: none of the steps is missing, and none counts twice.
+    steps = [step for step, *_ in history(newest)]
+    assert steps == [*range(1, int(newest.name[11:]) + 1)]
+    assert len(steps) > int(saved.name[11:]) > 0
+
+
+def has_begun(run: Run, attempt: int) -> bool:
+    """Return whether the Trainer has logged a step in an attempt."""
+    log = run.folder / f"attempts/{attempt}/node-0.log"
+    return log.exists() and "'grad_norm'" in log.read_text()
 
 
 POINT = """
