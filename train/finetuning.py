@@ -38,7 +38,7 @@ class TuningData:
     next_command: str
     """What to try with the finished run."""
     must_match: dict[str, Any] = field(default_factory=dict)
-    """What a resumed run must not change, besides what all labs have."""
+    """What a resumed run must not change, besides what all labs have; checked first."""
 
 
 def fine_tune(
@@ -60,7 +60,7 @@ def fine_tune(
     sizes = tuning.sizes(model)
     flops = flops_per_token(model, sequence_length) * training.positions_per_target
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
-    must_match = tuning.must_match(config, sequence_length, model) | data.must_match
+    must_match = data.must_match | tuning.must_match(config, sequence_length, model)
     start = restore(checkpoints, model, must_match)
     step, position, metrics_line = start.step, start.position, start.line
     tokens = metrics_line.get("tokens", 0)

@@ -49,7 +49,7 @@ def as_text(value: Any, where: str, column: str) -> str:
         kind = type(value).__name__
         hint = "give a column of text"
         if isinstance(value, list | dict):
-            hint = "convert it to text first; whole conversations are for JOB=chat"
+            hint = "convert it to text first, or for conversations use JOB=chat"
         raise UserError(f"{where}: '{column}' is not text but {kind}; {hint}")
     try:
         value.encode()

@@ -13,6 +13,7 @@ from train.engine.rows import as_text
 Turn = dict[str, Any]
 
 ROLES = {"system", "user", "assistant", "tool"}
+_READ = {"role", "content", "weight"}
 # The names of ShareGPT.
 _SAME_AS = {"human": "user", "gpt": "assistant"}
 # The columns of each form, in the order in which they are looked for, and those it may have.
@@ -33,6 +34,18 @@ class Conversation:
     num_given: int = 0
     """The turns at the beginning that are never learned: a prompt's, whatever their roles."""
 
+    def learned(self, which: str) -> list[int]:
+        """Return the numbers of the turns to learn, `which` being `data.learn`.
+
+        As in OpenAI's format, a weight of 0 is that of a turn that is not learned.
+        """
+        found = [
+            number
+            for number, turn in enumerate(self.turns)
+            if number >= self.num_given and turn["role"] == "assistant" and turn.get("weight") != 0
+        ]
+        return found[-1:] if which == "last_answer" else found
+
 
 class Form:
     """Which columns hold the conversations of a source; chosen at the first row of each file."""
@@ -43,6 +56,7 @@ class Form:
         self.columns: list[str] = []
         """Of the file that is being read."""
         self._told: dict[str, None] = {}
+        self._keys: dict[str, None] = {}
 
     def choose(self, names: Sequence[str]) -> Mapping[str, str]:
         """Return the columns to read of those with `names`, as `rows.Columns` does.
@@ -69,7 +83,9 @@ class Form:
 
     def describe(self) -> str:
         """Return which columns were read, and which were not, of all files so far."""
-        return "; ".join(self._told)
+        keys = ", ".join(self._keys)
+        given = [f"the turns' {keys} are left to the chat template"] if keys else []
+        return "; ".join([*self._told, *given])
 
     def conversation(self, where: str, values: Sequence[Any]) -> Conversation:
         """Return the conversation of a row with the chosen columns.
@@ -92,9 +108,11 @@ class Form:
             column = self.columns[0]
             turns, num_given = _turns(where, row[column], column), 0
         turns = given + turns
+        self._keys |= {key: None for turn in turns for key in turn.keys() - _READ}
         num_given = num_given + len(given) if num_given else 0
-        _check(where, turns, num_given)
-        return Conversation(where, turns, num_given)
+        conversation = Conversation(where, turns, num_given)
+        _check(conversation)
+        return conversation
 
 
 def _pair(where: str, prompt: Any, answer: Any, names: tuple[str, str]) -> tuple[list[Turn], int]:
@@ -135,18 +153,30 @@ def _turn(where: str, turn: Turn) -> Turn:
         )
     # A table has every key in every row.
     others = {key: kept for key, kept in turn.items() if key not in names and kept is not None}
-    text = as_text(content, where, names[1])
+    if others.get("weight", 1) not in (0, 1):
+        raise UserError(f"{where}: its weight is {others['weight']!r}; it has to be 0 or 1")
+    text = as_text(_joined(content, where), where, names[1])
     if not text.strip() and not others.get("tool_calls"):
         raise UserError(f"{where}: its {names[1]} is empty; remove it, or the whole row")
     return {"role": role, "content": text, **others}
 
 
-def _check(where: str, turns: list[Turn], num_given: int) -> None:
-    roles = [turn["role"] for turn in turns]
+def _joined(content: Any, where: str) -> Any:
+    """Return the text of a turn's parts, as OpenAI's format has them; other content as it is."""
+    if not isinstance(content, list):
+        return content
+    parts = [part if isinstance(part, dict) else {} for part in content]
+    if other := next((part for part in parts if part.get("type") != "text"), None):
+        raise UserError(f"{where}: has a part of type {other.get('type')!r}; only text is learned")
+    return "".join(as_text(part.get("text"), where, "text") for part in parts)
+
+
+def _check(conversation: Conversation) -> None:
+    where, roles = conversation.where, [turn["role"] for turn in conversation.turns]
     if "system" in roles[1:]:
         number = roles.index("system", 1) + 1
         raise UserError(
             f"{where}: turn {number} is the system's, which may only be the first; move it there"
         )
-    if "assistant" not in roles[num_given:]:
+    if not conversation.learned("answers"):
         raise UserError(f"{where}: has no turn of the assistant to learn; remove the row")

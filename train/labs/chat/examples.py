@@ -20,6 +20,7 @@ from train.engine.tokenization import LoadedTokenizer
 from train.labs.chat.conversations import Conversation
 from train.labs.chat.settings import ConversationSettings
 from train.labs.chat.template import Template
+from train.labs.chat.tokens import apart, mark_answers
 
 # Increment when the same conversations give other files.
 FORMAT = 1
@@ -47,6 +48,8 @@ class Summary:
     num_cut: int = 0
     num_left_out: int = 0
     """Too long, or without anything to learn after the cut."""
+    num_split: int = 0
+    """Answers that began inside a token, where the text is split."""
     num_unended: int = 0
     """Answers after which the template writes no end token."""
     vocab_size: int = 0
@@ -70,6 +73,11 @@ class Summary:
             told.append(f"{self.num_cut:,} cut to the length of a block")
         if self.num_left_out:
             told.append(f"{self.num_left_out:,} left out: too long, or no answer within a block")
+        if self.num_split:
+            told.append(
+                f"{_many(self.num_split, 'answer')} would begin inside a token: split there, as "
+                "when the model is asked"
+            )
         if self.num_unended:
             told.append(
                 f"after {_many(self.num_unended, 'answer')} the chat template writes no end "
@@ -119,8 +127,7 @@ def write(
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as marks:
         while some := list(islice(left, 64)):
             written = [
-                template.write_with_answers(conversation, last_only=settings.learn == "last_answer")
-                for conversation in some
+                template.write_with_answers(conversation, settings.learn) for conversation in some
             ]
             texts = [text for text, _ in written]
             encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -128,8 +135,7 @@ def write(
                 summary.num_conversations += 1
                 for turn in conversation.turns:
                     spelled.update(token for token in special if token in turn["content"])
-                # Each is a new list whenever it is asked for.
-                ids, offsets = encoding.ids, encoding.offsets
+                ids, offsets, num_split = apart(text, spans, encoding, tokenizer)
                 answer_of, end_ids = mark_answers(spans, ids, offsets, text, tokenizer)
                 kept = _kept(ids, sequence_length + 1, settings.too_long, tokenizer)
                 learned = [answer_of[i] for i in kept]
@@ -154,6 +160,7 @@ def write(
                 summary.vocab_size = max(summary.vocab_size, max(ids) + 1)
                 summary.num_targets += len(learned[1:]) - learned[1:].count(None)
                 ends.update(end_ids)
+                summary.num_split += num_split
                 summary.num_unended += len(spans) - len(end_ids)
     if not summary.num_conversations:
         hint = "" if settings.validation else ", or a smaller --data.hold_back_every"
@@ -173,36 +180,6 @@ def write(
     np.save(folder / "order.npy", order)
     np.save(folder / "firsts.npy", firsts)
     (folder / "meta.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-
-
-def mark_answers(
-    spans: list[tuple[int, int]],
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    text: str,
-    tokenizer: LoadedTokenizer,
-) -> tuple[list[int | None], list[int]]:
-    """Return for each token the number of its answer, or None, and the tokens that end answers.
-
-    A token belongs to an answer if all its characters do; so does the special token after the
-    answer, with the white space before it: that is how the model learns to stop.
-    """
-    found: list[int | None] = [None] * len(ids)
-    end_ids = []
-    for number, (start, end) in enumerate(spans):
-        for i, (a, b) in enumerate(offsets):
-            if start <= a < b <= end:
-                found[i] = number
-        after = next((i for i, (a, _) in enumerate(offsets) if a >= end), len(ids))
-        for i in range(after, len(ids)):
-            if ids[i] in tokenizer.special_ids and ids[i] not in tokenizer.starts:
-                found[after : i + 1] = [number] * (i + 1 - after)
-                end_ids.append(ids[i])
-                break
-            a, b = offsets[i]
-            if text[a:b].strip():
-                break
-    return found, end_ids
 
 
 def _kept(

@@ -170,6 +170,11 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         validation=validation,
         prompts=prompts,
         next_command="make chat RUN=",
+        # What else makes the examples other ones, by its name.
+        must_match={
+            f"data.{name}": getattr(config.data, name)
+            for name in ("learn", "too_long", "packing", "chat_template")
+        },
     )
     return fine_tune(config, model, data, run_folder, device, rehearse_stop=rehearse_stop)
 

@@ -108,9 +108,11 @@ class Template:
         return text
 
     def write_with_answers(
-        self, conversation: Conversation, *, last_only: bool
+        self, conversation: Conversation, learn: str
     ) -> tuple[str, list[tuple[int, int]]]:
         """Return a conversation as text, and the characters of each answer to learn: [start, end).
+
+        `learn` is `data.learn`.
 
         An answer begins where the text ends that asks for it (`add_generation_prompt`), because
         that is what the model continues, and ends where the turn's own text does.
@@ -127,12 +129,14 @@ class Template:
                 f"{where}: the chat template rewrites an answer, and where it is in the text "
                 "cannot be found; use another --data.chat_template"
             )
-        learned = [
-            span
-            for turn, span in zip(answers, spans, strict=True)
-            if turn >= conversation.num_given and (turn == answers[-1] or not last_only)
-        ]
-        return text, learned
+        found = dict(zip(answers, spans, strict=True))
+        for turn, (start, end) in found.items():
+            if start == end:
+                raise UserError(
+                    f"{where}: turn {turn + 1}: the chat template writes nothing of it (of its "
+                    "tool_calls, perhaps); use another --data.chat_template, or remove the row"
+                )
+        return text, [found[turn] for turn in conversation.learned(learn)]
 
     def _spans(
         self, turns: list[Turn], answers: list[int], text: str, where: str
@@ -142,7 +146,7 @@ class Template:
         marks = [f"\ue000{number}\ue001" for number in range(len(answers))]
         marked = list(turns)
         for turn, mark in zip(answers, marks, strict=True):
-            marked[turn] = {**turns[turn], "content": mark}
+            marked[turn] = {"role": "assistant", "content": mark}
         around = _split(self.write(marked, where), marks)
         asked = [self._asked(turns[:turn]) for turn in answers]
         spans: list[tuple[int, int]] = []

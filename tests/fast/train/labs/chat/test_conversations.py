@@ -99,8 +99,21 @@ def test_a_table_and_an_own_column(tmp_path: Path) -> None:
 def test_what_else_a_turn_has_reaches_the_template(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     rows = [*turns("a"), call, {"role": "tool", "content": "1"}, *turns("", "b")[1:]]
-    (found,), _ = read(lines(tmp_path, {"messages": rows}))
+    (found,), form = read(lines(tmp_path, {"messages": rows}))
     assert found.turns[1] == {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    assert (
+        form.describe() == "columns messages; the turns' tool_calls are left to the chat template"
+    )
+
+
+def test_openai_parts_and_weights(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    answers = turns("c", "d", "e", "f")
+    rows = [{"role": "user", "content": parts}, {**answers[1], "weight": 0}, *answers[2:]]
+    (found,), form = read(lines(tmp_path, {"messages": rows}))
+    assert found.turns[0] == {"role": "user", "content": "ab"}
+    assert found.learned("answers") == found.learned("last_answer") == [3]
+    assert form.describe() == "columns messages"
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -117,9 +130,17 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "user", "content": None}, *turns("a", "b")]},
         "turn 1: its content is empty",
     ),
-    "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-        "turn 1: 'content' is not text but list",
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]},
+        "turn 1: has a part of type 'image'; only text is learned",
+    ),
+    "a weight": (
+        {"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0.5}]},
+        "turn 2: its weight is 0.5; it has to be 0 or 1",
+    ),
+    "a weight of 0 on all": (
+        {"messages": [*turns("a"), {"role": "assistant", "content": "b", "weight": 0}]},
+        ":1: has no turn of the assistant to learn",
     ),
     "a system turn in the middle": (
         {"messages": [*turns("a", "b"), SYSTEM]},

@@ -221,7 +221,7 @@ def test_stopped_half_way_it_ends_the_same(
     )
     assert found == expected
     for words, message in (
-        ("--data.learn last_answer", "was made with data"),
+        ("--data.learn last_answer", "was made with data.learn answers, not last_answer"),
         ("--method lora", "was made with method full"),
     ):
         with pytest.raises(UserError, match=message):

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from runfolder.errors import UserError
 from tests.fast.train.labs.chat.conftest import with_template
 from train.engine import tokenization
 from train.labs.chat import template
 from train.labs.chat.conversations import Conversation, Turn
-from train.labs.chat.examples import mark_answers
 from train.labs.chat.template import Template
+from train.labs.chat.tokens import apart, mark_answers
 
 # In the manner of Llama 3: a header for each turn, trimmed texts, an end token.
 LLAMA_3 = (
@@ -99,16 +100,18 @@ EXPECTED = {
 }
 
 
-def marked(folder: Path, turns: list[Turn], *, num_given: int = 0, last_only: bool = False) -> str:
+def marked(folder: Path, turns: list[Turn], *, num_given: int = 0, learn: str = "answers") -> str:
     """Return the text of the tokens, with ⟦ and ⟧ around those that are learned."""
     tokenizer = tokenization.load(folder, parse_special_tokens=True)
     conversation = Conversation("row 1", turns, num_given)
-    text, spans = Template(folder).write_with_answers(conversation, last_only=last_only)
+    text, spans = Template(folder).write_with_answers(conversation, learn)
     encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.tokenizer.decode(encoding.ids, skip_special_tokens=False) == text
-    answers, _ = mark_answers(spans, encoding.ids, encoding.offsets, text, tokenizer)
+    ids, offsets, _ = apart(text, spans, encoding, tokenizer)
+    assert (ids, offsets) == (encoding.ids, encoding.offsets)
+    answers, _ = mark_answers(spans, ids, offsets, text, tokenizer)
     told, before = "", None
-    for (start, end), answer in zip(encoding.offsets, answers, strict=True):
+    for (start, end), answer in zip(offsets, answers, strict=True):
         if answer != before:
             told += ("⟧" if before is not None else "") + ("⟦" if answer is not None else "")
         told += text[start:end]
@@ -129,7 +132,7 @@ def test_only_the_last_answer_or_only_what_is_not_given(characters: Path, tmp_pa
         "<s><|head|>user<|body|>\n\nHi<|eot|><|head|>assistant<|body|>\n\nHo<|eot|>"
         "<|head|>user<|body|>\n\nWhy?<|eot|><|head|>assistant<|body|>\n\n⟦So.<|eot|>⟧"
     )
-    assert marked(folder, TURNS, last_only=True) == last
+    assert marked(folder, TURNS, learn="last_answer") == last
     assert marked(folder, TURNS, num_given=3) == last
 
 
@@ -148,7 +151,7 @@ def test_what_the_template_refuses_is_said_in_its_words(characters: Path, tmp_pa
     with pytest.raises(
         UserError, match=r"^row 1: the chat template does not take it: roles must alternate$"
     ):
-        writer.write_with_answers(Conversation("row 1", TURNS[1:]), last_only=False)
+        writer.write_with_answers(Conversation("row 1", TURNS[1:]), "answers")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,67 @@ def test_an_answer_that_is_not_in_the_text_is_refused(
 ) -> None:
     writer = Template(with_template(characters, body, tmp_path))
     with pytest.raises(UserError, match=r"use another --data.chat_template"):
-        writer.write_with_answers(Conversation("row 1", TURNS), last_only=False)
+        writer.write_with_answers(Conversation("row 1", TURNS), "answers")
+
+
+def test_tool_calls_that_the_template_does_not_write_are_refused(
+    characters: Path, tmp_path: Path
+) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    turns = [*TURNS[:1], called, *TURNS[2:]]
+    writer = Template(with_template(characters, LLAMA_3, tmp_path / "ignores"))
+    with pytest.raises(UserError, match=r"^row 1: turn 2: the chat template writes nothing of it"):
+        writer.write_with_answers(Conversation("row 1", turns), "answers")
+    body = LLAMA_3.replace(
+        "m['content'] | trim", "(m.tool_calls | tojson if m.tool_calls else m['content'] | trim)"
+    )
+    assert '⟦[{"name": "f"}]<|eot|>⟧' in marked(with_template(characters, body, tmp_path), turns)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_an_answer_that_begins_inside_a_token_is_split_as_the_model_is_asked(
+    kind: str, tmp_path: Path
+) -> None:
+    # What asks ends with a space, which both kinds of tokenizer join to the next word.
+    tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "words"))
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        alphabet = list("[]QA redblu\n▁")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(["red red blue blue"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenization.write_config(tmp_path, bos="<s>", eos="</s>")
+    (tmp_path / template.FILE).write_text(
+        "{% for m in messages %}{{ ('[Q] ' if m['role'] == 'user' else '[A] ') + m['content'] }}"
+        "{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
+        "{{ '[A] ' if add_generation_prompt }}"
+    )
+    loaded = tokenization.load(tmp_path, parse_special_tokens=True)
+    turns = [{"role": "user", "content": "blue"}, {"role": "assistant", "content": "red"}] * 2
+    text, spans = Template(tmp_path).write_with_answers(Conversation("row 1", turns), "answers")
+    encoding = loaded.tokenizer.encode(text, add_special_tokens=False)
+    assert any(text[a:b] == " red" for a, b in encoding.offsets)
+    ids, offsets, num_split = apart(text, spans, encoding, loaded)
+    answers, _ = mark_answers(spans, ids, offsets, text, loaded)
+    assert num_split == 2
+    learned = [(text[a:b], i) for i, (a, b), n in zip(ids, offsets, answers, strict=True) if n == 0]
+    assert learned == [
+        ("red", loaded.tokenizer.token_to_id("red")),
+        ("</s>", loaded.tokenizer.token_to_id("</s>")),
+    ]
+    asked = loaded.tokenizer.encode("[Q] blue[A] ", add_special_tokens=False).ids
+    assert ids[: len(asked)] == asked
+    together, split = (
+        loaded.tokenizer.decode(some, skip_special_tokens=False) for some in (encoding.ids, ids)
+    )
+    assert together == split
 
 
 def test_a_template_that_cannot_be_read(tmp_path: Path) -> None:
