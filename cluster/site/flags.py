@@ -89,11 +89,12 @@ def options(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
     """
     words = iter(flags)
     for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
+        name, equals, value = word[2:].partition("=")
+        # "--mem 5G" is one word to sbatch, which knows no such option.
+        if word.startswith("--") and re.fullmatch(r"\S+", name):
             name = _whole(name)
             yield name, value if equals or name in ALONE else next(words, "")
-        elif word.startswith("-") and len(word) > 1 and word != "--":
+        elif re.match(r"-[^-]", word):
             yield from _short(word[1:], words)
         else:
             yield "", word

@@ -108,3 +108,10 @@ def test_a_shortened_name_is_reckoned_with_as_the_whole_one() -> None:
         ("resv", "x"),
         ("reservation", "kept"),
     ]
+
+
+def test_an_option_and_its_value_in_one_word_hide_nothing_after_them() -> None:
+    assert list(flags.problems(["--mem 5G", "--time=1:00", "--comment=two words"])) == [
+        "'--mem 5G' is not an sbatch option; write each with its value: --NAME=VALUE",
+        "--time is not allowed here: TIME=, or the job's file, sets the time limit",
+    ]
