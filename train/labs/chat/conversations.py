@@ -8,6 +8,7 @@ from typing import Any
 
 from runfolder.errors import UserError
 from train.engine.rows import as_text
+from train.labs.chat.settings import ConversationSettings
 
 # What the chat template reads: role, content, and whatever else a turn has.
 Turn = dict[str, Any]
@@ -50,9 +51,12 @@ class Conversation:
 class Form:
     """Which columns hold the conversations of a source; chosen at the first row of each file."""
 
-    def __init__(self, setting: str, column: str | None) -> None:
+    def __init__(self, setting: str, settings: ConversationSettings) -> None:
         self.setting = setting
-        self._column = column
+        self._column = settings.column
+        self._leaves_out = settings.bad_rows == "leave_out"
+        self._num_left_out = 0
+        self._first_left_out = ""
         self.columns: list[str] = []
         """Of the file that is being read."""
         self._told: dict[str, None] = {}
@@ -85,7 +89,23 @@ class Form:
         """Return which columns were read, and which were not, of all files so far."""
         keys = ", ".join(self._keys)
         given = [f"the turns' {keys} are left to the chat template"] if keys else []
+        if self._num_left_out:
+            rows = "1 row is" if self._num_left_out == 1 else f"{self._num_left_out:,} rows are"
+            given.append(f"{rows} left out, the first: {self._first_left_out}")
         return "; ".join([*self._told, *given])
+
+    def leave_out(self, error: UserError) -> None:
+        """Count a row that cannot be learned from, if such rows are left out.
+
+        Raises:
+            UserError: they are refused.
+        """
+        if not self._leaves_out:
+            raise UserError(
+                f"{error} (or leave out such rows: --data.bad_rows leave_out)"
+            ) from None
+        self._num_left_out += 1
+        self._first_left_out = self._first_left_out or str(error)
 
     def conversation(self, where: str, values: Sequence[Any]) -> Conversation:
         """Return the conversation of a row with the chosen columns.

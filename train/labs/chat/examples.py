@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from runfolder.errors import UserError
 from train.engine.tokenization import LoadedTokenizer
-from train.labs.chat.conversations import Conversation
+from train.labs.chat.conversations import Conversation, Form
 from train.labs.chat.settings import ConversationSettings
 from train.labs.chat.template import Template
 from train.labs.chat.tokens import apart, mark_answers
@@ -101,7 +101,7 @@ def _many(number: int, what: str) -> str:
 
 def write(
     conversations: Iterable[Conversation],
-    columns: Callable[[], str],
+    form: Form,
     template: Template,
     tokenizer: LoadedTokenizer,
     settings: ConversationSettings,
@@ -111,7 +111,7 @@ def write(
 ) -> None:
     """Write the examples to `folder`: tokens.bin, learned.bin, three arrays and meta.json.
 
-    `columns` returns the summary's line about them once they are known.
+    `form` knows which columns were read, once they are.
 
     Raises:
         UserError: the template does not take a conversation, or none is left to learn from.
@@ -126,15 +126,19 @@ def write(
     left = iter(conversations)
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as marks:
         while some := list(islice(left, 64)):
-            written = [
-                template.write_with_answers(conversation, settings.learn) for conversation in some
-            ]
-            texts = [text for text, _ in written]
-            encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
-            for conversation, (text, spans), encoding in zip(some, written, encodings, strict=True):
+            written = []
+            for conversation in some:
+                try:
+                    written.append(template.write_with_answers(conversation, settings.learn))
+                except UserError as error:
+                    form.leave_out(error)
+                    continue
                 summary.num_conversations += 1
                 for turn in conversation.turns:
                     spelled.update(token for token in special if token in turn["content"])
+            texts = [text for text, _ in written]
+            encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+            for (text, spans), encoding in zip(written, encodings, strict=True):
                 ids, offsets, num_split = apart(text, spans, encoding, tokenizer)
                 answer_of, end_ids = mark_answers(spans, ids, offsets, text, tokenizer)
                 kept = _kept(ids, sequence_length + 1, settings.too_long, tokenizer)
@@ -172,7 +176,7 @@ def write(
             "--data.too_long"
         )
     order, firsts = rows_of(np.asarray(lengths) - 1, sequence_length, packing=settings.packing)
-    summary.columns = columns()
+    summary.columns = form.describe()
     summary.end_ids = sorted(ends)
     summary.spelled = dict(spelled)
     summary.num_rows = len(firsts) - 1

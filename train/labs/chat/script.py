@@ -80,7 +80,7 @@ def _stage(config: Config, online: bool) -> StagedPaths:
         def make(unfinished: Path, source: sources.Source = source) -> None:
             examples.write(
                 source.read(),
-                source.form.describe,
+                source.form,
                 template.Template(tokenizer_folder),
                 tokenizer,
                 config.data,

@@ -28,6 +28,8 @@ class ConversationSettings(SourceSettings):
     where it has none, the one in docs/lab5-chat.md."""
     learn: Literal["answers", "last_answer"] = "answers"
     """The turns that are learned: all of the assistant's, or the last one of each conversation."""
+    bad_rows: Literal["refuse", "leave_out"] = "refuse"
+    """What happens to a row that is no conversation, or that the chat template does not take."""
     too_long: Literal["cut_end", "cut_front", "leave_out"] = "cut_end"
     """What happens to a conversation that is longer than a block."""
     packing: bool = True

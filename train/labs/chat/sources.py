@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from runfolder.errors import UserError
 from train.engine import datafiles, hub, overlap, rows, texts
 from train.engine.data import SAMPLES, Piece
 from train.engine.datafiles import DataFiles
@@ -107,30 +108,44 @@ def _source(
     files: DataFiles | None,
     is_local: bool = True,
 ) -> Source:
-    form = Form(name, config.data.column)
+    form = Form(name, config.data)
     if every is not None and split == "validation":
         name = f"one row in {every} of {name}"
         files = replace(files, setting=f"one row in {every} of {files.setting}") if files else None
 
-    def conversations(read: Callable[[rows.Columns], Iterator[Row]]) -> Iterator[Conversation]:
+    def conversations(
+        form: Form, read: Callable[[rows.Columns], Iterator[Row]]
+    ) -> Iterator[Conversation]:
         for number, row in enumerate(read(form.choose)):
             # The last of every so many rows of a file.
             held_back = every is not None and number % every == every - 1
             if every is None or held_back == (split == "validation"):
-                yield form.conversation(*row)
+                try:
+                    conversation = form.conversation(*row)
+                except UserError as error:
+                    form.leave_out(error)
+                else:
+                    yield conversation
 
     def said(read: Callable[[rows.Columns], Iterator[Row]]) -> Iterator[Piece]:
-        for conversation in conversations(read):
+        # With a form of its own, so that nothing is counted twice.
+        for conversation in conversations(Form(name, config.data), read):
             for turn in conversation.turns:
                 if turn["role"] != "system":
                     yield Piece(turn["content"] + "\n", starts=True, ends=True)
 
     return Source(
         form=form,
-        parts=[partial(conversations, read) for read in readers],
+        parts=[partial(conversations, form, read) for read in readers],
         text=texts.Source(
             name=name,
-            made_of=[*made_of, config.data.column, split if every else None, every],
+            made_of=[
+                *made_of,
+                config.data.column,
+                config.data.bad_rows,
+                split if every else None,
+                every,
+            ],
             parts=[partial(said, read) for read in readers],
             files=files,
             is_local=is_local,

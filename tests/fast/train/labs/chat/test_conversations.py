@@ -13,10 +13,11 @@ import pytest
 from runfolder.errors import UserError
 from train.engine.rows import read_rows
 from train.labs.chat.conversations import Conversation, Form
+from train.labs.chat.settings import ConversationSettings
 
 
 def read(file: Path, column: str | None = None) -> tuple[list[Conversation], Form]:
-    form = Form("data.train", column)
+    form = Form("data.train", ConversationSettings(column=column))
     return [form.conversation(*row) for row in read_rows(file, form.choose)], form
 
 

@@ -16,7 +16,7 @@ from runfolder.errors import UserError
 from tests.fast.train.labs.chat.conftest import with_template
 from train.engine import tokenization
 from train.labs.chat import template
-from train.labs.chat.conversations import Conversation
+from train.labs.chat.conversations import Conversation, Form
 from train.labs.chat.examples import Examples, Summary, rows_of, write
 from train.labs.chat.settings import ConversationSettings
 
@@ -46,9 +46,10 @@ def examples(
     **settings: Any,
 ) -> Examples:
     folder.mkdir(exist_ok=True)
+    form = Form("data.train", ConversationSettings(**settings))
     write(
         iter(conversations),
-        lambda: "columns messages",
+        form,
         template.Template(tokenizer_folder),
         tokenization.load(tokenizer_folder, parse_special_tokens=True),
         ConversationSettings(**settings),

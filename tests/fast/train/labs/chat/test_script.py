@@ -260,6 +260,31 @@ def test_one_row_in_so_many_is_held_back_and_said(
         make("--data.train", str(chats(tmp_path, 9)), "--data.hold_back_every", "10")
 
 
+def test_rows_that_are_no_conversations_are_left_out_if_told_so_and_counted(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    bad = [{"messages": [*turns, {"role": "bot", "content": "c"}]}, {"messages": turns[:1]}]
+    (tmp_path / "raises.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] + eos_token }}{% if m['content'] == 'no' %}"
+        "{{ raise_exception('not this one') }}{% endif %}{% endfor %}"
+    )
+    refused = {"messages": [*turns, {"role": "user", "content": "no"}]}
+    file = tmp_path / "chats.jsonl"
+    rows = [{"messages": turns}] * 6 + bad + [refused]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--data.train", str(file), "--data.hold_back_every", "5")
+    words += ("--data.chat_template", str(tmp_path / "raises.jinja"))
+    with pytest.raises(UserError, match=r":7: turn 3: its role .* --data.bad_rows leave_out\)$"):
+        make(*words)
+    config = make(*words, "--data.bad_rows", "leave_out")
+    assert config.staged is not None
+    assert Examples(staged_path(config.staged.train)).summary.num_conversations == 5
+    said = capsys.readouterr().out
+    assert f"columns messages; 3 rows are left out, the first: {file}:7: turn 3: its role" in said
+    assert "; 5 conversations, 5 answers" in said
+
+
 def test_the_same_conversations_on_both_sides_are_warned_of(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
