@@ -17,7 +17,8 @@ from tests.fast.train.labs.chat.conftest import with_template
 from train.engine import tokenization
 from train.labs.chat import template
 from train.labs.chat.conversations import Conversation, Form
-from train.labs.chat.examples import Examples, Summary, rows_of, write
+from train.labs.chat.examples import Examples, Summary, write
+from train.labs.chat.packing import rows_of
 from train.labs.chat.settings import ConversationSettings
 
 # "<s>?</s>!</s>": the question is one token, the answer two with its end.
