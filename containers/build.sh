@@ -162,7 +162,7 @@ show() { tee -a -- "$log" | sed -unE '/^(\/opt\/[a-z]+: |  [a-z]|ok |FAILED|skip
 # ---- the base -------------------------------------------------------------------------------
 
 note "$image: building ($variant, from $base); about $([[ $variant == cpu ]] && echo 4 || echo 10) minutes"
-if [[ -z $extra ]] && grep -q '"extra_packages": {$' -- "$stem.json" 2>/dev/null; then
+if [[ -z $extra && -f $stem.json ]] && grep -q '"extra_packages": {$' -- "$stem.json"; then
   note "  note: the image that this replaces has extra packages, and the new one none; EXTRA= adds them"
 fi
 bootstrap=localimage

@@ -127,7 +127,7 @@ def _stage(config: TextConfig, sources: dict[str, texts.Source], online: bool) -
             loaded = tokenization.load(
                 tokenizer_folder, parse_special_tokens=config.data.parse_special_tokens
             )
-            check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
+            _check_vocabulary(config, model_shape(config, model), loaded.text_vocab_size)
             batches.pack(source.read(), loaded, unfinished, source.name)
 
         packed[split] = make_once(folder, make, source.name, online=online or source.is_local)
@@ -153,7 +153,7 @@ def _check_lengths(config: TextConfig, staged: StagedPaths) -> None:
     shape = model_shape(config, model)
     length = sequence_length(config, model)
     blocks = batches.Blocks(staged_path(staged.train), length)
-    check_vocabulary(config, shape, blocks.packed.vocab_size)
+    _check_vocabulary(config, shape, blocks.packed.vocab_size)
     num_tokens = blocks.packed.num_tokens
     if blocks.num_full == 0:
         raise UserError(
@@ -167,7 +167,7 @@ def _check_lengths(config: TextConfig, staged: StagedPaths) -> None:
         )
 
 
-def check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size: int) -> None:
+def _check_vocabulary(config: TrainingConfig, shape: dict[str, Any], vocab_size: int) -> None:
     """Raise `UserError` if a model has no row for the ids below `vocab_size`."""
     # A preset's vocabulary grows with the tokenizer; weights that were trained do not.
     if config.model.preset or vocab_size <= (known := shape["vocab_size"]):

@@ -68,7 +68,7 @@ def _stage(config: Config, online: bool) -> StagedPaths:
     length = staging.sequence_length(config, model)
     tokenizer_folder = _stage_tokenizer(config, model, found["train"].text, online)
     tokenizer = tokenization.load(tokenizer_folder, parse_special_tokens=True)
-    folders = {}
+    folders, summaries = {}, {}
     for split, source in found.items():
         data = config.data
         folder = named_by_content(
@@ -90,12 +90,11 @@ def _stage(config: Config, online: bool) -> StagedPaths:
             )
 
         make_once(folder, make, source.text.name, online=online or source.text.is_local)
-        folders[split] = folder
+        folders[split], summaries[split] = folder, examples.Examples(folder).summary
         if not texts.is_sample(source.text):
-            summary = examples.Examples(folder).summary
-            texts.say(source.text.describe(summary.describe()))
+            texts.say(source.text.describe(summaries[split].describe()))
     known = staging.model_shape(config, model)["vocab_size"]
-    used = max(examples.Examples(folder).summary.vocab_size for folder in folders.values())
+    used = max(summary.vocab_size for summary in summaries.values())
     if config.method == "lora" and model and used > known:
         raise UserError(
             f"data.chat_template: the conversations have ids up to {used - 1}, but the model has "
