@@ -17,7 +17,7 @@ if [[ -n $image ]]; then
   all_binds="$PWD:/workspace:ro
 $SLUICE_DATASETS:/datasets:ro
 $SLUICE_RUN_FOLDER:/run-folder:rw"
-  # Nothing is downloaded here, so the cache may be missing.
+  # Our own scripts write nothing to it here, so it may be missing.
   if [[ -d $cache ]]; then all_binds+=$'\n'$cache:/cache:rw; fi
   # Lines as above, for other paths that the job reads.
   if [[ -n $binds ]]; then all_binds+=$'\n'$binds; fi

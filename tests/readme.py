@@ -40,7 +40,7 @@ ELSEWHERE = {
         'run("make", "dry-run", "JOB=../fit/fit.yaml"',
     ),
     "make submit JOB=../fit/fit.yaml NODES=2": (
-        "tests/real/slurm/test_lost_nodes.py",
+        "tests/real/slurm/test_own_scripts.py",
         'submit(f"JOB=../fit/{name}.yaml", "NODES=2"',
         '"fit"',
     ),

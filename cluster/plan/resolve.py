@@ -57,7 +57,7 @@ def program_settings(
     `before`: that of a run that continues. `is_copied`: the job brings its code along, so that it
     need not be installed.
     """
-    _made(folders.datasets_folder(), "SLUICE_DATASETS")
+    made(folders.datasets_folder(), "SLUICE_DATASETS")
     # It is a word to make and not to the script, which need not know it.
     dry_run = "--dry_run" in words
     words = [word for word in words if word != "--dry_run"]
@@ -74,7 +74,7 @@ def program_settings(
 
 def _writable_folders(environment: dict[str, str]) -> list[Path]:
     """Return the datasets folder, created if it is missing, and the cache if there is one."""
-    writable = [_made(folders.datasets_folder(), "SLUICE_DATASETS")]
+    writable = [made(folders.datasets_folder(), "SLUICE_DATASETS")]
     home = Path(environment["HF_HOME"]).absolute()
     return [*writable, home] if home.is_dir() else writable
 
@@ -88,12 +88,17 @@ def caches(environment: dict[str, str]) -> list[Path]:
     names = [name for name in environment if re.fullmatch(r"HF_([A-Z]+_)*(HOME|CACHE)", name)]
     places = [(Path(environment[name]).expanduser().absolute(), name) for name in names]
     return [
-        _made(folders.datasets_folder(), "SLUICE_DATASETS"),
-        *(_made(*place) for place in places),
+        made(folders.datasets_folder(), "SLUICE_DATASETS"),
+        *(made(*place) for place in places),
     ]
 
 
-def _made(folder: Path, variable: str) -> Path:
+def made(folder: Path, variable: str) -> Path:
+    """Return a folder that a variable names, created if it is missing.
+
+    Raises:
+        UserError: it cannot be created.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

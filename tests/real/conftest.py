@@ -23,12 +23,15 @@ from tests.shared import CHECKOUT, at_end, once
 # What takes longest comes first, since a worker that begins it last keeps the others waiting; and
 # beside the first, which builds the image, what needs none.
 ORDER = (
+    "tests/real/slurm/test_own_scripts.py",
     "tests/real/slurm/test_lost_nodes.py",
     "tests/real/slurm/test_labs.py",
-    "tests/real/slurm/test_submit.py",
     "tests/real/train/",
+    "tests/real/slurm/test_submit.py",
+    "tests/real/slurm/test_sweep.py",
     "tests/real/test_make.py",
     "tests/real/cluster/test_laptop.py",
+    "tests/real/train/test_chat.py",
     "tests/real/cluster/login/",
     "tests/real/cluster/test_new_user.py",
     "tests/real/containers/",
@@ -38,8 +41,8 @@ ORDER = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def turn(item: pytest.Item) -> int:
-        starts = [item.nodeid.startswith(beginning) for beginning in ORDER]
-        return [*starts, True].index(True)
+        named = [beginning for beginning in ORDER if item.nodeid.startswith(beginning)]
+        return ORDER.index(max(named, key=len)) if named else len(ORDER)
 
     items.sort(key=turn)
 

@@ -150,6 +150,10 @@ class Desk:
         state = self.cluster.state_of(run.job_id)
         return state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
+    def wait_until_requeued(self, run: Run) -> None:
+        """Wait until Slurm has missed a node (SlurmdTimeout) and ended what is left (KillWait)."""
+        self.wait_until(lambda: self.cluster.state_of(run.job_id) == "PENDING", run, every_s=1.0)
+
     def wait_until(self, happened: Callable[[], bool], run: Run, every_s: float = 0.3) -> None:
         """Wait until `happened`; otherwise fail with what the run's jobs said."""
         wait_until(
@@ -196,6 +200,17 @@ def paused(desk: Desk, run: Run, pause: Pause) -> Iterator[None]:
             # It may have been killed, with its node.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def assert_they_went_on(outcomes: list[dict[str, Any]], run: Run) -> None:
+    """Check attempts that only a node which has just come back explains, one for each reason.
+
+    Slurm may start the job there before the node is quite ready. And what it could not tell the
+    node before, to end the job, it tells it now: the new attempt is sent TERM, and after KillWait
+    KILL. It has saved by then or not, and goes on.
+    """
+    assert len(outcomes) <= 2, run.logs()
+    assert [outcome["next"] for outcome in outcomes] == ["requeue"] * len(outcomes), run.logs()
 
 
 def environment(cluster: Cluster, apptainer: str, image: Path) -> dict[str, str]:

@@ -73,6 +73,9 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
     assert b"error" not in screen.shown[len(before) :]
 
 
+# What the host does with a pipe, the image does behind Apptainer's.
+@pytest.mark.needs("apptainer")
+@pytest.mark.parametrize("variables", ["apptainer"], indirect=True)
 @pytest.mark.computes(1)
 def test_a_pipe_is_a_prompt_or_a_turn_per_line(model: Path, variables: dict[str, str]) -> None:
     prompt = "two\nlines  $HOME \\ #"
