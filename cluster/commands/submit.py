@@ -9,13 +9,11 @@ import re
 import shlex
 import shutil
 import signal
-from pathlib import Path
 
 from cluster.check.choice import Choice
 from cluster.commands.plan import Plan, plan_continued, plan_new
 from cluster.errors import Parser, split_at_dashes
 from cluster.plan import resolve
-from cluster.plan.job import load_job
 from cluster.plan.request import Sizes
 from cluster.remote import calls
 from cluster.runs import clusters, history
@@ -54,8 +52,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"NAME={options.name}: is for a new run; {options.run} already has one")
     site = load_site()
     if site.is_elsewhere:
-        if not options.run:
-            check_is_copied(options.job)
         return calls.carry_out(site, ["submit", *argv])
     queue = clusters.chosen(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)
@@ -138,17 +134,6 @@ def submit(queue: Slurm, plan: Plan) -> tuple[int, list[str]]:
             f"recorded; end it with {end}, make room, and submit again"
         ) from None
     return job_id, [line for line in sentences(answer) if line != found[0]]
-
-
-def check_is_copied(name: str) -> None:
-    """Raise `UserError` if a job is not in the checkout, which is what the cluster gets."""
-    job = load_job(name)
-    outside = not job.path.resolve().is_relative_to(Path.cwd().resolve())
-    if outside or job.script_folder is not None:
-        raise UserError(
-            f"JOB={name}: from a laptop only this checkout is copied to the cluster; put the job's "
-            "folder into it, or submit on the login node"
-        )
 
 
 def _refused(why: str) -> UserError:

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 
 from cluster.commands.plan import Plan, plan_new
-from cluster.commands.submit import check_is_copied, check_trial, submit
+from cluster.commands.submit import check_trial, submit
 from cluster.errors import Parser, split_at_dashes
 from cluster.plan.request import Sizes, whole_number
 from cluster.remote import calls
@@ -58,7 +58,6 @@ def main(argv: list[str]) -> int:
     group = options.name or time.strftime("sweep%m%d%H%M%S")
     site = load_site()
     if site.is_elsewhere:
-        check_is_copied(options.job)
         return calls.carry_out(site, ["sweep", *argv])
     queue = clusters.chosen(site)
     sizes = Sizes(nodes=options.nodes, gpus=options.gpus, nproc=options.nproc, time=options.time)

@@ -53,9 +53,13 @@ class Launch:
         Raises:
             UserError: it cannot be written; a run to continue keeps its previous settings.
         """
+        if self.source.program:
+            # Libraries write to it also without a network: `datasets` what it has read.
+            resolve.made(Path(self.values["cache"]), "SLUICE_CACHE")
 
         def fill(folder: Path) -> None:
-            _check_copied(self.source, folder / "code")
+            if self.source.program:
+                self.source.program.check_copied(folder / "code", self.source.settings)
             files.write_atomically(folder / "config.yaml", self.config)
             launch.write(folder, self.values, self.exported)
 
@@ -83,16 +87,6 @@ class Launch:
             "num_processes": self.request.world_size,
             **self.runtime.record(),
         }
-
-
-def _check_copied(source: Source, code: Path) -> None:
-    """Raise `UserError` if a script that is not ours is not among the files of the run's code."""
-    program = source.program
-    if program and program.kind == "script" and not (code / program.name).is_file():
-        raise UserError(
-            f"{source.settings}: script: {program.name} was not copied to the run: git ignores it, "
-            "or it is over 1 MB; commit it, or move it"
-        )
 
 
 def resolve_launch(

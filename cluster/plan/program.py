@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,17 @@ class Program:
     def record(self) -> dict[str, Any]:
         """Return what run.json says of it."""
         return asdict(self)
+
+    def check_copied(self, code: Path | Container[str], settings: Path) -> None:
+        """Raise `UserError` if a script is not among its folder's code; `settings` names it."""
+        if self.kind != "script":
+            return
+        is_there = (code / self.name).is_file() if isinstance(code, Path) else self.name in code
+        if not is_there:
+            raise UserError(
+                f"{settings}: script: {self.name} was not copied to the run: git ignores it, or it "
+                "is over 1 MB; commit it, or move it"
+            )
 
     def config(self, words: list[str], *, dry_run: bool) -> str:
         """Return the config.yaml of a run: JSON, which is YAML, for train/program.py."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.plan.job import JOBS, load_job
 from cluster.plan.program import Program
-from cluster.runs import folders
+from cluster.runs import checkout, folders
 from runfolder import records
 from runfolder.errors import UserError
 from runfolder.files import read_json
@@ -116,7 +116,8 @@ def note_surprises(source: Source, words: list[str]) -> None:
         return
     newest = max(folders.runs_folder().glob(f"{job}/[0-9]*/run.json"), default=None)
     before = (read_json(newest) or {}).get("script_folder") if newest else None
-    if before and source.script_folder and before != str(source.script_folder.absolute()):
+    own = source.script_folder
+    if before and own and before != checkout.place_of(own):
         print(
             f"note: {job} also has runs of {before}: RUN={job} means the newest of all; give this "
             "one a NAME=, or its job file another name",
@@ -124,15 +125,17 @@ def note_surprises(source: Source, words: list[str]) -> None:
         )
     values = (w.partition("=")[2] if w[:1] == "-" else w for w in [*program.arguments, *words])
     for value in values:
-        beside = source.settings.absolute().parent / value
         # What a run by hand has left at the place of its checkpoints is no input.
         is_input = value not in ("", ".", program.checkpoints) and not Path(value).is_absolute()
-        if is_input and len(value) < MAX_PATH and beside.exists():
-            print(
-                f"note: {value}: the script looks for it in the run's folder; if it means "
-                f"{beside}, give that path",
-                file=sys.stderr,
-            )
+        if not is_input or len(value) >= MAX_PATH:
+            continue
+        for folder in {source.settings.absolute().parent, (own or Path()).absolute()}:
+            if (folder / value).exists():
+                print(
+                    f"note: {value}: the script looks for it in the run's folder; if it means "
+                    f"{folder / value}, give that path",
+                    file=sys.stderr,
+                )
 
 
 def command_of(target: str, source: Source, sizes: dict[str, Any], arguments: list[str]) -> str:

@@ -3,25 +3,32 @@
 On the cluster it is in FOLDER/checkouts/KEY, where KEY is a hash of its content. It is filled under
 another name and renamed when every file has the right hash, so nothing ever runs from an incomplete
 copy; what an interrupted transfer left there is not sent again. FOLDER/current links to the newest,
-for work by hand there.
+for work by hand there. A job of one's own, outside the checkout, is in FOLDER/jobs/KEY likewise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import secrets
 import shlex
+import socket
 import sys
 import tarfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
 
 from cluster.login.transport import Transport
+from cluster.plan.job import Job
 from cluster.runs import checkout
 from cluster.site.settings import FOLDERS, Site
 from runfolder.errors import UserError
+from runfolder.records import SCRIPT_FOLDER
 
 # How many checkouts to keep there: somebody may still follow a log with the code of an older one.
 KEPT = 10
@@ -35,6 +42,7 @@ class Parcel:
 
     contents: dict[str, bytes]
     executable: frozenset[str]
+    kind: Literal["checkouts", "jobs"]
 
     @property
     def manifest(self) -> str:
@@ -79,25 +87,66 @@ def pack(site: Site) -> Parcel:
     """
     assert site.source is not None
     state = checkout.state()
+    # On the cluster those are links to folders that are kept.
+    code = [file for file in state.files if file.parts[0] not in FOLDERS]
+    contents, executable = _read(Path(), code)
+    try:
+        contents["site.toml"] = site.source.read_bytes()
+    except OSError as error:
+        raise _unreadable(error) from None
+    contents |= checkout.origin(state)
+    return Parcel(contents=contents, executable=executable, kind="checkouts")
+
+
+def pack_job(job: Job) -> Parcel:
+    """Return a job outside the checkout as it is copied: its file, and its script's folder.
+
+    Raises:
+        UserError: a file cannot be read, or has a name that sha256sum would escape; or the script
+            is in the checkout, which the copy of the job's file would not find.
+    """
+    content = yaml.safe_load(job.path.read_text(encoding="utf-8"))
+    contents: dict[str, bytes] = {}
+    executable: frozenset[str] = frozenset()
+    if root := job.script_folder:
+        state = checkout.state(root)
+        files, marked = _read(root, state.files)
+        files |= checkout.origin(state, folder=f"{socket.gethostname()}:{root.resolve()}")
+        contents = {f"{SCRIPT_FOLDER}/{name}": bytes_ for name, bytes_ in files.items()}
+        executable = frozenset(f"{SCRIPT_FOLDER}/{name}" for name in marked)
+        content["folder"] = SCRIPT_FOLDER
+        if "script" in content:
+            assert job.program is not None
+            job.program.check_copied(contents, job.path)
+            content["script"] = job.program.name
+    elif "script" in content:
+        raise UserError(
+            f"JOB={job.path}: names a script of the checkout and is not in it; put it there to "
+            "submit it from a laptop"
+        )
+    contents[job.path.name] = yaml.safe_dump(content, sort_keys=False).encode()
+    return Parcel(contents=contents, executable=executable, kind="jobs")
+
+
+def _read(root: Path, files: Iterable[Path]) -> tuple[dict[str, bytes], frozenset[str]]:
+    """Return the bytes of files below `root` by their names, and which are executable."""
     contents: dict[str, bytes] = {}
     executable = set()
     try:
-        for file in state.files:
+        for file in files:
             name = file.as_posix()
-            if file.parts[0] in FOLDERS:
-                # On the cluster this is a link to a folder that is kept.
-                continue
             if "\n" in name or "\\" in name or not _is_utf_8(name):
                 raise UserError(f"{name!r}: a file with this name cannot be copied; rename it")
-            contents[name] = file.read_bytes()
-            if file.stat().st_mode & 0o100:
+            contents[name] = (root / file).read_bytes()
+            if (root / file).stat().st_mode & 0o100:
                 executable.add(name)
-        contents["site.toml"] = site.source.read_bytes()
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    contents[str(checkout.ORIGIN)] = json.dumps({"git_commit": state.commit}).encode()
-    contents[str(checkout.ORIGIN_DIFF)] = state.diff
-    return Parcel(contents=contents, executable=frozenset(executable))
+        raise _unreadable(error) from None
+    return contents, frozenset(executable)
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def _is_utf_8(name: str) -> bool:
@@ -108,13 +157,12 @@ def _is_utf_8(name: str) -> bool:
     return True
 
 
-def bring(transport: Transport, site: Site) -> str:
-    """Copy the checkout to the cluster as it is here; return its absolute path there.
+def bring(transport: Transport, site: Site, parcel: Parcel) -> str:
+    """Copy a parcel to the cluster; return the absolute path of its folder there.
 
     Raises:
         UserError: it cannot be written there, or the connection was lost.
     """
-    parcel = pack(site)
     # Two commands at once have folders of their own until one of them is complete.
     token = secrets.token_hex(4)
     said = transport.ask(_script(BEGIN, site, parcel, token), parcel.manifest.encode()).decode()
@@ -151,6 +199,7 @@ def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
     values = {
         "key": parcel.key,
         "token": token,
+        "kind": parcel.kind,
         "shared": " ".join([*own, ".apptainer"]),
         "environment": parcel.environment,
     }
@@ -161,8 +210,8 @@ def _script(text: str, site: Site, parcel: Parcel, token: str) -> str:
 # Prints the folder, then "complete", or which files are there already.
 BEGIN = """
 set -eu
-mkdir -p -- "$top/checkouts"
-cd -- "$top/checkouts"
+mkdir -p -- "$top/$kind"
+cd -- "$top/$kind"
 # A site's file may contain what others should not read.
 chmod 700 .
 printf '%s/%s\\n' "$(pwd -P)" "$key"
@@ -172,7 +221,7 @@ check() { (cd -- "$1" && LC_ALL=C sha256sum --check "../$manifest" 2>/dev/null);
 if [ -d "$key" ]; then
   if check "$key" >/dev/null; then
     touch -- "$key"
-    ln -sfn -- "checkouts/$key" ../current
+    if [ "$kind" = checkouts ]; then ln -sfn -- "checkouts/$key" ../current; fi
     rm -- "$manifest"
     echo complete
     exit
@@ -192,23 +241,25 @@ check "$partial" || echo incomplete
 
 FINISH = f"""
 set -eu
-cd -- "$top/checkouts"
+cd -- "$top/$kind"
 manifest=".$key.$token.manifest" partial=".$key.$token.partial"
 tar -xzf - -C "$partial"
 (cd -- "$partial" && LC_ALL=C sha256sum --check --quiet --strict "../$manifest" >&2)
-for name in $shared; do
-  mkdir -p -- "../$name"
-  ln -sfn -- "../../$name" "$partial/$name"
-done
-mkdir -p -- "../environments/$environment"
-ln -sfn -- "../../environments/$environment" "$partial/.venv"
+if [ "$kind" = checkouts ]; then
+  for name in $shared; do
+    mkdir -p -- "../$name"
+    ln -sfn -- "../../$name" "$partial/$name"
+  done
+  mkdir -p -- "../environments/$environment"
+  ln -sfn -- "../../environments/$environment" "$partial/.venv"
+fi
 # The same, copied at the same time by another command, will do.
 if [ -d "$key" ] || ! mv -T -- "$partial" "$key"; then
   [ -d "$key" ]
   rm -rf -- "$partial"
 fi
 rm -- "$manifest"
-ln -sfn -- "checkouts/$key" ../current
+if [ "$kind" = checkouts ]; then ln -sfn -- "checkouts/$key" ../current; fi
 # Only our own, and never half of one under its own name.
 ls -1t | grep -xE '[0-9a-f]{{16}}' | tail -n +{KEPT + 1} | while IFS= read -r old; do
   mv -T -- "$old" ".$old.gone.partial"

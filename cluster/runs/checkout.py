@@ -19,9 +19,9 @@ from cluster.site import places
 from cluster.site.settings import FOLDERS
 from runfolder.errors import UserError
 
-# What a checkout that was copied from a laptop says about the original.
-ORIGIN = Path(".origin.json")
-ORIGIN_DIFF = Path(".origin.diff")
+# What a checkout, or a script's folder, that was copied from a laptop says about the original.
+ORIGIN = Path(".sluice-origin.json")
+ORIGIN_DIFF = Path(".sluice-origin.diff")
 # A checkout without git (a tarball): what is not code.
 NOT_CODE = {".git", ".apptainer", ".cluster", ".venv", *FOLDERS, "site.toml"}
 NOT_CODE |= {"__pycache__", str(ORIGIN), str(ORIGIN_DIFF)}
@@ -35,6 +35,7 @@ MAX_UNTRACKED_BYTES = 1_000_000
 MAX_FILES = 5_000
 # Without git: what is no code beside a script.
 NOT_A_SCRIPTS = {".git", ".venv", "venv", ".ipynb_checkpoints", "__pycache__"}
+NOT_A_SCRIPTS |= {str(ORIGIN), str(ORIGIN_DIFF)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,29 @@ def state(root: Path = Path()) -> State:
     With `root` that of a script's folder; files are seen from there.
 
     Raises:
-        UserError: the state that was copied from a laptop is damaged.
+        UserError: the state that was copied from a laptop is damaged, or a script's folder holds
+            more files than code has.
     """
-    if root == Path() and ORIGIN.exists():
-        return _origin()
+    found = _state(root)
+    if root != Path() and len(found.files) > MAX_FILES:
+        raise _too_many(root)
+    return found
+
+
+def place_of(root: Path) -> str:
+    """Return where a script's folder is: its path, or the one on the laptop it was copied from."""
+    return str(_read_origin(root)["folder"] if (root / ORIGIN).exists() else root.resolve())
+
+
+def origin(found: State, **more: str) -> dict[str, bytes]:
+    """Return the files that tell a copy of a folder about the original."""
+    told = {"git_commit": found.commit, **more}
+    return {str(ORIGIN): json.dumps(told).encode(), str(ORIGIN_DIFF): found.diff}
+
+
+def _state(root: Path) -> State:
+    if (root / ORIGIN).exists():
+        return _origin(root)
     without_git = partial(_without_git, root)
     try:
         _git(root, "rev-parse", "--git-dir")
@@ -104,8 +124,6 @@ def copy(target: Path, root: Path = Path()) -> dict[str, Any]:
         UserError: a script's folder holds more files than code has.
     """
     found = state(root)
-    if root != Path() and len(found.files) > MAX_FILES:
-        raise _too_many(root)
     for file in found.files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / file, target / file)
@@ -123,16 +141,29 @@ def _too_many(root: Path) -> UserError:
     )
 
 
-def _origin() -> State:
+def _origin(root: Path) -> State:
+    commit = _read_origin(root)["git_commit"]
+    # Beside a script, what is no code was left out before it was copied.
+    files = _code_below(root) if root != Path() else _code_of(root, _code_below(root))
     try:
-        commit = json.loads(ORIGIN.read_text(encoding="utf-8"))["git_commit"]
-        diff = ORIGIN_DIFF.read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{ORIGIN.absolute()}: is damaged ({error}); delete this folder, and the next command "
-            "from the laptop copies it again"
-        ) from None
-    return State(files=_code_of(Path(), _code_below(Path())), commit=commit, diff=diff)
+        return State(files=files, commit=commit, diff=(root / ORIGIN_DIFF).read_bytes())
+    except OSError as error:
+        raise _damaged(root, error) from None
+
+
+def _read_origin(root: Path) -> dict[str, Any]:
+    try:
+        told = json.loads((root / ORIGIN).read_text(encoding="utf-8"))
+        return {"git_commit": told["git_commit"], "folder": told.get("folder")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(root, error) from None
+
+
+def _damaged(root: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{(root / ORIGIN).absolute()}: is damaged ({error}); delete this folder, and the next "
+        "command from the laptop copies it again"
+    )
 
 
 def _git(root: Path, *arguments: str) -> bytes:

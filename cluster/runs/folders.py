@@ -109,7 +109,7 @@ def create(
             own = checkout.copy(unfinished / "code" / records.SCRIPT_FOLDER, script_folder)
             if diff := own.pop("diff"):
                 (unfinished / "script.diff").write_bytes(diff)
-            git |= {"script_folder": str(script_folder.absolute())}
+            git |= {"script_folder": checkout.place_of(script_folder)}
             git |= {f"script_{key}": value for key, value in own.items()}
         fill(unfinished)
         records.write(unfinished, content | git)

@@ -154,7 +154,7 @@ def laptop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     locks = {str(path.relative_to(CHECKOUT)): path.read_bytes() for path in LOCKS.glob("*.txt")}
     environments = there / "environments"
     environments.mkdir()
-    name = Parcel(contents=locks, executable=frozenset()).environment
+    name = Parcel(contents=locks, executable=frozenset(), kind="checkouts").environment
     (environments / name).symlink_to(sys.prefix)
     kept = {k: v for k, v in cluster.environment.items() if k != "SLUICE_CLUSTER"}
     environment = kept | {"VENV": sys.prefix, "HF_TOKEN": SECRET, "GIT_CONFIG_GLOBAL": "/dev/null"}
@@ -385,9 +385,9 @@ def test_the_checkout_is_brought_once_whole_without_secrets_and_what_git_ignores
     assert (found / "runs").resolve() == either.there / "runs"
     # Where the site has a place of its own, there is none of ours.
     assert not (found / "datasets").exists()
-    origin = json.loads((found / ".origin.json").read_text())
+    origin = json.loads((found / ".sluice-origin.json").read_text())
     assert len(origin["git_commit"]) == 40
-    assert b"+edited" in (found / ".origin.diff").read_bytes()
+    assert b"+edited" in (found / ".sluice-origin.diff").read_bytes()
 
 
 def test_what_was_changed_there_is_kept_and_not_run(laptop: Laptop) -> None:
@@ -473,6 +473,27 @@ def arrived(laptop: Laptop) -> int:
 
 
 # ---- a job, on two nodes, in an image -------------------------------------------------------
+
+
+@pytest.mark.needs("apptainer")
+@pytest.mark.computes(2)
+def test_a_script_of_ones_own_is_brought_and_trains(with_image: Laptop) -> None:
+    laptop, own = with_image, with_image.checkout.parent / "fit"
+    laptop.use()
+    shutil.copytree(CHECKOUT / "tests/real/fit", own)
+    assert "fits now" in laptop.output("check", "JOB=../fit/fit.yaml")
+    said = laptop.output("submit", "JOB=../fit/fit.yaml")
+    # It is there by now, and nobody looks for it here.
+    shutil.move(own, own.with_name("moved"))
+    found = re.search(r"make logs RUN=(\S+)", said)
+    assert found
+    run = Run(laptop.there / "runs" / found[1])
+    Desk(laptop.cluster, laptop.checkout, laptop.environment).wait(run)
+    assert run.outcomes()[-1]["outcome"] == "finished", run.logs()
+    code = run.folder / "code/script/fit.py"
+    assert code.read_bytes() == (CHECKOUT / "tests/real/fit/fit.py").read_bytes()
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["script_folder"] == f"{socket.gethostname()}:{own}"
 
 
 @pytest.mark.needs("apptainer")

@@ -102,7 +102,7 @@ def test_a_script_that_git_ignores_is_refused_and_makes_no_run(
         request=RUN,
         runtime=Runtime(image=Image(path=tmp_path, variant="cpu", sha256="", lock_sha256="")),
         config="{}",
-        values={},
+        values={"cache": str(tmp_path / "cache")},
         exported={},
     )
     with pytest.raises(UserError, match=r"ignored/fit\.py was not copied.*git ignores it"):

@@ -54,3 +54,24 @@ def test_the_command_gets_its_words_and_nothing_that_is_for_another_python(
 def test_nothing_runs_where_the_environment_could_not_be_made(site: Site, there: Path) -> None:
     assert run(site, there, VENV_STATUS="2") == 2
     assert not (there / "words").exists()
+
+
+def test_only_a_job_outside_the_checkout_that_begins_anew_is_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lay_out(tmp_path / "sluice"))
+    own = tmp_path / "fit/fit.yaml"
+    own.parent.mkdir()
+    own.write_text("script: fit.py\n")
+    (own.parent / "fit.py").touch()
+    for is_own, words in (
+        (True, ["submit", f"--job={own}", "--nodes", "2"]),
+        (True, ["check", "--job", "../fit/fit.yaml"]),
+        (True, ["sweep", "--grid", "x=1", "--job", str(own), "--", "--job", "tinyllama"]),
+        (True, ["submit", "--job", str(own), "--run", ""]),
+        (False, ["submit", "--job=tinyllama"]),
+        (False, ["submit", "--job", str(own), "--run=fit"]),
+        (False, ["status", "--run", "fit"]),
+        (False, ["submit", "--", "--job", str(own)]),
+    ):
+        assert bool(calls._own_job(words)) == is_own, words

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.plan.job import load_job
 from cluster.remote import sync
+from cluster.runs import checkout
 from cluster.site.settings import PRIVATE, Ssh
 from runfolder.errors import UserError
 
@@ -78,7 +80,8 @@ def test_a_folder_of_data_is_not_code_even_where_git_has_it(here: Path) -> None:
     words = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x"]
     subprocess.run(words, check=True)
     names = set(packed().contents)
-    assert names == {"train/x.py", "run.sh", "site.toml", ".origin.json", ".origin.diff"}
+    origin = {".sluice-origin.json", ".sluice-origin.diff"}
+    assert names == {"train/x.py", "run.sh", "site.toml"} | origin
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\\b"])
@@ -96,3 +99,72 @@ def test_the_folder_is_one_word_from_the_home_or_the_root(here: Path) -> None:
     ):
         settings = replace(PRIVATE, ssh=Ssh(host="login", folder=folder))
         assert sync.home(settings) == word
+
+
+@pytest.fixture
+def own(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the checkout, in git, with edits: a script, its module, what is no code."""
+    root = tmp_path_factory.mktemp("home") / "fit"
+    (root / "scripts").mkdir(parents=True)
+    (root / "scripts/fit.py").write_text("import helper\n")
+    (root / "helper.py").write_text("x = 1\n")
+    (root / ".gitignore").write_text("*.bin\n")
+    git = ["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (root / "helper.py").write_text("x = 2\n")
+    (root / "data.bin").write_text("ignored")
+    (root / "notes.txt").write_text("n" * 2_000_000)
+    return root
+
+
+def sent(job: Path, there: Path) -> Path:
+    """Lay out a job as it is sent; return its file there."""
+    parcel = sync.pack_job(load_job(str(job)))
+    there.mkdir()
+    parts = parcel.packed(set(parcel.contents))
+    subprocess.run(["tar", "-xzf", "-"], input=parts, cwd=there, check=True)
+    return there / job.name
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("fit/fit.yaml", "script: scripts/fit.py\nfolder: .\nresources: {time: 4:00:00}\n"),
+        ("jobs/fit.yaml", "script: ../fit/scripts/fit.py\nfolder: ../fit\n"),
+        ("fit/fit.yaml", "script: scripts/fit.py\n"),
+        ("fit/fit.yaml", "module: helper\nfolder: .\nafter: tinyllama\n"),
+        ("fit/fit.yaml", "command: tune\narguments: [run, '04:00:00', 1.5]\n"),
+    ],
+)
+def test_a_job_of_ones_own_is_the_same_there(
+    own: Path, tmp_path_factory: pytest.TempPathFactory, place: str, text: str
+) -> None:
+    job = own.parent / place
+    job.parent.mkdir(exist_ok=True)
+    job.write_text(text.replace("4:00:00", '"4:00:00"'))
+    here = load_job(str(job))
+    there = load_job(str(sent(job, tmp_path_factory.mktemp("cluster") / "key")))
+    assert replace(there, path=here.path, script_folder=here.script_folder) == here
+    if here.script_folder is None:
+        assert there.script_folder is None
+        return
+    assert there.script_folder is not None
+    original, copy = (checkout.state(each) for each in (here.script_folder, there.script_folder))
+    assert (copy.commit, copy.diff) == (original.commit, original.diff)
+    assert set(copy.files) == set(original.files)
+    for file in copy.files:
+        assert (there.script_folder / file).read_bytes() == (here.script_folder / file).read_bytes()
+    assert checkout.place_of(there.script_folder).endswith(f":{here.script_folder.resolve()}")
+
+
+def test_what_of_a_job_cannot_be_brought_is_refused(own: Path, here: Path) -> None:
+    job = own / "fit.yaml"
+    job.write_text(f"script: {here / 'train/x.py'}\n")
+    with pytest.raises(UserError, match="a script of the checkout"):
+        sync.pack_job(load_job(str(job)))
+    (own / ".gitignore").write_text("fit.py\n")
+    subprocess.run(["git", "-C", own, "rm", "--quiet", "--cached", "scripts/fit.py"], check=True)
+    job.write_text("script: scripts/fit.py\nfolder: .\n")
+    with pytest.raises(UserError, match="was not copied"):
+        sync.pack_job(load_job(str(job)))
