@@ -252,6 +252,18 @@ def test_ctrl_c_lets_the_request_stand(
     assert (folder / "cancel.json").exists()
 
 
+def test_ctrl_c_while_a_sweep_ends_leaves_its_other_runs_alone(slurm: FakeSlurm) -> None:
+    for job_id in (12, 13):
+        folder = slurm.run(f"tinyllama/20260101-0000{job_id}-abcdef-study", job_id)
+        (folder / "run.json").write_text(json.dumps({"sweep": {"name": "study"}}))
+    slurm.set_queue("12 RUNNING", "13 RUNNING")
+
+    slurm.meanwhile(lambda: signal.raise_signal(signal.SIGINT))
+    assert main(["cancel", "--name=study"]) == 130
+    # The newest first, since it may be waiting for the others.
+    assert slurm.asked("scancel") == ["--signal=USR1 --batch 13"]
+
+
 def test_what_a_suspended_job_loses_is_said(
     slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
