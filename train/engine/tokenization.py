@@ -30,7 +30,7 @@ FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
-FORMAT = 2
+FORMAT = 3
 # How a document begins and ends, and what in it is text; our own file, not exported.
 FRAME = "frame.json"
 # A tokenizer is trained on the head of the text, so that memory does not grow with the corpus.

@@ -145,4 +145,6 @@ def _frame(home: Path, loaded: Any) -> dict[str, Any]:
             if token not in written and token not in template
         ),
         "read": sorted(written),
+        # Some of them only the tokenizer's class knows, and a chat template may ask for any.
+        "named": {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str)},
     }

@@ -87,10 +87,17 @@ class Template:
     """The chat template of a staged tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        # Slow to import (it brings torch), and needed only while conversations are staged.
-        from transformers import AutoTokenizer
+        # Slow to import, and needed only while conversations are staged. AutoTokenizer would bring
+        # torch; what its classes add to the files, a template can name, and so the frame has it.
+        from transformers import PreTrainedTokenizerFast
+        from transformers.utils.logging import set_verbosity_error
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # It says that the class is another.
+        set_verbosity_error()
+        frame = read_json(folder / tokenization.FRAME, "model.tokenizer") or {}
+        self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
+            folder, **frame.get("named", {})
+        )
 
     def write(self, turns: list[Turn], where: str, *, ask: bool = False) -> str:
         """Return the turns as text; `ask` adds what comes before the assistant's next turn.

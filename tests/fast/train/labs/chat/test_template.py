@@ -6,14 +6,18 @@ One token is one character, and each special token, so that the marks can be rea
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from runfolder.errors import UserError
 from tests.fast.train.labs.chat.conftest import with_template
-from train.engine import tokenization
+from tests.shared import CHECKOUT
+from train.engine import tokenization, transformers_tokenizer
 from train.labs.chat import template
 from train.labs.chat.conversations import Conversation, Turn
 from train.labs.chat.template import Template
@@ -244,3 +248,36 @@ def test_added_tokens_are_special_and_the_last(characters: Path, tmp_path: Path)
     assert tokenizer.vocab_size == before + 2
     ids = tokenizer.tokenizer.encode("a<|im_end|>", add_special_tokens=False).ids
     assert len(ids) == 2 and ids[1] == before + 1 and ids[1] in tokenizer.special_ids
+
+
+# It says whether the template was written without torch, which takes seconds to import.
+WRITE = """
+import sys
+from pathlib import Path
+from train.labs.chat.template import Template
+
+print(Template(Path(sys.argv[1])).write([{"role": "user", "content": "Hi"}], "row 1"))
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_a_template_can_name_what_only_the_tokenizers_class_knows(tmp_path: Path) -> None:
+    source, staged = tmp_path / "source", tmp_path / "staged"
+    for folder in (source, staged):
+        folder.mkdir()
+    tokens = ["<unk>", "<s>", "</s>", *"\u2581Hi"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (source / template.FILE).write_text(
+        "{{ bos_token }}{{ messages[0].content }}{{ eos_token + unk_token }}"
+    )
+    transformers_tokenizer.place(source, staged)
+    command = [sys.executable, "-c", WRITE, str(staged)]
+    done = subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, text=True)
+    turns = [{"role": "user", "content": "Hi"}]
+    expected = AutoTokenizer.from_pretrained(source).apply_chat_template(turns, tokenize=False)
+    assert done.stdout == f"{expected}\n" == "<s>Hi</s><unk>\n"
