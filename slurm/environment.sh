@@ -34,6 +34,7 @@ $SLUICE_RUN_FOLDER:/run-folder:rw"
   caches=/tmp
 else
   python=(slurm/isolated.sh --keep="$site_variables" "$host_python")
+  export HF_HOME=${HF_HOME:-$cache/huggingface}
   caches=$SLUICE_SCRATCH
 fi
 
@@ -43,7 +44,7 @@ export PYTHONNOUSERSITE=1
 # Compute nodes never use the internet; missing files were reported before.
 export HF_HUB_OFFLINE=1
 # The text is tokenized already; the library's own threads would only warn about forks.
-export TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # Otherwise every connection from a host whose name does not resolve prints a warning.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # Compiler caches must be local to a node: shared file systems corrupt them.

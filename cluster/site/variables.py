@@ -13,6 +13,11 @@ from runfolder.errors import UserError
 
 # Variables that are read-only in bash.
 OF_BASH = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
+# Those that have a value of ours, or of the launcher's, in each process: another would be lost.
+SET_ANYWAY = {"HF_HOME", "HF_HUB_OFFLINE", "MASTER_ADDR", "MASTER_PORT", "PET_SIGNALS_TO_HANDLE"}
+SET_ANYWAY |= {"PYTHONNOUSERSITE", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"}
+SET_ANYWAY |= {"TRITON_CACHE_DIR", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE"}
+SET_ANYWAY |= {"LOCAL_WORLD_SIZE", "PATH"}
 
 
 def faults(table: dict[str, Any]) -> Iterator[str]:
@@ -23,6 +28,8 @@ def faults(table: dict[str, Any]) -> Iterator[str]:
             yield f"environment.{name}: is not a valid variable name"
         elif is_ours or name in OF_BASH:
             yield f"environment.{name}: is reserved; leave it out"
+        elif name in SET_ANYWAY:
+            yield f"environment.{name}: Sluice sets it for each process; leave it out"
         elif not isinstance(value, str):
             yield f"environment.{name}: {value!r} must be a string in quotes"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.plan import resolve
 from cluster.runs import folders
-from cluster.site import places
+from cluster.site import places, variables
 from cluster.site.file import load_site, site_of_this_machine
 from runfolder.errors import UserError
 from tests.shared import CHECKOUT
@@ -96,6 +96,7 @@ def test_a_missing_key_is_named_with_where_it_is_explained(key: str) -> None:
         (LEAST + "[environment]\nA = 1", "environment.A: 1 must be a string"),
         (LEAST + '[environment]\nSLUICE_WORLD_SIZE = "1"', "SLUICE_WORLD_SIZE: is reserved"),
         (LEAST + '[environment]\nUID = "1"', "environment.UID: is reserved"),
+        (LEAST + '[environment]\nRANK = "1"', "environment.RANK: Sluice sets it"),
         (LEAST.replace('"long"', '""'), "slurm.partition: '' must be filled in"),
         (LEAST + '[ssh]\nbackend = "rsh"', r"ssh.backend: 'rsh' must be \"paramiko\" or"),
         (LEAST + '[ssh]\nconfig = "$NO_SUCH_VARIABLE/x"', r"ssh.config: \$NO_SUCH_VARIABLE is not"),
@@ -205,3 +206,13 @@ def test_a_folder_keeps_the_name_by_which_the_user_came_to_it(
     (folder / "home/kept").mkdir()
     Path("runs").symlink_to("../kept")
     assert folders.runs_folder() == folder / "home/kept"
+
+
+def test_what_each_process_gets_from_us_is_not_for_a_file_to_set() -> None:
+    script = (CHECKOUT / "slurm/environment.sh").read_text()
+    found = re.findall(r"^ *export (.*)$", script, re.MULTILINE)
+    # Where ours is a default, the file's counts.
+    ours = {name for line in found for name in re.findall(r"\b([A-Z_]+)=(?!\$\{\1:-)", line)}
+    assert {"HF_HOME", "TRITON_CACHE_DIR"} <= ours
+    for name in ours:
+        assert list(variables.faults({name: "x"})), name
