@@ -34,7 +34,6 @@ $SLUICE_RUN_FOLDER:/run-folder:rw"
   caches=/tmp
 else
   python=(slurm/isolated.sh --keep="$site_variables" "$host_python")
-  export HF_HOME=${HF_HOME:-$cache/huggingface}
   caches=$SLUICE_SCRATCH
 fi
 
