@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runfolder.moments import reached
-from train.engine import attention, models, signals
+from train.engine import attention, head, models, signals
 from train.engine.batches import Rows
 from train.engine.distributed import agree, rank, world_size
 
@@ -33,7 +34,9 @@ class TokenLoss(nn.Module):
         self.model = model
         self.device_type = device.type
         self.bf16 = bf16
-        self._cross_entropy = _cross_entropy
+        self.whole_logits = not head.is_last(model)
+        """Whether the model does more to the logits than its head."""
+        self._score: head.Score = head.score
 
     def compile_parts(self) -> None:
         """Compile a decoder layer, once for all of them, and the loss.
@@ -45,7 +48,7 @@ class TokenLoss(nn.Module):
         """
         for layer in models.layers(self.model):
             layer.compile(dynamic=False)
-        self._cross_entropy = torch.compile(_cross_entropy, dynamic=False)
+        self._score = torch.compile(head.score, dynamic=False)
 
     def forward(
         self,
@@ -62,14 +65,23 @@ class TokenLoss(nn.Module):
         No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
         """
         packed = {} if positions is None else attention.packed_inputs(self.model, positions)
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(input_ids=inputs, use_cache=False, **packed).logits
-        return logits if labels is None else self._cross_entropy(logits, labels)
+        at_the_head = labels is not None and not self.whole_logits
+        with (
+            torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16),
+            head.scoring(self.model.get_output_embeddings(), labels, self._score)
+            if at_the_head
+            else nullcontext(),
+        ):
+            found = self.model(input_ids=inputs, use_cache=False, **packed).logits
+        return found if labels is None or at_the_head else _cross_entropy(found, labels)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        logits.float().flatten(0, 1),
+        labels.flatten(),
+        ignore_index=head.IGNORED,
+        reduction="sum",
     )
 
 

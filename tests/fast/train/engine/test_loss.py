@@ -189,6 +189,9 @@ class Uniform(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
 
+    def get_output_embeddings(self) -> None:
+        return None
+
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, self.vocab_size))
 
