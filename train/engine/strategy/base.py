@@ -146,9 +146,8 @@ class Strategy:
         return full.to(self.device)
 
     def _step_count(self, steps: int, parameter: torch.Tensor) -> torch.Tensor:
-        # The fused optimizer keeps its count beside the parameter, the plain one on the CPU.
-        fused = self.optimizer.defaults.get("fused")
-        return torch.tensor(float(steps), device=parameter.device if fused else "cpu")
+        # The fused optimizer keeps its count beside the parameter.
+        return torch.tensor(float(steps), device=parameter.device)
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -163,7 +162,8 @@ class Strategy:
             betas=(self.settings.beta1, self.settings.beta2),
             eps=self.settings.eps,
             weight_decay=self.settings.weight_decay,
-            fused=self.device.type == "cuda",
+            # One pass over a parameter and its states, also on a CPU.
+            fused=True,
         )
 
 

@@ -128,7 +128,7 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
         adam_epsilon=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
         max_grad_norm=config.optimizer.max_grad_norm,
-        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        optim="adamw_torch_fused",
         bf16=bf16,
         torch_compile=config.compile,
         seed=seed,

@@ -73,7 +73,7 @@ class PhaseTraining(Strategy):
             lr=unfreezing.head_lr,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
-            fused=device.type == "cuda",
+            fused=True,
         )
         assert_same_weights(model, device)
         self.module = model if phase.blocks else model.head
