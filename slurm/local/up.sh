@@ -231,9 +231,9 @@ launch login unshare "${namespaces[@]}" "${userland[@]}" \
   "$here/login.sh" "$state" "$net" "$nodes" "$(IFS=, && echo "${users[*]}")"
 leader=$!
 
-settled() { [[ -e $state/ready || -e $state/failed ]] || is_gone "$leader"; }
+settled() { [[ -e $state/ready || -s $state/failed ]] || is_gone "$leader"; }
 wait_until 150 settled || fail "the cluster: not up after 150 s; $(tail -n 1 -- "$log/login.log")"
-if [[ -e $state/failed ]]; then
+if [[ -s $state/failed ]]; then
   fail "$(tail -n 1 -- "$state/failed"); everything is removed, try again"
 elif [[ ! -e $state/ready ]]; then
   fail "the cluster: stopped while starting: $(tail -n 1 -- "$log/login.log"); try again"
