@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
 
 def measure_packing(config: Config, scratch: Path) -> dict[str, Any]:
     """Return the peak memory of packing the corpora, by format, and the ratios."""
-    words = _vocabulary(config.seed)
+    words = vocabulary(config.seed)
     head = scratch / "head.txt"
     write_corpus(head, 1_000_000, words, config.seed)
     environment = _environment(scratch / "datasets")
@@ -198,7 +198,7 @@ def _environment(datasets: Path) -> dict[str, str]:
     return ours | {"SLUICE_DATASETS": str(datasets), "HF_HUB_OFFLINE": "1"}
 
 
-def _vocabulary(seed: int) -> list[str]:
+def vocabulary(seed: int) -> list[str]:
     """Return 20,000 words of one to four made-up syllables, short ones first as in a language."""
     draw = random.Random(seed)
     words: dict[str, None] = {}

@@ -108,9 +108,7 @@ def _train_engine(spec: Spec, device: torch.device, blocks: Blocks, watch: Watch
     """Train as train/tinyllama.py does, without its evaluation, checkpoints and log."""
     optimizer, schedule = OptimizerSettings(lr=spec.lr), ScheduleSettings(warmup_steps=2)
     config = TextConfig(model=ModelSettings(preset=spec.preset))
-    # Initialized on the device, which is faster; the values do not matter here.
-    with device:
-        model = models.build(config, Path(spec.tokenizer), spec.seed)
+    model = models.build(config, Path(spec.tokenizer), spec.seed)
     watch.describe(model)
     loss_module = TokenLoss(model, device, bf16=True)
     if spec.compile == "layers":

@@ -37,7 +37,7 @@ def test_a_command_that_fails_is_no_measurement() -> None:
 
 
 def test_a_corpus_has_the_size_that_was_asked_for(tmp_path: Path) -> None:
-    words = corpus._vocabulary(seed=1)
+    words = corpus.vocabulary(seed=1)
     for suffix in ("txt", "jsonl"):
         path = tmp_path / f"corpus.{suffix}"
         num_bytes = corpus.write_corpus(path, 300_000, words, seed=1)
