@@ -8,6 +8,7 @@ computed twice. The idea is Liger's (Hsu et al. 2024, arXiv:2410.10989, section 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-# A part of the logits in fp32 has at most so many bytes: enough for fast matrix products.
-PART_BYTES = 64 * 1024 * 1024
+# A part of the logits has at most so many bytes: enough for fast matrix products.
+PART_BYTES = 32 * 1024 * 1024
+# On a CPU, a part is scored in blocks whose rows in fp32 stay in a core's cache.
+BLOCK_BYTES = 4 * 1024 * 1024
 IGNORED = -100
 # Returns the summed loss of logits (n, V) at targets (n,), and its gradient (n, V).
 Score = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -61,16 +64,20 @@ class _HeadLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight) if wanted[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(1, PART_BYTES // (4 * weight.shape[0]))
-        for states, labels, start in zip(
-            hidden.split(size), targets.split(size), range(0, len(hidden), size), strict=True
-        ):
-            states = states.to(precision)
-            loss, gradient = score(F.linear(states, matrix, shift), labels)
-            total += loss
+        size = max(1, PART_BYTES // (weight.shape[0] * precision.itemsize))
+        rows = size if kind == "cuda" else max(1, BLOCK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), size):
+            states = hidden[start : start + size].to(precision)
+            labels = targets[start : start + size]
+            logits = F.linear(states, matrix, shift)
+            for block, some in zip(logits.split(rows), labels.split(rows), strict=True):
+                loss, gradient = score(block, some)
+                total += loss
+                block.copy_(gradient)
+            # From here on, what it holds is its own gradient.
+            gradient = logits
             if of_bias is not None:
-                of_bias += gradient.sum(0)
-            gradient = gradient.to(precision)
+                of_bias += gradient.sum(0, dtype=of_bias.dtype)
             if of_hidden is not None:
                 of_hidden[start : start + size] = gradient @ matrix
             if of_weight is not None:
@@ -104,7 +111,7 @@ def scoring(head: nn.Linear, targets: torch.Tensor, score: Score) -> Iterator[No
         )
         return loss
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -116,24 +123,29 @@ def scoring(head: nn.Linear, targets: torch.Tensor, score: Score) -> Iterator[No
 
 @torch.no_grad()
 def is_last(model: PreTrainedModel) -> bool:
-    """Return whether a model's logits are what its head returns, by trying it; on the CPU.
+    """Return whether a model's logits are what its head returns, by trying it; also without values.
 
     Some models cap or scale them after it (Gemma 2, Cohere, Granite): there the whole logits are
     needed.
     """
+    if any(p.is_meta for p in model.parameters()):
+        # Some move a table of theirs to where the ids are.
+        model = copy.deepcopy(model)
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return False
-    ids = torch.arange(4)[None] % head.weight.shape[0]
-    mode = model.training
-    model.eval()
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-        with scoring(head, ids, score):
-            loss = model(input_ids=ids, use_cache=False).logits
-    except Exception:  # whatever a model does with what its head returns
-        return False
-    finally:
-        model.train(mode)
-    expected, _ = score(logits[0], ids[0])
-    return loss.shape == () and bool(torch.isclose(loss, expected, rtol=1e-5))
+    device = head.weight.device
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    # Without values, transformers cannot look at ids to make a mask; it takes a made one as it is.
+    made = [{"attention_mask": torch.zeros(1, 1, 4, 4, device=device)}] * head.weight.is_meta
+    for mask in [*made, {}]:
+        returned: list[torch.Tensor] = []
+        hook = head.register_forward_hook(lambda _module, _inputs, found: returned.append(found))  # noqa: B023
+        try:
+            logits = model(input_ids=ids, use_cache=False, **mask).logits
+        except Exception:  # whatever a model needs beside ids, or values
+            continue
+        finally:
+            hook.remove()
+        return len(returned) == 1 and logits is returned[0]
+    return False

@@ -65,15 +65,17 @@ class TokenLoss(nn.Module):
         No attention mask is passed: the blocks are full, and a mask would cost the fast kernel.
         """
         packed = {} if positions is None else attention.packed_inputs(self.model, positions)
-        at_the_head = labels is not None and not self.whole_logits
+        scored = (
+            None
+            if labels is None or self.whole_logits
+            else head.scoring(self.model.get_output_embeddings(), labels, self._score)
+        )
         with (
             torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bf16),
-            head.scoring(self.model.get_output_embeddings(), labels, self._score)
-            if at_the_head
-            else nullcontext(),
+            scored or nullcontext(),
         ):
             found = self.model(input_ids=inputs, use_cache=False, **packed).logits
-        return found if labels is None or at_the_head else _cross_entropy(found, labels)
+        return found if labels is None or scored else _cross_entropy(found, labels)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
