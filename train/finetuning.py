@@ -22,6 +22,7 @@ from train.engine.loss import evaluate
 from train.engine.models import flops_per_token
 from train.engine.once import staged_path
 from train.engine.resume import restore
+from train.engine.source import Source
 from train.engine.step import take_step
 from train.engine.story import say
 from train.engine.tuning import TuningConfig
@@ -44,13 +45,17 @@ class TuningData:
 def fine_tune(
     config: TuningConfig,
     model: PreTrainedModel,
+    weights: Source | None,
     data: TuningData,
     run_folder: Path,
     device: torch.device,
     *,
     rehearse_stop: bool,
 ) -> str:
-    """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
+    """Train to the end or until asked to stop; return finished, stopped or rehearsed.
+
+    `weights`: where those of `model` are, if it has none yet.
+    """
     assert config.staged is not None
     tokenizer_folder = staged_path(config.staged.tokenizer)
     training, validation = data.training, data.validation
@@ -65,7 +70,7 @@ def fine_tune(
     step, position, metrics_line = start.step, start.position, start.line
     tokens = metrics_line.get("tokens", 0)
     before: View | None = start.state.get("before")
-    wrapped = tuning.wrap(model, config, device, start.optimizer)
+    wrapped = tuning.wrap(model, config, device, start.optimizer, start.weights or weights)
     record = None
     if is_main_process():
         record = metrics.Metrics(run_folder, max_steps=config.max_steps, resume_step=step)

@@ -77,7 +77,8 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     # ---- model, optimizer, resume ----
     accel = strategy.name_from_environment()
     bf16 = strategy.uses_bf16(config.precision, device)
-    model = models.build(config, tokenizer_folder, config.seed)
+    # Each process reads the weights that it will hold, not before.
+    model, weights = models.plan(config, tokenizer_folder, config.seed)
     num_parameters = sum(p.numel() for p in model.parameters())
     flops_per_token = models.flops_per_token(model, sequence_length)
     checkpoints = checkpoint.Checkpoints(run_folder / "checkpoints", config.checkpoint)
@@ -99,6 +100,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         resume=start.optimizer,
+        source=start.weights or weights,
     )
     record = None
     if is_main_process():

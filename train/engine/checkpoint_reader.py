@@ -17,6 +17,8 @@ FORMAT = 1
 # Beside the states of the parameters; as the model has it, in its own dtype.
 BUFFER = "buffer"
 GENERATION = "generation_config.json"
+# (name, state) or (name, state, slice) -> the tensor, or these rows of its first dimension.
+ReadState = Callable[..., torch.Tensor]
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -65,17 +67,20 @@ def read_state(folder: Path, must_match: Mapping[str, Any] | None = None) -> dic
     return state
 
 
-def reader(folder: Path) -> tuple[Callable[[str, str], torch.Tensor], list[str]]:
-    """Return a function (name, state) -> tensor over a checkpoint, and the names of parameters.
+def reader(folder: Path) -> tuple[ReadState, list[str]]:
+    """Return a function (name, state, rows) -> tensor over a checkpoint, and the parameters' names.
 
-    Tensors are read one by one, so memory holds one at a time.
+    Tensors are read one by one, so memory holds one at a time; `rows`, a slice of the first
+    dimension, is all of it unless given.
     """
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("shard-*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 
-    def read(name: str, state: str) -> torch.Tensor:
-        tensor: torch.Tensor = where[f"{state}/{name}"].get_tensor(f"{state}/{name}")
-        return tensor
+    def read(name: str, state: str, rows: slice = slice(None)) -> torch.Tensor:
+        key = f"{state}/{name}"
+        if rows == slice(None):
+            return where[key].get_tensor(key)
+        return where[key].get_slice(key)[rows]
 
     return read, [key.partition("/")[2] for key in where if key.startswith("weight/")]
 

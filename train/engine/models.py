@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from runfolder.errors import UserError
-from train.engine import tokenization
+from train.engine import source, tokenization
 from train.engine.config import TrainingConfig
 from train.engine.once import staged_path
 from train.engine.presets import PRESETS
-from train.engine.pretrained import ENCODER, LANGUAGE_MODEL, check_finite, load, not_read
+from train.engine.pretrained import (
+    ENCODER,
+    LANGUAGE_MODEL,
+    check_finite,
+    load,
+    not_read,
+    read_config,
+)
+from train.engine.source import Source
 
 # What must match between models of one run; the rest of config.json may differ by version.
 SHAPE = (
@@ -32,16 +50,71 @@ SHAPE = (
 )
 
 
-def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
-    """Return the model that training starts from, in fp32 on the CPU."""
-    if config.model.preset is None:
-        assert config.staged is not None and config.staged.model is not None
-        model = from_folder(staged_path(config.staged.model))
+def plan(
+    config: TrainingConfig, tokenizer_folder: Path, seed: int
+) -> tuple[PreTrainedModel, Source | None]:
+    """Return the model that training starts from, in fp32, and where its weights are.
+
+    Without weights, on the meta device; or with them, on the CPU, and None: where transformers
+    does more than to read a folder's weights by name.
+    """
+    found: tuple[PreTrainedModel, Source | None]
+    if config.model.preset is not None:
+        model = hollow(_preset_config(config.model.preset, tokenizer_folder))
+        found = model, source.of_seed(model, seed)
     else:
-        model = from_preset(config.model.preset, tokenizer_folder, seed)
+        assert config.staged is not None and config.staged.model is not None
+        found = _of_folder(staged_path(config.staged.model))
     if config.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        found[0].activation_checkpointing_enable()
+    return found
+
+
+def build(config: TrainingConfig, tokenizer_folder: Path, seed: int) -> PreTrainedModel:
+    """Return the model that training starts from, with all weights, in fp32 on the CPU."""
+    model, weights = plan(config, tokenizer_folder, seed)
+    if weights is not None:
+        source.place_whole(model, weights, torch.device("cpu"))
     return model
+
+
+def _of_folder(folder: Path) -> tuple[PreTrainedModel, Source | None]:
+    config = read_config(folder)
+    model = hollow(config)
+    # Some compute a table of positions from a parameter, which has no values here.
+    has_tables = not any(buffer.is_meta for buffer in model.buffers())
+    weights = source.of_folder(folder, model) if has_tables else None
+    one = _one_layer(config) if weights else None
+    if one is None:
+        return from_folder(folder), None
+    _check_sees(folder, LANGUAGE_MODEL, one)
+    with suppress(OSError):
+        # Otherwise it is that of config.json.
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, weights
+
+
+def hollow(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model whose parameters have no values; its buffers do."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # In there, a parameter that belongs to two modules became two.
+    model.tie_weights()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return model.eval()
+
+
+def _one_layer(config: PretrainedConfig) -> PreTrainedModel | None:
+    """Return a model of this kind with one layer and few tokens; None if there is no such model."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = 1, 64
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    try:
+        return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    except Exception:  # what a family's own config wants of its other fields
+        return None
 
 
 def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
@@ -99,11 +172,8 @@ def from_preset(preset: str, tokenizer_folder: Path, seed: int) -> PreTrainedMod
 
     They are drawn on the CPU whatever the device, so that a seed gives the same model everywhere.
     """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        _preset_config(preset, tokenizer_folder), dtype=torch.float32
-    )
-    assert all(p.dtype == torch.float32 for p in model.parameters())
+    model = hollow(_preset_config(preset, tokenizer_folder))
+    source.place_whole(model, source.of_seed(model, seed), torch.device("cpu"))
     return model
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.engine import checkpoint, checkpoint_reader, models
-from train.engine.strategy.base import ReadState
+from train.engine import checkpoint, checkpoint_reader, models, source
+from train.engine.checkpoint_reader import ReadState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,16 @@ class Start:
     """All that the script saved."""
     optimizer: tuple[int, ReadState] | None = None
     """What `strategy.prepare` takes as `resume`."""
+    weights: source.Source | None = None
+    """Those of the checkpoint, if the model has none yet."""
 
 
 def restore(
     checkpoints: checkpoint.Checkpoints, model: Any, must_match: Mapping[str, Any]
 ) -> Start:
-    """Load the newest complete checkpoint into `model`, and return where the run resumes.
+    """Find the newest complete checkpoint, and return where the run resumes.
+
+    A model that has weights gets those of the checkpoint now.
 
     `must_match` holds the values that the position in the data, or the weights, depend on.
 
@@ -45,7 +49,9 @@ def restore(
         return Start()
     models.check_same_shape(model, newest)
     state = checkpoint_reader.read_state(newest, must_match)
-    checkpoint_reader.load_weights(model, newest)
+    is_hollow = any(p.is_meta for p in model.parameters())
+    if not is_hollow:
+        checkpoint_reader.load_weights(model, newest)
     return Start(
         folder=newest,
         step=state["step"],
@@ -53,4 +59,5 @@ def restore(
         line=state["line"],
         state=state,
         optimizer=(state["step"], checkpoint_reader.reader(newest)[0]),
+        weights=source.of_checkpoint(newest) if is_hollow else None,
     )

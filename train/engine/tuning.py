@@ -15,6 +15,7 @@ from train.engine.sampling import SampleSettings
 if TYPE_CHECKING:
     import torch
 
+    from train.engine.source import Source
     from train.engine.strategy.base import Strategy
 
 
@@ -53,17 +54,21 @@ def check_adapters(config: TuningConfig, model_folder: Path | None) -> None:
         lora.check(config.lora, sides, f"the preset {config.model.preset}")
 
 
-def pretrained(config: TuningConfig, tokenizer_folder: Path) -> Any:
-    """Return the model to fine-tune; with LoRA it is frozen and has adapters."""
+def pretrained(config: TuningConfig, tokenizer_folder: Path) -> tuple[Any, Source | None]:
+    """Return the model to fine-tune, and where its weights are, as `models.plan`.
+
+    With LoRA it has its weights, frozen, and adapters.
+    """
     from train.engine import models
 
-    model = models.build(config, tokenizer_folder, config.seed)
     if config.method == "full":
-        return model
-    source = config.model
-    return lora.add_adapters(
-        model, config.lora, seed=config.seed, name=source.name, revision=source.revision
+        return models.plan(config, tokenizer_folder, config.seed)
+    model = models.build(config, tokenizer_folder, config.seed)
+    named = config.model
+    adapted = lora.add_adapters(
+        model, config.lora, seed=config.seed, name=named.name, revision=named.revision
     )
+    return adapted, None
 
 
 def sizes(model: Any) -> str:
@@ -74,7 +79,9 @@ def sizes(model: Any) -> str:
     return words + lora.describe_adapted(model)
 
 
-def wrap(model: Any, config: TuningConfig, device: torch.device, resume: Any) -> Strategy:
+def wrap(
+    model: Any, config: TuningConfig, device: torch.device, resume: Any, source: Source | None
+) -> Strategy:
     """Return the model and its optimizer under the strategy of the launcher's file."""
     from train.engine import strategy
     from train.engine.distributed import world_size
@@ -92,6 +99,7 @@ def wrap(model: Any, config: TuningConfig, device: torch.device, resume: Any) ->
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         resume=resume,
+        source=source,
     )
 
 

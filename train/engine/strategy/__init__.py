@@ -13,10 +13,15 @@ import os
 import torch
 
 from runfolder.errors import UserError
+from train.engine.checkpoint_reader import ReadState
 from train.engine.distributed import truth
 from train.engine.loss import TokenLoss
 from train.engine.settings import OptimizerSettings
-from train.engine.strategy.base import ReadState, Strategy, assert_same_weights, assert_synchronised
+from train.engine.source import Source, assert_same, place_whole
+from train.engine.strategy.base import Strategy, assert_same_weights, assert_synchronised
+
+# Of these each rank holds a part of the weights.
+SPLIT = ("zero3", "fsdp2")
 
 
 def name_from_environment() -> str:
@@ -65,17 +70,25 @@ def prepare(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     resume: tuple[int, ReadState] | None,
+    source: Source | None = None,
 ) -> Strategy:
     """Wrap a model (fp32, on the CPU, the same on every rank) for training.
 
-    `resume` gives the optimizer steps done and the reader of the optimizer's states; the weights
-    are in the model already.
+    With a `source`, the model has no weights yet: each rank reads those that it holds. `resume`
+    gives the optimizer steps done and the reader of the optimizer's states; the weights are in the
+    model already, or in the source.
 
     Raises:
         UserError: the ranks start from different weights.
     """
-    assert_same_weights(loss, device)
-    arguments = (loss, settings, device, micro_batch_size, gradient_accumulation_steps)
+    if source is not None:
+        assert_same(source)
+        if name not in SPLIT:
+            place_whole(loss.model, source, device)
+            source = None
+    if source is None:
+        assert_same_weights(loss, device)
+    arguments = (loss, settings, device, micro_batch_size, gradient_accumulation_steps, source)
     strategy: Strategy
     # Each is imported where it is used: DeepSpeed is slow, and not installed on every machine.
     if name.startswith("zero"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import nn
 
 from runfolder.errors import UserError
+from train.engine.checkpoint_reader import ReadState
 from train.engine.distributed import world_size
 from train.engine.loss import TokenLoss
 from train.engine.settings import OptimizerSettings
+from train.engine.source import Source
 
 # The tensors of a parameter that make a checkpoint, always of the full shape and in fp32.
 STATES = ("weight", "exp_avg", "exp_avg_sq")
-# Returns one state of one parameter from a checkpoint: (name, state) -> full tensor.
-ReadState = Callable[[str, str], torch.Tensor]
 
 
 def assert_same_weights(module: nn.Module, device: torch.device) -> None:
@@ -62,6 +62,7 @@ class Strategy:
         device: torch.device,
         micro_batch_size: int,
         gradient_accumulation_steps: int,
+        source: Source | None,
     ) -> None:
         self.settings = settings
         self.model_config = loss.model.config
@@ -70,10 +71,10 @@ class Strategy:
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.build(loss)
+        self.build(loss, source)
 
-    def build(self, loss: TokenLoss) -> None:
-        """Wrap the model and make the optimizer."""
+    def build(self, loss: TokenLoss, source: Source | None) -> None:
+        """Wrap the model and make the optimizer; with a `source` the model has no weights yet."""
         raise NotImplementedError
 
     def accumulate(
@@ -151,9 +152,13 @@ class Strategy:
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
         parameters = [p for p in module.parameters() if p.requires_grad]
+        # What ZeRO-3 has split is flat.
+        is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in parameters]
+        matrices = [p for p, so in zip(parameters, is_matrix, strict=True) if so]
+        others = [p for p, so in zip(parameters, is_matrix, strict=True) if not so]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim >= 2]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": matrices},
+            {"params": others, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
             # DeepSpeed cannot flatten an empty group; adapters have only matrices.

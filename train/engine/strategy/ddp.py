@@ -10,13 +10,15 @@ from torch import nn
 
 from train.engine.distributed import world_size
 from train.engine.loss import TokenLoss
+from train.engine.source import Source
 from train.engine.strategy.base import Strategy
 
 
 class Ddp(Strategy):
     """Training under ddp."""
 
-    def build(self, loss: TokenLoss) -> None:
+    def build(self, loss: TokenLoss, source: Source | None) -> None:
+        assert source is None
         self.module = loss.to(self.device)
         self.optimizer = self._adamw(loss)
         if world_size() > 1:

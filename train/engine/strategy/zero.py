@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from runfolder.errors import UserError
+from train.engine.checkpoint_reader import ReadState
 from train.engine.loss import TokenLoss
-from train.engine.strategy.base import STATES, ReadState, Strategy
+from train.engine.source import Source, place
+from train.engine.strategy.base import STATES, Strategy
 
 
 class Zero(Strategy):
@@ -24,7 +26,7 @@ class Zero(Strategy):
         self.stage = stage
         super().__init__(*arguments)
 
-    def build(self, loss: TokenLoss) -> None:
+    def build(self, loss: TokenLoss, source: Source | None) -> None:
         deepspeed = _import_deepspeed(self.device)
         offload = {
             f"offload_{what}": {"device": "cpu", "pin_memory": self.device.type == "cuda"}
@@ -40,8 +42,11 @@ class Zero(Strategy):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
         }
+        if source:
+            for module in place(loss.model, source, self.device):
+                deepspeed.zero.Init(module=module, config_dict_or_path=config)
         engine, *_ = deepspeed.initialize(
-            model=loss if "offload_param" in offload else loss.to(self.device),
+            model=loss if source or "offload_param" in offload else loss.to(self.device),
             optimizer=self._adamw(loss),
             config=config,
         )

@@ -80,8 +80,8 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         prompts=sampling.documents(config.sample, tokenization.load(tokenizer_folder)),
         next_command=f"make generate RUN= PROMPT={shlex.quote(config.sample.prompts[0])}",
     )
-    model = tuning.pretrained(config, tokenizer_folder)
-    return fine_tune(config, model, data, run_folder, device, rehearse_stop=rehearse_stop)
+    model, weights = tuning.pretrained(config, tokenizer_folder)
+    return fine_tune(config, model, weights, data, run_folder, device, rehearse_stop=rehearse_stop)
 
 
 SCRIPT = Script(

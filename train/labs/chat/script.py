@@ -147,7 +147,9 @@ def _prompts(config: Config, staged: StagedPaths) -> sampling.Prompts:
 
 def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_stop: bool) -> str:
     """Train to the end or until asked to stop; return finished, stopped or rehearsed."""
-    from train.engine import attention, models
+    import torch
+
+    from train.engine import attention, models, source
     from train.finetuning import TuningData, fine_tune
 
     assert config.staged is not None
@@ -157,9 +159,14 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         for folder in (config.staged.train, config.staged.validation)
     )
     prompts = _prompts(config, config.staged)
-    model = tuning.pretrained(config, tokenizer_folder)
+    model, weights = tuning.pretrained(config, tokenizer_folder)
     known = model.get_input_embeddings().weight.shape[0]
-    if max(training.summary.vocab_size, validation.summary.vocab_size) > known:
+    has_new = max(training.summary.vocab_size, validation.summary.vocab_size) > known
+    if weights is not None and (has_new or config.data.packing):
+        # New rows are means of those there are, and packing is tried with the model's own outputs.
+        source.place_whole(model, weights, torch.device("cpu"))
+        weights = None
+    if has_new:
         models.add_tokens(model, prompts.tokenizer.vocab_size)
     models.end_with(model, prompts.end_ids)
     if config.data.packing:
@@ -175,7 +182,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
             for name in ("learn", "too_long", "packing", "chat_template")
         },
     )
-    return fine_tune(config, model, data, run_folder, device, rehearse_stop=rehearse_stop)
+    return fine_tune(config, model, weights, data, run_folder, device, rehearse_stop=rehearse_stop)
 
 
 SCRIPT = Script(

@@ -35,8 +35,9 @@ def build(config: tinyllama.Config, seed: int = 1) -> PreTrainedModel:
 
 def on_meta(config: tinyllama.Config, preset: str) -> PreTrainedModel:
     """Return a preset's model without memory for its weights."""
-    with torch.device("meta"):
-        return build(replace(config, model=ModelSettings(preset=preset)))
+    assert config.staged is not None
+    chosen = replace(config, model=ModelSettings(preset=preset))
+    return models.plan(chosen, staged_path(config.staged.tokenizer), 1)[0]
 
 
 def formula(preset: Preset) -> int:
