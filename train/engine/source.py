@@ -22,8 +22,7 @@ from train.engine import checkpoint_reader
 from train.engine.distributed import gather_strings
 from train.engine.modelfolder import weights_of
 
-# Returns rows [start, stop) of a tensor's first dimension; None to None is all of it.
-Rows = slice
+# All rows of a tensor, of its first dimension.
 ALL = slice(None)
 
 
@@ -31,8 +30,8 @@ ALL = slice(None)
 class Source:
     """The weights of a model by the names of its parameters and buffers."""
 
-    read: Callable[[str, Rows], torch.Tensor]
-    """Return these rows of a tensor, in fp32 (if it is of floats) on the CPU."""
+    read: Callable[[str, slice], torch.Tensor]
+    """Return rows of a tensor, those of a slice: in fp32 (if it is of floats) on the CPU."""
     has: Callable[[str], bool]
     identity: str
     """The same for the same weights."""
@@ -63,7 +62,7 @@ def of_folder(folder: Path, model: PreTrainedModel) -> Source | None:
     if not by_name:
         return None
 
-    def read(name: str, rows: Rows = ALL) -> torch.Tensor:
+    def read(name: str, rows: slice) -> torch.Tensor:
         values: torch.Tensor = (
             where[name].get_tensor(name) if rows == ALL else where[name].get_slice(name)[rows]
         )
@@ -85,7 +84,7 @@ def of_checkpoint(folder: Path) -> Source:
     stored, names = checkpoint_reader.reader(folder)
     buffers = checkpoint_reader.read_buffers(folder)
 
-    def read(name: str, rows: Rows = ALL) -> torch.Tensor:
+    def read(name: str, rows: slice) -> torch.Tensor:
         return buffers[name] if name in buffers else stored(name, "weight", rows)
 
     known = {*names, *buffers}
@@ -101,7 +100,7 @@ def of_seed(model: PreTrainedModel, seed: int) -> Source:
     """
     shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
 
-    def read(name: str, rows: Rows = ALL) -> torch.Tensor:
+    def read(name: str, rows: slice) -> torch.Tensor:
         if len(shapes[name]) < 2:
             return torch.ones(shapes[name], device="cpu")[rows]
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
