@@ -9,6 +9,7 @@ that belong to the model's state. So a run can resume with another strategy or w
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections import ChainMap
@@ -81,11 +82,16 @@ class Checkpoints:
         state = {"format": FORMAT, "step": step, **state}
         arguments = (unpublished, mine, state, strategy.model_config, strategy.generation_config)
         if self.settings.asynchronous:
-            self._writer = threading.Thread(target=self._write, args=arguments)
+            self._writer = threading.Thread(target=self._write_aside, args=arguments)
             self._writer.start()
         else:
             self._write(*arguments)
             self.finish()
+
+    def _write_aside(self, *arguments: Any) -> None:
+        """Write in the time that training leaves: it may be the only user of these cores."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._write(*arguments)
 
     def _write(
         self,
@@ -96,8 +102,9 @@ class Checkpoints:
         generation: GenerationConfig | None,
     ) -> None:
         try:
-            files = [_shard(rank(), world_size())]
-            save_file(tensors, folder / files[0])
+            shard = _shard(rank(), world_size())
+            described = {shard: save_file(tensors, folder / shard)}
+            files: list[str] = []
             if is_main_process():
                 config.save_pretrained(folder)
                 files += ["config.json", "state.json"]
@@ -106,7 +113,8 @@ class Checkpoints:
                     generation.to_json_file(folder / GENERATION)
                     files.append(GENERATION)
                 write_json(folder / "state.json", state)
-            self._report = {"files": {name: describe(folder / name) for name in files}}
+            described |= {name: describe(folder / name) for name in files}
+            self._report = {"files": described}
         except Exception as error:
             # Any error goes to the other ranks, which wait for this one's report.
             self._report = {"error": f"rank {rank()}: {error or type(error).__name__}"}

@@ -7,17 +7,23 @@ header, little-endian, the header, the data (github.com/huggingface/safetensors)
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from runfolder import moments
 
 
-def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors, contiguous and on the CPU; they are not copied.
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """Write tensors, contiguous and on the CPU, to the disk; they are not copied.
+
+    Returns what `durable.describe` would: size and hash, taken on the way, since to read the file
+    again takes as long as to write it.
 
     Raises:
         OSError: the file could not be written; a part of it may be there.
@@ -31,10 +37,19 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     # Padding, so that the data begins at a multiple of 8.
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+
+        def write(part: bytes | memoryview) -> None:
+            digest.update(part)
+            stream.write(part)
+
+        write(len(text).to_bytes(8, "little") + text)
         for number, name in enumerate(header):
             if number == len(header) // 2:
                 stream.flush()
                 moments.reached("in-shard")
-            stream.write(tensors[name].detach().numpy().data)
+            write(tensors[name].detach().numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}

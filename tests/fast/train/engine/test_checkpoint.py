@@ -124,9 +124,9 @@ def test_training_goes_on_during_an_asynchronous_save_and_does_not_reach_it(
 ) -> None:
     go_on, write = threading.Event(), checkpoint.save_file
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> dict[str, Any]:
         assert go_on.wait(HANGS_AFTER_S)
-        write(*arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     saving = checkpoints(tmp_path, asynchronous=True)

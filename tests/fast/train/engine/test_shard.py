@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from train.engine.durable import describe
 from train.engine.shard import save_file
 
 
@@ -22,9 +23,10 @@ def test_it_has_the_bytes_of_safetensors_own(tmp_path: Path, longer: int) -> Non
         "exp_avg/scalar": torch.tensor(2.5),
         "exp_avg_sq/empty": torch.empty(0, 3),
     }
-    save_file(tensors, tmp_path / "ours")
+    told = save_file(tensors, tmp_path / "ours")
     safetensors.torch.save_file(tensors, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert told == describe(tmp_path / "theirs")
 
 
 def test_a_rank_that_owns_no_parameter_writes_an_empty_file(tmp_path: Path) -> None:
