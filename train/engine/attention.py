@@ -33,19 +33,24 @@ def packed_inputs(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def separate_examples(model: PreTrainedModel, sequence_length: int) -> None:
+def separate_examples(
+    model: PreTrainedModel, sequence_length: int, tried: PreTrainedModel | None = None
+) -> None:
     """Let the examples of a packed row attend to themselves alone; the model is on the CPU.
 
     Where an architecture has attention of another kind (windows, capped scores), transformers'
-    mask does it. Either way, two packed examples must get the outputs that they get alone.
+    mask does it. Either way, two packed examples must get the outputs that they get alone: from
+    the model, or where all of its layers are alike (`is_plain`) from `tried`, one of its kind.
 
     Raises:
         UserError: they do not: the model has a state that passes from one to the next.
     """
     plain = model.config._attn_implementation
-    for implementation in [NAME] * _is_plain(model, sequence_length) + [plain]:
-        model.set_attn_implementation(implementation)
-        if _are_separate(model, plain):
+    tried = tried or model
+    for implementation in [NAME] * is_plain(model, sequence_length) + [plain]:
+        tried.set_attn_implementation(implementation)
+        if _are_separate(tried, plain):
+            model.set_attn_implementation(implementation)
             return
     kind = model.config.model_type
     raise UserError(
@@ -54,7 +59,7 @@ def separate_examples(model: PreTrainedModel, sequence_length: int) -> None:
     )
 
 
-def _is_plain(model: PreTrainedModel, sequence_length: int) -> bool:
+def is_plain(model: PreTrainedModel, sequence_length: int) -> bool:
     """Return whether attention is causal and nothing else, in every layer."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

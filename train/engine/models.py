@@ -84,7 +84,7 @@ def _of_folder(folder: Path) -> tuple[PreTrainedModel, Source | None]:
     # Some compute a table of positions from a parameter, which has no values here.
     has_tables = not any(buffer.is_meta for buffer in model.buffers())
     weights = source.of_folder(folder, model) if has_tables else None
-    one = _one_layer(config) if weights else None
+    one = one_layer(config) if weights else None
     if one is None:
         return from_folder(folder), None
     _check_sees(folder, LANGUAGE_MODEL, one)
@@ -104,7 +104,7 @@ def hollow(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _one_layer(config: PretrainedConfig) -> PreTrainedModel | None:
+def one_layer(config: PretrainedConfig) -> PreTrainedModel | None:
     """Return a model of this kind with one layer and few tokens; None if there is no such model."""
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 1, 64
@@ -187,20 +187,28 @@ def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
 
 
 @torch.no_grad()
-def add_tokens(model: PreTrainedModel, vocab_size: int) -> None:
+def add_tokens(
+    model: PreTrainedModel, vocab_size: int, weights: Source | None = None
+) -> Source | None:
     """Give a model rows for `vocab_size` tokens; each new one is the mean of those it had.
 
     The new tokens then change the probabilities of the others least (Hewitt 2021, "Initializing
-    new word embeddings for pretrained language models").
+    new word embeddings for pretrained language models"). Returns where its weights are, if it has
+    none yet: `weights`, with these rows.
     """
     embedding: Any = model.get_input_embeddings()
     known = embedding.weight.shape[0]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for name in ("weight", "bias"):
-            rows: Any = getattr(part, name, None)
-            if rows is not None:
-                rows[known:] = rows[:known].mean(dim=0)
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    named = [getattr(part, name, None) for part in parts for name in ("weight", "bias")]
+    longer: list[Any] = [tensor for tensor in named if tensor is not None]
+    if weights is not None:
+        ids = {id(tensor) for tensor in longer}
+        names = {name for name, p in model.named_parameters() if id(p) in ids}
+        return source.with_rows(weights, names, vocab_size)
+    for rows in longer:
+        rows[known:] = rows[:known].mean(dim=0)
+    return None
 
 
 def end_with(model: PreTrainedModel, end_ids: Iterable[int]) -> None:

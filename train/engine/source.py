@@ -113,6 +113,19 @@ def of_seed(model: PreTrainedModel, seed: int) -> Source:
     return Source(read, shapes.__contains__, _hash([seed, sorted(shapes)]))
 
 
+def with_rows(source: Source, names: set[str], num_rows: int) -> Source:
+    """Return these weights, but some with `num_rows` rows: a new one is the mean of the known."""
+
+    def read(name: str, rows: slice) -> torch.Tensor:
+        if name not in names:
+            return source.read(name, rows)
+        known = source.read(name, ALL)
+        new = known.mean(dim=0, keepdim=True).expand(num_rows - len(known), *known.shape[1:])
+        return torch.cat([known, new])[rows]
+
+    return Source(read, source.has, _hash([source.identity, sorted(names), num_rows]))
+
+
 def assert_same(source: Source) -> None:
     """Raise `UserError` if the ranks read different weights; collective."""
     if len(set(gather_strings(source.identity))) > 1:

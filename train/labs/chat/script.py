@@ -162,15 +162,18 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
     model, weights = tuning.pretrained(config, tokenizer_folder)
     known = model.get_input_embeddings().weight.shape[0]
     has_new = max(training.summary.vocab_size, validation.summary.vocab_size) > known
-    if weights is not None and (has_new or config.data.packing):
-        # New rows are means of those there are, and packing is tried with the model's own outputs.
-        source.place_whole(model, weights, torch.device("cpu"))
-        weights = None
     if has_new:
-        models.add_tokens(model, prompts.tokenizer.vocab_size)
+        weights = models.add_tokens(model, prompts.tokenizer.vocab_size, weights)
     models.end_with(model, prompts.end_ids)
     if config.data.packing:
-        attention.separate_examples(model, training.sequence_length)
+        length, tried = training.sequence_length, None
+        if weights is not None and attention.is_plain(model, length):
+            tried = models.one_layer(model.config)
+        if weights is not None and tried is None:
+            # Only the model itself shows what its layers do with packed examples.
+            source.place_whole(model, weights, torch.device("cpu"))
+            weights = None
+        attention.separate_examples(model, length, tried)
     data = TuningData(
         training=training,
         validation=validation,

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from runfolder.errors import UserError
 from tests import ranks
-from train.engine import source
+from train.engine import models, source
 from train.engine.models import _of_folder, from_folder, hollow
 
 SHAPE = {
@@ -150,6 +150,26 @@ def test_ranks_that_read_other_weights_are_stopped(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(source, "gather_strings", lambda text: [text, "another"])
     with pytest.raises(UserError, match="start from different weights"):
         source.assert_same(mine)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("phi", {"pad_token_id": 0})],
+)
+def test_new_tokens_have_the_rows_that_they_have_in_a_whole_model(
+    tmp_path: Path, family: str, more: dict[str, Any]
+) -> None:
+    folder = write(tmp_path / "model", family, **more)
+    whole = from_folder(folder)
+    models.add_tokens(whole, 307)
+    model, weights = _of_folder(folder)
+    assert weights is not None
+    longer = models.add_tokens(model, 307, weights)
+    assert longer is not None and longer.identity != weights.identity
+    source.place_whole(model, longer, CPU)
+    assert_same(model, whole)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(longer.read(name, slice(298, 305)), whole.state_dict()[name][298:305])
 
 
 def test_a_rank_under_fsdp2_never_holds_the_whole_model(clean_environment: dict[str, str]) -> None:
