@@ -90,7 +90,7 @@ class Checkpoints:
 
     def _write_aside(self, *arguments: Any) -> None:
         """Write in the time that training leaves: it may be the only user of these cores."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
         self._write(*arguments)
 
     def _write(
