@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
-from cluster.commands import logs
+from cluster.commands import logs, newest_job
 from runfolder.errors import UserError
 from tests.fake_slurm import FakeSlurm, attempt, submit
 from tests.shared import CHECKOUT
@@ -27,6 +27,7 @@ RUNNING = "12 RUNNING None node[1-2]"
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path, monkeypatch)
     monkeypatch.setattr(logs, "time", fake.clock)
+    monkeypatch.setattr(newest_job, "time", fake.clock)
     return fake
 
 
@@ -204,7 +205,11 @@ def test_last_words_that_do_not_come_are_waited_for_as_long_as_nfs_may_take(
     attempt(slurm.run(NAME, 12), 1, 12)
     slurm.set_queue("12 NODE_FAIL")
     assert follow(capfdbinary)[0] == 1
-    assert logs.LAST_WORD_GRACE_S <= slurm.clock.now <= logs.LAST_WORD_GRACE_S + 2 * logs.POLL_S
+    assert (
+        newest_job.LAST_WORD_GRACE_S
+        <= slurm.clock.now
+        <= newest_job.LAST_WORD_GRACE_S + 2 * logs.POLL_S
+    )
 
 
 def test_no_attempt_is_skipped_that_came_and_went_between_two_looks(
