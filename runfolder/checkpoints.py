@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from runfolder.errors import UserError
+
 _NAME = re.compile(r"step-([0-9]{1,18})")
 
 
@@ -27,6 +29,14 @@ def step_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match, checkpoint
     return int(match[1])
+
+
+def made_with(checkpoint: Path, name: str, was: object, now: object) -> UserError:
+    """Return the error for a run whose settings are other than those its checkpoint depends on."""
+    return UserError(
+        f"{checkpoint}: was made with {name} {was}, not {now}; continue the run with its own "
+        "settings, or start a new one"
+    )
 
 
 def newest_step(run: Path) -> int | None:

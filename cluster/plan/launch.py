@@ -147,6 +147,8 @@ def resolve_launch(
     if isinstance(config, int):
         return config
     staged = yaml.safe_load(config)
+    if not (source.is_new or source.program):
+        resolve.check_goes_on(source.folder, staged)
     return Launch(
         source=source,
         request=request,

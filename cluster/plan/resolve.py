@@ -8,13 +8,24 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cluster.plan import container
 from cluster.plan.program import MODULE, Program
 from cluster.plan.runtime import Runtime
 from cluster.runs import folders
 from cluster.site import places
+from runfolder.checkpoints import made_with, published
 from runfolder.errors import UserError
+from runfolder.files import read_json
+
+# What a checkpoint calls otherwise than the settings do.
+SAVED_AS = {
+    "data": "staged.train",
+    "validation": "staged.validation",
+    "prompts": "sample.prompts",
+    "sequence_length": "data.sequence_length",
+}
 
 
 def settings(
@@ -41,6 +52,27 @@ def settings(
             folders.datasets_folder().rmdir()
         # With --help, or settings that it refuses, the script has said everything.
         return resolved.read_text(encoding="utf-8") if resolved.exists() else code
+
+
+def check_goes_on(run: Path, config: dict[str, Any]) -> None:
+    """Check the settings of a run to continue against those that its newest checkpoint depends on.
+
+    Here those that are in a checkpoint by their names, so that nothing waits in a queue to be
+    refused; the script compares the rest, such as the weights under adapters.
+
+    Raises:
+        UserError: one is another.
+    """
+    for checkpoint in published(run / "checkpoints")[:1]:
+        for name, was in (read_json(checkpoint / "state.json") or {}).items():
+            now: Any = config
+            for key in SAVED_AS.get(name, name).split("."):
+                now = now.get(key, was) if isinstance(now, dict) else was
+            # A length that is not set is the model's; the form of a list may be the script's own.
+            is_open = name == "sequence_length" and now is None
+            is_plain = name in SAVED_AS or not isinstance(now, list | dict)
+            if now != was and is_plain and not is_open:
+                raise made_with(checkpoint, name, was, now)
 
 
 def program_settings(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from runfolder.checkpoints import made_with
 from runfolder.errors import UserError
 from train.engine.durable import sha256
 
@@ -60,10 +61,7 @@ def read_state(folder: Path, must_match: Mapping[str, Any] | None = None) -> dic
         raise UserError(f"{folder}: has format {state['format']}; this Sluice reads up to {FORMAT}")
     for key, value in (must_match or {}).items():
         if key in state and state[key] != value:
-            raise UserError(
-                f"{folder}: was made with {key} {state[key]}, not {value}; continue the run with "
-                "its own settings, or start a new one"
-            )
+            raise made_with(folder, key, state[key], value)
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.plan import binds, launch
+from cluster.plan import binds, launch, resolve
 from cluster.plan.image import Image
 from cluster.plan.program import Program
 from cluster.plan.request import Request
@@ -126,3 +127,52 @@ def test_a_run_of_an_earlier_sluice_is_refused_and_its_code_named(
     (run / "code/runfolder").mkdir()
     (run / "code/runfolder/launch.py").touch()
     assert run_that_goes_on(str(run), accel="zero1").accel == "zero1"
+
+
+STATE = {
+    "format": 1,
+    "step": 20,
+    "seed": 42,
+    "data": "packed/a",
+    "sequence_length": 64,
+    "lora.rank": 8,
+    "data.chat_template": None,
+    "unfreezing.phases": [[0, 8]],
+    "encoder weights": "abc",
+    "line": {"step": 20},
+}
+CONFIG = {
+    "seed": 42,
+    "max_steps": 30,
+    "staged": {"train": "packed/a"},
+    "data": {"sequence_length": None, "chat_template": None},
+    "lora": {"rank": 8},
+    "unfreezing": {"phases": [{"blocks": 0, "steps": 9}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"max_steps": 90}, None),
+        ({"seed": 7}, "seed 42, not 7"),
+        ({"staged": {"train": "packed/b"}}, "data packed/a, not packed/b"),
+        ({"data": {"sequence_length": 32}}, "sequence_length 64, not 32"),
+        ({"data": {"sequence_length": 64, "chat_template": "chatml"}}, "None, not chatml"),
+        ({"lora": {"rank": 4}}, "lora.rank 8, not 4"),
+    ],
+)
+def test_settings_that_a_checkpoint_depends_on_are_refused_before_a_job_is_queued(
+    tmp_path: Path, change: dict[str, object], said: str | None
+) -> None:
+    resolve.check_goes_on(tmp_path, CONFIG | {"seed": 7})
+    # The newest counts.
+    for step, state in ((10, {"seed": 41}), (20, STATE)):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step:08d}/state.json").write_text(json.dumps(state))
+    if said is None:
+        resolve.check_goes_on(tmp_path, CONFIG | change)
+        return
+    with pytest.raises(UserError, match=f"step-00000020: was made with .*{said}"):
+        resolve.check_goes_on(tmp_path, CONFIG | change)
