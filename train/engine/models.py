@@ -107,11 +107,11 @@ def hollow(config: PretrainedConfig) -> PreTrainedModel:
 def one_layer(config: PretrainedConfig) -> PreTrainedModel | None:
     """Return a model of this kind with one layer and few tokens; None if there is no such model."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers, small.vocab_size = 1, 64
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:1]
     try:
+        small.num_hidden_layers, small.vocab_size = 1, 64
+        small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:1]
         return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     except Exception:  # what a family's own config wants of its other fields
         return None

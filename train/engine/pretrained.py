@@ -177,7 +177,8 @@ def _notes(folder: Path, model: Any, loading: dict[str, Any]) -> list[str]:
     unused = sorted(loading["unexpected_keys"])
     # A head, where the model is asked for without one.
     heads = [name for name in unused if alone and not name.startswith(prefix)]
-    told = ((heads, "of a head that is"), ([n for n in unused if n not in heads], "that are"))
+    others = [name for name in unused if name not in heads]
+    told = ((heads, "of a head that is"), (others, f"that {'is' if len(others) == 1 else 'are'}"))
     return [
         f"model.name: {folder}: ignored {_count(names, 'weight')} {what} not used ({named(names)})"
         for names, what in told

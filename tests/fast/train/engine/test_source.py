@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,30 @@ def test_a_model_that_looks_ahead_is_found_without_its_weights(tmp_path: Path) -
         _of_folder(folder)
 
 
-def test_ranks_that_read_other_weights_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = source.of_seed(hollow(CONFIG_MAPPING["llama"](**SHAPE)), 1)
-    monkeypatch.setattr(source, "gather_strings", lambda text: [text, "another"])
-    with pytest.raises(UserError, match="start from different weights"):
-        source.assert_same(mine)
+def test_ranks_that_read_other_weights_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = _of_folder(write(tmp_path / "mine", "llama"))[1]
+    same = _of_folder(write(tmp_path / "same", "llama", shards="20KB"))[1]
+    # A copy that is trained further: files of the same names and sizes.
+    file = write(tmp_path / "other", "llama") / "model.safetensors"
+    further = {name: tensor * 1.001 for name, tensor in load_file(file).items()}
+    save_file(further, file, metadata={"format": "pt"})
+    other = _of_folder(tmp_path / "other")[1]
+    assert mine and same and other
+    for theirs, is_same in ((same, True), (other, False)):
+        monkeypatch.setattr(source, "gather_strings", lambda text, t=theirs: [text, t.identity])
+        with nullcontext() if is_same else pytest.raises(UserError, match="different weights"):
+            source.assert_same(mine)
+
+
+def test_a_model_whose_config_cannot_have_one_layer_is_loaded_as_a_whole(tmp_path: Path) -> None:
+    config = {"state_size": 4, "num_hidden_layers": 2, "vocab_size": 300, "hidden_size": 32}
+    folder = tmp_path / "mamba"
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["mamba"](**config)).save_pretrained(folder)
+    model, weights = _of_folder(folder)
+    assert weights is None
+    assert not any(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize(
