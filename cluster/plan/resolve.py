@@ -68,10 +68,11 @@ def check_goes_on(run: Path, config: dict[str, Any]) -> None:
             now: Any = config
             for key in SAVED_AS.get(name, name).split("."):
                 now = now.get(key, was) if isinstance(now, dict) else was
-            # A length that is not set is the model's; the form of a list may be the script's own.
+            # A length that is not set is the model's; a list may stand for what the settings have
+            # in another form, such as the phases of lab 3.
             is_open = name == "sequence_length" and now is None
-            is_plain = name in SAVED_AS or not isinstance(now, list | dict)
-            if now != was and is_plain and not is_open:
+            is_plain = not any(isinstance(value, list | dict) for value in (was, now))
+            if now != was and (is_plain or name in SAVED_AS) and not is_open:
                 raise made_with(checkpoint, name, was, now)
 
 

@@ -147,7 +147,7 @@ CONFIG = {
     "staged": {"train": "packed/a"},
     "data": {"sequence_length": None, "chat_template": None},
     "lora": {"rank": 8},
-    "unfreezing": {"phases": [{"blocks": 0, "steps": 9}]},
+    "unfreezing": {"phases": "0:8 3:9"},
 }
 
 
