@@ -84,6 +84,6 @@ class Relay:
             while data := source.recv(1 << 16):
                 self._passes.wait()
                 sink.sendall(data)
-        # Also where the kernel reset the connection, since a server was killed that had yet to read.
+        # Also where the kernel reset it: a server was killed that had yet to read.
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
