@@ -125,7 +125,7 @@ def from_folder(folder: Path, kind: str = LANGUAGE_MODEL) -> PreTrainedModel:
             is not finite.
     """
     model: PreTrainedModel = load(folder, kind)[0]
-    check_finite(folder, model)
+    check_finite(folder, model.state_dict())
     _check_sees(folder, kind, model)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     return model

@@ -7,7 +7,7 @@ not use, and reports both in a log. Here the first is an error and the second a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,11 @@ def not_read(folder: Path, kind: str, config: Any, error: Exception) -> UserErro
     return UserError(f"{where} cannot be loaded as {_a(kind)}: {lines[0]}")
 
 
-def check_finite(folder: Path, model: Any) -> None:
-    """Raise `UserError` if a weight of a model is not a number."""
+def check_finite(folder: Path, weights: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a weight of a folder's model is not a number."""
     import torch
 
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(
                 f"model.name: {folder}: {name} holds values that are not finite; download the "

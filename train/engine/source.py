@@ -21,6 +21,7 @@ from runfolder.errors import UserError
 from train.engine import checkpoint_reader
 from train.engine.distributed import gather_strings
 from train.engine.modelfolder import weights_of
+from train.engine.pretrained import check_finite
 
 # All rows of a tensor, of its first dimension.
 ALL = slice(None)
@@ -76,14 +77,8 @@ def of_folder(folder: Path, model: PreTrainedModel) -> Source | None:
         values: torch.Tensor = (
             where[name].get_tensor(name) if rows == ALL else where[name].get_slice(name)[rows]
         )
-        if not values.is_floating_point():
-            return values
-        if not bool(torch.isfinite(values).all()):
-            raise UserError(
-                f"model.name: {folder}: {name} holds values that are not finite; download the "
-                "model again, or give another"
-            )
-        return values.to(torch.float32)
+        check_finite(folder, {name: values})
+        return values.to(torch.float32) if values.is_floating_point() else values
 
     return Source(read, where.__contains__, _hash([*map(sample, sorted(tensors))]))
 

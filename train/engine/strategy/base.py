@@ -151,14 +151,14 @@ class Strategy:
         return torch.tensor(float(steps), device=parameter.device)
 
     def _adamw(self, module: nn.Module) -> torch.optim.AdamW:
+        def is_matrix(parameter: Any) -> bool:
+            # What ZeRO-3 has split is flat.
+            return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+
         parameters = [p for p in module.parameters() if p.requires_grad]
-        # What ZeRO-3 has split is flat.
-        is_matrix = [len(getattr(p, "ds_shape", p.shape)) >= 2 for p in parameters]
-        matrices = [p for p, so in zip(parameters, is_matrix, strict=True) if so]
-        others = [p for p, so in zip(parameters, is_matrix, strict=True) if not so]
         groups: list[dict[str, Any]] = [
-            {"params": matrices},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in parameters if is_matrix(p)]},
+            {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
             # DeepSpeed cannot flatten an empty group; adapters have only matrices.
