@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from train.engine import tokenization
 from train.engine.data import SAMPLES, pieces
+
+# Names that most families have for what makes a model small.
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+
+
+def of_family(family: str, **more: Any) -> PreTrainedModel:
+    """Return a small model of an architecture, such as "llama", always the same, in eval mode."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**{**SHAPE, **more})
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return built
 
 
 def write_tied_model(folder: Path, **shape: int) -> Path:

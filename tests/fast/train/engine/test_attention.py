@@ -8,31 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from runfolder.errors import UserError
+from tests.models import of_family
 from train.engine import attention
 from train.engine.attention import NAME, packed_inputs, separate_examples
 from train.engine.loss import TokenLoss
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-}
 CPU = torch.device("cpu")
-
-
-def model(family: str, **more: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**SHAPE, **more})
-    built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return built
 
 
 def packed(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +43,7 @@ FAMILIES: list[tuple[str, dict[str, Any], int, str]] = [
 def test_each_example_has_the_loss_that_it_has_alone(
     family: str, more: dict[str, Any], length: int, implementation: str
 ) -> None:
-    built = model(family, **more)
+    built = of_family(family, **more)
     alone = TokenLoss(copy.deepcopy(built), CPU, bf16=False)
     separate_examples(built, length)
     assert built.config._attn_implementation == implementation
@@ -80,7 +63,7 @@ def test_each_example_has_the_loss_that_it_has_alone(
 
 
 def test_changing_an_example_changes_no_other_loss_or_gradient() -> None:
-    built = model("llama")
+    built = of_family("llama")
     separate_examples(built, 32)
     loss = TokenLoss(built, CPU, bf16=False)
     ids, positions = packed(10, 12, 10)
@@ -110,7 +93,7 @@ def test_changing_an_example_changes_no_other_loss_or_gradient() -> None:
 def test_gradient_checkpointing_keeps_examples_apart() -> None:
     results = []
     for checkpointing in (False, True):
-        built = model("llama")
+        built = of_family("llama")
         separate_examples(built, 32)
         if checkpointing:
             built.activation_checkpointing_enable()
@@ -124,7 +107,7 @@ def test_gradient_checkpointing_keeps_examples_apart() -> None:
 
 
 def test_autocast_attends_in_bf16() -> None:
-    built = model("llama")
+    built = of_family("llama")
     separate_examples(built, 32)
     half = TokenLoss(built, CPU, bf16=True)
     whole = TokenLoss(built, CPU, bf16=False)
@@ -136,12 +119,12 @@ def test_autocast_attends_in_bf16() -> None:
 
 
 def test_a_state_that_passes_on_is_refused() -> None:
-    state = model("mamba", state_size=8, num_hidden_layers=2)
+    state = of_family("mamba", state_size=8, num_hidden_layers=2)
     with pytest.raises(UserError, match=r"in a model of mamba; use --data.packing false"):
         separate_examples(state, 32)
     # By distances, which transformers computes over the whole row.
     with pytest.raises(UserError, match=r"in a model of bloom; use --data.packing false"):
-        separate_examples(model("bloom", n_head=4), 32)
+        separate_examples(of_family("bloom", n_head=4), 32)
 
 
 def test_the_gpu_kernel_is_called_with_the_examples_of_all_rows(
@@ -177,7 +160,7 @@ def test_the_gpu_kernel_is_called_with_the_examples_of_all_rows(
 
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
-    built = model("llama")
+    built = of_family("llama")
     separate_examples(built, 32)
     ids, positions = packed(10, 22)
     ids, positions = ids.repeat(2, 1), positions.repeat(2, 1)

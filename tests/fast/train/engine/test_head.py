@@ -7,31 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tests.models import of_family
 from train.engine import head
 from train.engine.loss import TokenLoss
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-}
 CPU = torch.device("cpu")
 # fp32 sums of some thousand terms, taken in another order.
 SAME = 2e-6
-
-
-def model(family: str, **more: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**{**SHAPE, **more})
-    built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return built.eval()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +57,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 def test_loss_and_gradients_are_those_of_the_whole_logits(
     family: str, more: dict[str, Any], tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = model(family, **more)
+    built = of_family(family, **more)
     expected, expected_gradients = by_hand(built)
     monkeypatch.setattr(head, "PART_BYTES", 4 * 300 * tokens_at_once)
     token_loss = TokenLoss(built, CPU, bf16=False)
@@ -88,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
 
 
 def test_no_logits_are_kept_for_the_backward_pass() -> None:
-    token_loss = TokenLoss(model("llama"), CPU, bf16=False)
+    token_loss = TokenLoss(of_family("llama"), CPU, bf16=False)
     sizes: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +85,7 @@ def test_no_logits_are_kept_for_the_backward_pass() -> None:
 
 
 def test_a_frozen_head_gets_no_gradient_and_an_evaluation_none_at_all() -> None:
-    built = model("llama")
+    built = of_family("llama")
     built.lm_head.weight.requires_grad_(False)
     _, expected = by_hand(built)
     token_loss = TokenLoss(built, CPU, bf16=False)
@@ -115,7 +99,7 @@ def test_a_frozen_head_gets_no_gradient_and_an_evaluation_none_at_all() -> None:
 
 
 def test_in_bf16_it_is_as_near_to_fp32_as_the_whole_logits() -> None:
-    built = model("llama")
+    built = of_family("llama")
     expected, exact = by_hand(built)
     half = TokenLoss(built, CPU, bf16=True)
     errors = []
@@ -140,7 +124,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_whole_logits() -> None:
 def test_a_model_that_changes_its_logits_after_the_head_keeps_them_whole(
     family: str, more: dict[str, Any]
 ) -> None:
-    built = model(family, **more)
+    built = of_family(family, **more)
     built.generation_config.eos_token_id = None
     expected, expected_gradients = by_hand(built)
     token_loss = TokenLoss(built, CPU, bf16=False)
@@ -154,7 +138,7 @@ def test_a_model_that_changes_its_logits_after_the_head_keeps_them_whole(
 
 
 def test_the_head_is_as_it_was_afterwards_whatever_happens() -> None:
-    built = model("llama")
+    built = of_family("llama")
     plain = built.lm_head(torch.ones(1, 2, 32))
     token_loss = TokenLoss(built, CPU, bf16=False)
     inputs, labels = batch()

@@ -14,18 +14,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 
 from runfolder.errors import UserError
 from tests import ranks
+from tests.models import SHAPE
 from train.engine import models, source
 from train.engine.models import _of_folder, from_folder, hollow
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 CPU = torch.device("cpu")
 
 
