@@ -18,7 +18,7 @@ from train.engine import tokenization
 from train.engine.data import SAMPLES, pieces
 
 # Names that most families have for what makes a model small.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,

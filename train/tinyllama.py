@@ -101,6 +101,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
         gradient_accumulation_steps=gradient_accumulation_steps,
         resume=start.optimizer,
         source=start.weights or weights,
+        reduce_dtype=config.reduce_dtype,
     )
     record = None
     if is_main_process():

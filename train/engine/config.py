@@ -61,6 +61,9 @@ class LoopSettings:
 class TrainingConfig(LoopSettings):
     """All settings of a language-model training script."""
 
+    reduce_dtype: Literal["auto", "fp32"] = "auto"
+    """In what gradients travel between processes. auto: as `precision`; fp32: without rounding, for
+    twice the traffic (docs/strategies.md)."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: SourceSettings
     batch: BatchSettings = field(default_factory=BatchSettings)

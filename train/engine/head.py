@@ -61,8 +61,10 @@ class _HeadLoss(torch.autograd.Function):
         shift = None if bias is None else bias.to(precision)
         wanted = ctx.needs_input_grad
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
-        of_weight = torch.zeros_like(weight) if wanted[1] else None
-        of_bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+        # Added up in fp32, whatever the weight has: FSDP2 gathers it in bf16.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, PART_BYTES // (weight.shape[0] * precision.itemsize))
         rows = size if kind == "cuda" else max(1, BLOCK_BYTES // (4 * weight.shape[0]))
@@ -77,15 +79,19 @@ class _HeadLoss(torch.autograd.Function):
             # From here on, what it holds is its own gradient.
             gradient = logits
             if of_bias is not None:
-                of_bias += gradient.sum(0, dtype=of_bias.dtype)
+                of_bias += gradient.sum(0, dtype=wide)
             if of_hidden is not None:
                 of_hidden[start : start + size] = gradient @ matrix
             if of_weight is not None:
-                if precision == of_weight.dtype:
+                if precision == wide:
                     of_weight.addmm_(gradient.t(), states)
                 else:
                     of_weight += gradient.t() @ states
-        ctx.gradients = of_hidden, of_weight, of_bias
+        ctx.gradients = (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+        )
         return total
 
     @staticmethod

@@ -100,6 +100,7 @@ def wrap(
         gradient_accumulation_steps=gradient_accumulation_steps,
         resume=resume,
         source=source,
+        reduce_dtype=config.reduce_dtype,
     )
 
 

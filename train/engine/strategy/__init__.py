@@ -71,12 +71,13 @@ def prepare(
     gradient_accumulation_steps: int,
     resume: tuple[int, ReadState] | None,
     source: Source | None = None,
+    reduce_dtype: str = "auto",
 ) -> Strategy:
     """Wrap a model (fp32, on the CPU, the same on every rank) for training.
 
     With a `source`, the model has no weights yet: each rank reads those that it holds. `resume`
     gives the optimizer steps done and the reader of the optimizer's states; the weights are in the
-    model already, or in the source.
+    model already, or in the source. `reduce_dtype` is the setting (auto, fp32).
 
     Raises:
         UserError: the ranks start from different weights.
@@ -88,7 +89,9 @@ def prepare(
             source = None
     if source is None:
         assert_same_weights(loss, device)
-    arguments = (loss, settings, device, micro_batch_size, gradient_accumulation_steps, source)
+    reduce_bf16 = loss.bf16 and reduce_dtype == "auto"
+    sizes = (micro_batch_size, gradient_accumulation_steps)
+    arguments = (loss, settings, device, *sizes, source, reduce_bf16)
     strategy: Strategy
     # Each is imported where it is used: DeepSpeed is slow, and not installed on every machine.
     if name.startswith("zero"):

@@ -63,8 +63,11 @@ class Strategy:
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         source: Source | None,
+        reduce_bf16: bool,
     ) -> None:
         self.settings = settings
+        # Whether gradients are rounded to bf16 where they travel.
+        self.reduce_bf16 = reduce_bf16
         self.model_config = loss.model.config
         # How the model ends a text, for example; the base model's own, or made from its config.
         self.generation_config = getattr(loss.model, "generation_config", None)

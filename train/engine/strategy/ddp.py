@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from train.engine.distributed import world_size
 from train.engine.loss import TokenLoss
@@ -25,6 +26,12 @@ class Ddp(Strategy):
             self.module = nn.parallel.DistributedDataParallel(
                 loss, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
+            if self.reduce_bf16:
+                # Under its own name, torch refuses it without a GPU; gloo knows bf16 as well.
+                self.module.register_comm_hook(
+                    None,
+                    lambda state, bucket: bf16_compress_hook(state, bucket),  # noqa: PLW0108
+                )
 
     def accumulate(
         self, batch: Sequence[torch.Tensor], *, scale: torch.Tensor, last: bool

@@ -71,6 +71,27 @@ def test_loss_and_gradients_are_those_of_the_whole_logits(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=SAME)
 
 
+def test_the_gradient_of_a_head_in_bf16_is_added_up_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One token at a time: a sum in bf16 would stop to grow at 256 times its term.
+    monkeypatch.setattr(head, "PART_BYTES", 1)
+    linear = torch.nn.Linear(2, 3, bias=True, dtype=torch.bfloat16)
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    states = torch.ones(1, 1024, 2)
+    targets = torch.zeros(1, 1024, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16), head.scoring(linear, targets, head.score):
+        linear(states).backward()
+    # softmax - one-hot is (-2/3, 1/3, 1/3) for each token.
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]) * 1024
+    assert linear.weight.grad is not None and linear.bias.grad is not None
+    torch.testing.assert_close(linear.bias.grad.float(), expected, rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        linear.weight.grad.float(), expected.unsqueeze(1).expand(3, 2), rtol=0.01, atol=0
+    )
+
+
 def test_no_logits_are_kept_for_the_backward_pass() -> None:
     token_loss = TokenLoss(of_family("llama"), CPU, bf16=False)
     sizes: list[int] = []

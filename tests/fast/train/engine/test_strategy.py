@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from runfolder.errors import UserError
+from tests.models import of_family
 from train import tinyllama
 from train.engine import checkpoint_reader, models, strategy
 from train.engine.checkpoint import Checkpoints
@@ -64,6 +65,37 @@ def moments(wrapped: Strategy) -> dict[str, torch.Tensor]:
         for name, parameter in wrapped.parameters()
         for key in ("exp_avg", "exp_avg_sq")
     }
+
+
+# ---- bf16 ----
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {}),
+        ("gpt2", {"n_head": 4}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("gemma2", {"head_dim": 8}),
+        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("mamba", {"state_size": 8}),
+    ],
+)
+def test_models_of_any_family_train_in_bf16_under_each_strategy(
+    family: str, more: dict[str, Any], config: tinyllama.Config, device: torch.device
+) -> None:
+    tokens = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(1))
+    found = []
+    for name, bf16 in (("ddp", False), ("ddp", True), ("fsdp2", True)):
+        built = of_family(family, **{"vocab_size": 512, **more})
+        wrapped = prepared(config, device, name, loss=TokenLoss(built, device, bf16=bf16))
+        norm = train_a_step(wrapped)
+        loss = float(wrapped.module(tokens[:, :-1], tokens[:, 1:].contiguous()).detach())
+        assert {p.dtype for _, p in wrapped.parameters()} == {torch.float32}
+        found.append((loss, norm))
+    # bf16 has eight binary digits, and the loss is a sum over 32 tokens.
+    for in_bf16 in found[1:]:
+        assert in_bf16 == pytest.approx(found[0], rel=5e-3)
 
 
 # ---- what the launcher's file asks for ----
