@@ -18,6 +18,9 @@ from train.engine.loss import TokenLoss
 from train.engine.source import Source, place
 from train.engine.strategy.base import STATES, Strategy
 
+# Numbers in a buffer for gradients: a tenth of DeepSpeed's own (docs/strategies.md).
+BUCKET = 50_000_000
+
 
 class Zero(Strategy):
     """A model under DeepSpeed's ZeRO: optimizer, gradients and weights split by stage."""
@@ -33,15 +36,15 @@ class Zero(Strategy):
             for what in ("optimizer", "param")
             if _offload_device(what) == "cpu"
         }
+        bucket = min(BUCKET, sum(p.numel() for p in loss.parameters()))
         config = {
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "gradient_clipping": self.settings.max_grad_norm,
             "zero_optimization": {
                 "stage": self.stage,
-                # A tenth of DeepSpeed's: docs/strategies.md.
-                "reduce_bucket_size": 50_000_000,
-                "allgather_bucket_size": 50_000_000,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
                 **offload,
             },
             "torch_autocast": {
