@@ -76,7 +76,7 @@ def train(config: Config, run_folder: Path, device: torch.device, *, rehearse_st
 
     # ---- model, optimizer, resume ----
     accel = strategy.name_from_environment()
-    bf16 = strategy.uses_bf16(config.precision, device)
+    bf16 = strategy.uses_bf16(config.precision, device.type)
     # Each process reads the weights that it will hold, not before.
     model, weights = models.plan(config, tokenizer_folder, config.seed)
     num_parameters = sum(p.numel() for p in model.parameters())

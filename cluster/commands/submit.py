@@ -13,7 +13,7 @@ import signal
 from cluster.check.choice import Choice
 from cluster.commands.plan import Plan, plan_continued, plan_new
 from cluster.errors import Parser, split_at_dashes
-from cluster.plan import resolve
+from cluster.plan import fit, resolve
 from cluster.plan.request import Sizes
 from cluster.remote import calls
 from cluster.runs import clusters, history
@@ -175,5 +175,7 @@ def say_plan(queue: Slurm, plan: Plan, site: Site) -> None:
         print(f"  sbatch     {notice}")
     for remark in plan.remarks:
         print(f"  note       {remark}")
+    for number, line in enumerate(fit.words(launch, site)):
+        print(f"  {'' if number else 'memory':<10} {line}", flush=True)
     print(f"  command    {shlex.join(queue.words(*plan.command))}")
     print("nothing was queued or written")

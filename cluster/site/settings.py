@@ -27,6 +27,8 @@ class Slurm:
     account: str = ""
     qos: str = ""
     gpu_type: str = ""
+    gpu_memory_gib: int = 0
+    """0: unknown; `make submit PLAN=1` says then what a job needs, but not whether it fits."""
     memory_per_node_mb: int = 0
     """0 leaves the memory to Slurm's own default."""
     sbatch_flags: list[str] = field(default_factory=list)

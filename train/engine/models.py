@@ -60,7 +60,7 @@ def plan(
     """
     found: tuple[PreTrainedModel, Source | None]
     if config.model.preset is not None:
-        model = hollow(_preset_config(config.model.preset, tokenizer_folder))
+        model = hollow(preset_config(config.model.preset, tokenizer_folder))
         found = model, source.of_seed(model, seed)
     else:
         assert config.staged is not None and config.staged.model is not None
@@ -172,12 +172,13 @@ def from_preset(preset: str, tokenizer_folder: Path, seed: int) -> PreTrainedMod
 
     They are drawn on the CPU whatever the device, so that a seed gives the same model everywhere.
     """
-    model = hollow(_preset_config(preset, tokenizer_folder))
+    model = hollow(preset_config(preset, tokenizer_folder))
     source.place_whole(model, source.of_seed(model, seed), torch.device("cpu"))
     return model
 
 
-def _preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
+def preset_config(preset: str, tokenizer_folder: Path) -> LlamaConfig:
+    """Return the config of a preset, with the special tokens of a tokenizer."""
     tokenizer = tokenization.load(tokenizer_folder)
     shape = vars(PRESETS[preset]).copy()
     shape["vocab_size"] = max(shape["vocab_size"], tokenizer.vocab_size)

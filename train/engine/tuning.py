@@ -87,7 +87,7 @@ def wrap(
     from train.engine.distributed import world_size
     from train.engine.loss import TokenLoss
 
-    loss = TokenLoss(model, device, strategy.uses_bf16(config.precision, device))
+    loss = TokenLoss(model, device, strategy.uses_bf16(config.precision, device.type))
     if config.compile:
         loss.compile_parts()
     micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())

@@ -50,14 +50,14 @@ def bf16_from_environment() -> bool:
     return precision == "bf16"
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
+def uses_bf16(precision: str, device_type: str) -> bool:
     """Return whether the setting `precision` (auto, bf16, fp32) means bf16 autocast here.
 
     Raises:
         UserError: as `bf16_from_environment`.
     """
     if precision == "auto":
-        return device.type == "cuda" and bf16_from_environment()
+        return device_type == "cuda" and bf16_from_environment()
     return precision == "bf16"
 
 

@@ -15,11 +15,9 @@ from torch import nn
 from runfolder.errors import UserError
 from train.engine.checkpoint_reader import ReadState
 from train.engine.loss import TokenLoss
+from train.engine.memory import BUCKET
 from train.engine.source import Source, place
 from train.engine.strategy.base import STATES, Strategy
-
-# Numbers in a buffer for gradients: a tenth of DeepSpeed's own (docs/strategies.md).
-BUCKET = 50_000_000
 
 
 class Zero(Strategy):

@@ -73,7 +73,7 @@ def train_seed(training: Training) -> tuple[str, dict[str, Any]]:
     config, device, rows, start = training.config, training.device, training.rows, training.start
     seed, num_steps = config.seed + training.number, training.num_steps
     model = new_model(config, seed)
-    bf16 = uses_bf16(config.precision, device)
+    bf16 = uses_bf16(config.precision, device.type)
 
     # ---- this process's share of each batch ----
     micro_batch_size, gradient_accumulation_steps = config.batch.per_process(world_size())

@@ -114,7 +114,7 @@ def prepare(config: Config, phases: list[Phase], run_folder: Path, device: torch
         phases=phases,
         folder=run_folder,
         device=device,
-        bf16=strategy.uses_bf16(config.precision, device),
+        bf16=strategy.uses_bf16(config.precision, device.type),
         classes=labelled.named(classes, config.data.class_names),
         encoder_sha256=weights_sha256(pretrained),
         model=Classifier(pretrained, len(classes)).to(device),

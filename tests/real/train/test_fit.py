@@ -1,0 +1,35 @@
+"""How much memory a job needs: what is predicted, beside what the tensors of a run take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+from tests.real.train.worker_fit import CASES, SEQUENCE_LENGTH, config_of
+from train.engine import footprint, memory
+
+COMBINATIONS = [(accel, 2) for accel in ranks.STRATEGIES] + [("ddp", 1), ("zero3", 4), ("fsdp2", 4)]
+
+
+@pytest.mark.computes(2)
+@pytest.mark.parametrize(("accel", "size"), COMBINATIONS)
+def test_a_prediction_is_within_a_tenth_of_what_a_run_takes(
+    accel: str, size: int, tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    words = ("tests.real.train.worker_fit", str(tmp_path))
+    done = ranks.run(accel, size, *words, environment=clean_environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads((tmp_path / f"{accel}-on-{size}.json").read_text())
+    for case, took in zip(CASES, measured, strict=True):
+        family, micro_batch_size, bf16, gradient_checkpointing = case
+        found = footprint.of_step(
+            config_of(family),
+            micro_batch_size=micro_batch_size,
+            sequence_length=SEQUENCE_LENGTH,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        assert memory.predict(found, accel, size, bf16=bf16) == pytest.approx(took, rel=0.1), case
