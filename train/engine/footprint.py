@@ -43,6 +43,8 @@ class Live(TorchDispatchMode):
         self.peak = self.peak_without_gradients = self.now
 
     def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.is_meta:
+            return
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         before = self._made.get(address)

@@ -33,7 +33,9 @@ def predict(found: Footprint, strategy: str, world_size: int, *, bf16: bool) -> 
     bf16, gradients are reduced in bf16 too. tests/real/train/test_fit.py compares it with runs.
     """
     total, forward = 4 * found.num_parameters, found.forward
-    backward = found.backward_without_gradients
+    without = found.backward_without_gradients
+    # Each process keeps its part of a gradient when it is finished; this is at least the peak.
+    backward = without + (found.backward - without) / world_size
     part = total / world_size
     # One computes and the next is on its way.
     gathered = 2 * found.layer_parameters + found.other_parameters
@@ -44,7 +46,7 @@ def predict(found: Footprint, strategy: str, world_size: int, *, bf16: bool) -> 
         if world_size == 1:
             return 3 * total + max(forward, found.backward)
         # All gradients have their place in DDP's buckets, always.
-        return 4 * total + max(forward, backward)
+        return 4 * total + max(forward, without)
     if strategy in ("zero1", "zero2"):
         # What is sent in bf16 is a copy; the updated weights are gathered beside those in use.
         sending: float = buckets + (2 * bucket if bf16 else 0)
@@ -52,7 +54,7 @@ def predict(found: Footprint, strategy: str, world_size: int, *, bf16: bool) -> 
         return int(total + 3 * part + max(forward, sending + backward, updating))
     if strategy == "zero3":
         sending = bucket * (2 if bf16 else 4) * (1 + 1 / world_size)
-        return int(5 * part + buckets + 4 * gathered + max(forward, backward, sending))
+        return int(5 * part + buckets + 4 * gathered + max(forward, without, sending))
     # fsdp2: what autocast casts is gathered in bf16 instead.
     cast, width = (total / 2, 2) if bf16 else (0, 4)
-    return int(3 * part + width * gathered - cast + max(forward, backward + part))
+    return int(3 * part + width * gathered - cast + max(forward, backward))

@@ -126,6 +126,8 @@ def test_a_plan_shows_the_job_and_the_command_that_would_queue_it(desk: Desk) ->
     assert done.returncode == 0, done.stderr
     assert "2 nodes x (1 GPU, 1 process), 2 CPUs each, at most 04:00:00" in done.stdout
     assert re.search(r"start +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d on node\[1-2\]", done.stdout)
+    # How much that is, and whether it fits: tests/fast/train/test_fit.py.
+    assert re.search(r"memory +\d+ MiB of tensors in each process", done.stdout)
     shown = re.search(r"command +(sbatch .*train\.sbatch)", done.stdout)
     assert shown
     assert "nothing was queued" in done.stdout
