@@ -14,8 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from train.engine import tokenization
+from train.engine import strategy, tokenization
 from train.engine.data import SAMPLES, pieces
+from train.engine.loss import TokenLoss
+from train.engine.settings import OptimizerSettings
+from train.engine.source import Source
+from train.engine.strategy.base import Strategy
 
 # Names that most families have for what makes a model small.
 SHAPE: dict[str, Any] = {
@@ -36,6 +40,30 @@ def of_family(family: str, **more: Any) -> PreTrainedModel:
     config = CONFIG_MAPPING[family](**{**SHAPE, **more})
     built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     return built
+
+
+def wrapped(
+    model: PreTrainedModel,
+    weights: Source | None,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    micro_batch_size: int = 1,
+    gradient_accumulation_steps: int = 1,
+    reduce_dtype: str = "auto",
+) -> Strategy:
+    """Return a model under the strategy of the environment; `weights`: if it has none yet."""
+    return strategy.prepare(
+        TokenLoss(model, device, bf16=bf16),
+        OptimizerSettings(),
+        name=strategy.name_from_environment(),
+        device=device,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        resume=None,
+        source=weights,
+        reduce_dtype=reduce_dtype,
+    )
 
 
 def write_tied_model(folder: Path, **shape: int) -> Path:

@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
-from tests.models import SHAPE
+from tests.models import SHAPE, wrapped
 from train import tinyllama
 from train.engine import arguments, models, source, strategy
 from train.engine.distributed import init_distributed, rank, world_size
 from train.engine.errors import run_to_exit
-from train.engine.loss import TokenLoss
-from train.engine.settings import OptimizerSettings
 
 # (precision, reduce_dtype)
 SETTINGS = (("fp32", "auto"), ("bf16", "fp32"), ("bf16", "auto"))
@@ -39,32 +37,23 @@ def sent() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("wchar:"))
 
 
-def bytes_of_a_step(name: str, device: torch.device, precision: str, reduce_dtype: str) -> float:
+def bytes_of_a_step(device: torch.device, precision: str, reduce_dtype: str) -> float:
     """Return what all processes send in the fourth step, in bytes a parameter.
 
     In the first steps ZeRO-3 learns in which order weights are needed.
     """
     model = models.hollow(LlamaConfig(**{**SHAPE, **LARGE}))
     num_parameters = sum(p.numel() for p in model.parameters())
-    wrapped = strategy.prepare(
-        TokenLoss(model, device, bf16=precision == "bf16"),
-        OptimizerSettings(),
-        name=name,
-        device=device,
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        resume=None,
-        source=source.of_seed(model, 1),
-        reduce_dtype=reduce_dtype,
-    )
+    weights = source.of_seed(model, 1)
+    trained = wrapped(model, weights, device, bf16=precision == "bf16", reduce_dtype=reduce_dtype)
     tokens = torch.arange(9).unsqueeze(0) + rank()
     took = torch.zeros(1, dtype=torch.int64)
     for _ in range(4):
         before = sent()
-        wrapped.module.train()
+        trained.module.train()
         batch = (tokens[:, :-1], tokens[:, 1:].contiguous())
-        wrapped.accumulate(batch, scale=torch.tensor(1 / 8), last=True)
-        wrapped.step()
+        trained.accumulate(batch, scale=torch.tensor(1 / 8), last=True)
+        trained.step()
         took.fill_(sent() - before)
     dist.all_reduce(took)
     return int(took) / num_parameters
@@ -75,7 +64,7 @@ def main(argv: list[str]) -> int:
     folder, device = Path(argv[0]), init_distributed()
     name = strategy.name_from_environment()
     found = {
-        f"{precision} {reduce_dtype}": bytes_of_a_step(name, device, precision, reduce_dtype)
+        f"{precision} {reduce_dtype}": bytes_of_a_step(device, precision, reduce_dtype)
         for precision, reduce_dtype in SETTINGS
     }
     if rank() == 0:

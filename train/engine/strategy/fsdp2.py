@@ -57,8 +57,8 @@ class Fsdp2(Strategy):
         offload = CPUOffloadPolicy() if truth("FSDP_OFFLOAD_PARAMS") else OffloadPolicy()
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
         whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-        # Weights are gathered in bf16; gradients are added up in fp32. What is no matrix product
-        # is computed in fp32, as autocast has it under the other strategies.
+        # Weights are gathered in bf16, gradients added up in fp32. Only matrix products are
+        # computed in bf16, as under the other strategies, where autocast does it.
         narrow = replace(whole, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         policies = dict.fromkeys([*models.layers(loss.model), loss], narrow if loss.bf16 else whole)
         if loss.bf16:

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from train.engine import models, source, strategy
+from tests.models import wrapped
+from train.engine import models, source
 from train.engine.distributed import init_distributed
-from train.engine.loss import TokenLoss
-from train.engine.settings import OptimizerSettings
 
 SHAPE = {
     "vocab_size": 8000,
@@ -37,35 +36,25 @@ def memory(key: str) -> int:
 
 def main(how: str) -> None:
     device = init_distributed()
-    name = strategy.name_from_environment()
     # Imports are made by a first, tiny model.
-    start(device, name, how, {**SHAPE, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 8})
+    start(device, how, {**SHAPE, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 8})
     gc.collect()
     # The peak starts anew.
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    num_parameters = start(device, name, how, SHAPE)
+    num_parameters = start(device, how, SHAPE)
     took = memory("VmHWM") - before
     print(json.dumps({"model": 4 * num_parameters, "took": took}), flush=True)
 
 
-def start(device: torch.device, name: str, how: str, shape: dict[str, int]) -> int:
+def start(device: torch.device, how: str, shape: dict[str, int]) -> int:
     model = models.hollow(LlamaConfig(**shape))
     num_parameters = sum(p.numel() for p in model.parameters())
     weights: source.Source | None = source.of_seed(model, 1)
     if how == "whole":
         source.place_whole(model, weights, torch.device("cpu"))
         weights = None
-    strategy.prepare(
-        TokenLoss(model, device, bf16=False),
-        OptimizerSettings(),
-        name=name,
-        device=device,
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        resume=None,
-        source=weights,
-    )
+    wrapped(model, weights, device)
     return num_parameters
 
 
