@@ -15,6 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the checkout is not on the path yet
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train.engine.memory import gathered, held
 from train.engine.presets import PRESETS, Preset
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -59,24 +60,23 @@ def num_parameters(shape: Preset) -> tuple[int, int]:
     return layer, 2 * shape.vocab_size * d + d
 
 
-def memory(strategy: str, shape: Preset, world_size: int) -> float:
-    """Return the bytes of weights, gradients and AdamW's moments on a GPU, without activations.
-
-    All in fp32 (Rajbhandari et al. 2020, arXiv:1910.02054, section 3): 4 + 4 + 8 a parameter, and
-    DeepSpeed's stages 1 and 2 keep each rank's part of the weights twice. What `zero3` and `fsdp2`
-    gather are two layers (one computes, one is on its way) and what is outside of the layers.
-    """
+def total_parameters(shape: Preset) -> int:
+    """Return all parameters of a Llama."""
     layer, rest = num_parameters(shape)
-    total = layer * shape.num_hidden_layers + rest
-    part = total / world_size
-    if strategy == "ddp":
-        return 16 * total
-    if strategy == "zero1":
-        return 8 * total + 12 * part
-    if strategy == "zero2":
-        return 4 * total + 16 * part
-    # DeepSpeed gathers in bf16, and keeps the result in fp32.
-    return 16 * part + (4 if strategy == "zero3" else 2) * (2 * layer + rest)
+    return layer * shape.num_hidden_layers + rest
+
+
+def micro_batches(world_size: int) -> int:
+    """Return how many micro batches a step has on each GPU."""
+    return max(1, STEP_TOKENS // world_size // MICRO_TOKENS)
+
+
+def memory(strategy: str, shape: Preset, world_size: int) -> float:
+    """Return the bytes that a GPU has in tensors in a step with bf16, without activations."""
+    total = total_parameters(shape)
+    own = held(total, strategy, world_size, bf16=True)
+    gradients = own.accumulated if micro_batches(world_size) > 1 else own.share * 4 * total
+    return own.lasting + gradients + gathered(strategy, *num_parameters(shape), bf16=True)
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,11 @@ def step(strategy: str, shape: Preset, world_size: int, network: float) -> tuple
 
     A ring leaves each node once, so that the network of a node carries what one GPU sends.
     """
-    layer, rest = num_parameters(shape)
     computes = flops(shape) * STEP_TOKENS / world_size / (PEAK * SHARE)
-    micro_batches = max(1, STEP_TOKENS // world_size // MICRO_TOKENS)
-    each = sent(strategy, world_size, wire(strategy), micro_batches=micro_batches, gloo=False)
+    count = micro_batches(world_size)
+    each = sent(strategy, world_size, wire(strategy), micro_batches=count, gloo=False)
     bandwidth = NVLINK if world_size <= GPUS_PER_NODE else network
-    return computes, each * (layer * shape.num_hidden_layers + rest) / bandwidth
+    return computes, each * total_parameters(shape) / bandwidth
 
 
 def largest(strategy: str, shape: Preset, network: float) -> int:
@@ -148,9 +147,8 @@ def tables() -> str:
     """Return the tables of docs/scale.md."""
     lines = []
     for name, shape in MODELS.items():
-        layer, rest = num_parameters(shape)
-        total = layer * shape.num_hidden_layers + rest
-        lines += [f"## {name}: {total:,} parameters, {flops(shape) / 1e9:.1f} GFLOP a token", ""]
+        size_words = f"{total_parameters(shape):,} parameters"
+        lines += [f"## {name}: {size_words}, {flops(shape) / 1e9:.1f} GFLOP a token", ""]
         columns = [f"GiB on {size:,}" for size in SIZES]
         columns += [f"sends longer above, {network}" for network in NETWORKS]
         lines += [f"| `ACCEL=` | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]

@@ -23,10 +23,15 @@ def test_the_models_have_their_published_sizes() -> None:
 
 def test_the_formulas_agree_with_a_calculation_by_hand() -> None:
     shape = scale.MODELS["Llama 2, 7 B"]
-    assert scale.memory("ddp", shape, 64) == 16 * 6_738_415_616
-    # 1/8 of 16 bytes, and two layers of 202,383,360 with 262,148,096 outside of them, in bf16.
-    part = 2 * 6_738_415_616
-    assert scale.memory("fsdp2", shape, 8) == part + 2 * (2 * 202_383_360 + 262_148_096)
+    assert scale.memory("ddp", shape, 1) == 16 * 6_738_415_616
+    # Four micro batches: their gradients are added up beside the places of the last.
+    assert scale.memory("ddp", shape, 64) == 20 * 6_738_415_616
+    # 1/256 of 16 bytes, and two layers of 202,383,360 with 262,148,096 outside of them, in bf16.
+    part = 16 / 256 * 6_738_415_616
+    whole = 2 * (2 * 202_383_360 + 262_148_096)
+    assert scale.memory("fsdp2", shape, 256) == pytest.approx(part + whole)
+    # 32 micro batches, whose gradients are added up whole: 4 bytes instead of 1/8 of 4.
+    assert scale.memory("fsdp2", shape, 8) == (12 / 8 + 4) * 6_738_415_616 + whole
     # 4,194,304 tokens on 64 GPUs are four micro batches of 16,384 on each.
     computes, sends = scale.step("fsdp2", shape, 64, 50e9)
     assert computes == pytest.approx(

@@ -68,11 +68,11 @@ def test_the_changes_come_in_the_order_of_what_they_cost() -> None:
         "ACCEL=zero2",
         "ACCEL=fsdp2",
         "ACCEL=fsdp2",
-        "2",
-        "4",
-        "8",
+        "ACCEL=zero3",
+        "ACCEL=zero3",
+        *("2", "2", "4", "4", "8", "8"),
     ]
-    assert [change.world_size for change, _ in changes(chosen, 16)][-3:] == [4, 8, 16]
+    assert [change.world_size for change, _ in changes(chosen, 16)][-6:] == [4, 4, 8, 8, 16, 16]
     # One process has nobody to share with.
     alone = Choice("ddp", 1, 1, gradient_checkpointing=True)
-    assert [change.strategy for change, _ in changes(alone, 2)] == ["ddp", "fsdp2"]
+    assert [change.strategy for change, _ in changes(alone, 2)] == ["ddp", "fsdp2", "zero3"]

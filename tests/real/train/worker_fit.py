@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from tests.models import SHAPE
+from tests.models import SHAPE, wrapped
 from train.engine import models, source, strategy
 from train.engine.distributed import init_distributed, rank, world_size
 from train.engine.errors import run_to_exit
 from train.engine.footprint import Live
-from train.engine.loss import TokenLoss
-from train.engine.settings import OptimizerSettings
 
 LARGE = {**SHAPE, "vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704}
 LARGE |= {"num_hidden_layers": 4, "max_position_embeddings": 128}
-# (family, micro batch, bf16, gradient checkpointing): more activations than weights, and fewer.
+# (family, micro batch, how many of them, bf16, gradient checkpointing): more activations than
+# weights, and fewer; gradients of one micro batch, and of several.
 CASES = (
-    ("llama", 8, False, False),
-    ("llama", 8, True, False),
-    ("llama", 8, True, True),
-    ("llama", 1, False, False),
-    ("gpt2", 4, True, False),
+    ("llama", 8, 1, False, False),
+    ("llama", 8, 1, True, False),
+    ("llama", 8, 1, True, True),
+    ("llama", 1, 1, False, False),
+    ("llama", 1, 3, False, False),
+    ("llama", 4, 2, True, True),
+    ("gpt2", 4, 1, True, False),
 )
 SEQUENCE_LENGTH = 128
 
@@ -49,33 +50,33 @@ class Recounting(Live):
         self.peak = max(self.peak, self.now)
 
 
-def peak(case: tuple[str, int, bool, bool], name: str, device: torch.device) -> int:
+def peak(case: tuple[str, int, int, bool, bool], name: str, device: torch.device) -> int:
     """Return the most bytes that this process had in tensors, from the second step on."""
-    family, micro_batch_size, bf16, gradient_checkpointing = case
+    family, micro_batch_size, num_micro_batches, bf16, gradient_checkpointing = case
     with (Recounting if name == "fsdp2" else Live)() as live:
         model = models.hollow(config_of(family))
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
-        wrapped = strategy.prepare(
-            TokenLoss(model, device, bf16),
-            OptimizerSettings(),
-            name=name,
-            device=device,
+        trained = wrapped(
+            model,
+            source.of_seed(model, 1),
+            device,
+            bf16=bf16,
             micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=1,
-            resume=None,
-            source=source.of_seed(model, 1),
+            gradient_accumulation_steps=num_micro_batches,
         )
         for step in range(2):
             if step == 1:
                 # Not whenever Python likes: DeepSpeed leaves cycles that hold tensors.
                 gc.collect()
                 live.start_anew()
-            wrapped.module.train()
+            trained.module.train()
             shape = (micro_batch_size, SEQUENCE_LENGTH)
             tokens = torch.full(shape, step + rank(), dtype=torch.int64)
-            wrapped.accumulate((tokens, tokens), scale=torch.tensor(1e-3), last=True)
-            wrapped.step()
+            for number in range(1, num_micro_batches + 1):
+                last = number == num_micro_batches
+                trained.accumulate((tokens, tokens), scale=torch.tensor(1e-3), last=last)
+            trained.step()
         return live.peak
 
 
