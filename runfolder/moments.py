@@ -23,6 +23,7 @@ VARIABLE = "SLUICE_PAUSE_AT"
 MOMENTS = {
     "in-staging": "a job's data is complete, under its hidden name",
     "in-preflight": "a node has checked itself, and not yet the others",
+    "loaded": "a process has imported the training libraries, and does not heed signals yet",
     "before-step": "a script of any kind is about to take an optimizer step",
     "after-step": "an optimizer step was taken; it is not logged or saved yet",
     "in-evaluation": "a batch of validation or test rows was scored",

@@ -17,6 +17,9 @@ from pathlib import Path
 if "SLUICE_STEP" in os.environ:
     # Asked to save before there is anything to save; torch, once imported, has its own handler.
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+else:
+    # Ctrl+C ends it; an exception within the imports of a library may be caught there.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from accelerate.commands.launch import main as accelerate_launch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -26,6 +29,7 @@ from runfolder import attempts, records
 from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_SAVED, of_outcome
 from runfolder.files import write_atomically
 from runfolder.launch import read
+from slurm.forked import fork_from_now_on
 from slurm.interface import use_interface_towards
 
 # How long a run's outcome may take after the processes of another node have ended.
@@ -49,6 +53,9 @@ def main() -> int:
         pass_ctrl_c_on(program["signal"])
         if os.environ.get("SLUICE_NODE_RANK") == "0":
             end_with_the_others(attempts.folder_of(run, attempts.current()) / ENDED)
+    elif os.environ.get("SLUICE_DEVICE") == "cpu":
+        # Not with GPUs: a process that has touched CUDA must not be forked.
+        fork_from_now_on()
     code = launch()
     if os.environ.get("SLUICE_NODE_RANK", "0") == "0":
         attempts.write_outcome_of_program(run, code, asked)
@@ -85,7 +92,7 @@ def launch() -> int:
         until = time.monotonic() + (0 if is_first else PATIENCE_S)
         while (outcome := attempts.read(run, attempts.current()).outcome) is None:
             if time.monotonic() >= until:
-                return EXIT_FAILED
+                return EXIT_FAILED if "SLUICE_STEP" in os.environ else 128 + error.sigval
             time.sleep(0.2)
         return of_outcome(str(outcome.get("outcome")))
     return 0

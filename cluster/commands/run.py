@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -252,7 +253,10 @@ def _say_failure(folder: Path, attempt: int, code: int) -> None:
     # A script that ends in order records that; this one could not.
     attempts.write_outcome(folder, number=attempt, outcome="failed", exit_code=code)
     log = attempts.folder_of(folder, attempt) / "node-0.log"
-    print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
+    if code == 128 + signal.SIGINT:
+        print("\ninterrupted before it could save")
+    else:
+        print(f"\nfailed with exit code {code}; log: {resolve.short(log)}")
     if checkpoints.newest_step(folder) is not None:
         name = folder.relative_to(folder.parent.parent)
         print(f"continue from the last checkpoint with: make run RUN={name}")

@@ -342,6 +342,23 @@ def test_what_is_wrong_is_one_line_and_makes_no_run(
     assert set(checkout.folder.glob("runs/*/*")) == before
 
 
+def test_ctrl_c_before_it_trains_is_answered_in_one_line(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    pause = Pause(tmp_path, "loaded")
+    process = checkout.start("make", "dry-run", **pause.variable)
+    pause.wait(lambda: process.poll() is None)
+    os.killpg(process.pid, signal.SIGINT)
+    pause.go_on()
+    done = waiting.finish(process)
+    assert done.stdout.endswith("\n\ninterrupted before it could save\n")
+    assert "Traceback" not in done.stderr
+    run = checkout.folder / re.findall(r"^run folder (\S+) ", done.stdout, re.MULTILINE)[0]
+    assert not processes_of(run), "something was left running"
+    outcome = json.loads((run / "attempts/1/outcome.json").read_text())
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 130)
+
+
 def processes_of(run: Path) -> list[str]:
     """Return the command lines of the processes that work on a run."""
     found = []

@@ -65,6 +65,7 @@ class Script(Generic[Config]):
         importlib.import_module("train.engine.models")
         gc.freeze()
         gc.enable()
+        moments.reached("loaded")
         signals.install()
         device: torch.device = init_distributed(config.timeout_s)
         with guard.lost_peers():

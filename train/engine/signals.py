@@ -16,9 +16,12 @@ _received: list[signal.Signals] = []
 def install_first() -> None:
     """From now on USR1 only sets the flag; for the start of a script, before it loads torch.
 
-    A cluster sends it however far the script is. The other signals still end it at once.
+    A cluster sends it however far the script is. The other signals still end it at once; of a
+    launcher's process also Ctrl+C, without the traceback of an import.
     """
     signal.signal(signal.SIGUSR1, _remember)
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def install() -> None:

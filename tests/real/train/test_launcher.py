@@ -31,6 +31,7 @@ def launcher(
     environment: dict[str, str],
     node: tuple[int, int] = (0, 1),
     port: int = 0,
+    device: str = "cpu",
 ) -> Forked:
     """Start a launcher, as slurm/node.sh does; `node`: its number, and how many there are."""
     number, num_nodes = map(str, node)
@@ -38,7 +39,7 @@ def launcher(
     options += ["--config_file", f"configs/accelerate/{accel}.yaml", "--num_processes"]
     options += [str(num_processes), "--main_process_port", str(port or free_port())]
     options += ["--main_process_ip", "127.0.0.1"]
-    own = {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": "cpu"}
+    own = {"SLUICE_WORLD_SIZE": str(num_processes), "SLUICE_DEVICE": device}
     # As slurm/environment.sh has it; long, because a machine may be busy.
     own["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     own["PET_SHUTDOWN_TIMEOUT"] = "600"
@@ -49,11 +50,15 @@ def launcher(
 
 
 def end_with(
-    folder: Path, *codes: str, environment: dict[str, str], accel: str = "ddp"
+    folder: Path,
+    *codes: str,
+    environment: dict[str, str],
+    accel: str = "ddp",
+    device: str = "cpu",
 ) -> tuple[int, list[dict[str, Any]]]:
     """Launch processes that end with `codes`; return the launcher's, and what they left."""
     words = ["tests.real.train.worker_launched", str(folder), *codes]
-    with launcher(accel, len(codes), *words, environment=environment) as process:
+    with launcher(accel, len(codes), *words, environment=environment, device=device) as process:
         done = process.end()
     files = [folder / f"rank-{number}.json" for number in range(len(codes))]
     return done.returncode, [json.loads(file.read_text()) for file in files]
@@ -80,6 +85,23 @@ def test_each_strategys_file_makes_the_variables_by_which_the_tests_fork_ranks(
         asked = {name for name in environment if name.startswith("ACCELERATE_USE_")}
         assert asked == {name for name in forked if name.startswith("ACCELERATE_USE_")}
     assert len({launched["environment"]["MASTER_PORT"] for launched in left}) == 1
+
+
+def test_a_process_that_is_forked_finds_what_one_that_is_started_does(
+    clean_environment: dict[str, str], tmp_path: Path
+) -> None:
+    # With GPUs they are started: what has touched CUDA must not be forked.
+    left = {}
+    for device in ("cpu", "cuda"):
+        _, left[device] = end_with(tmp_path, "0", "0", environment=clean_environment, device=device)
+    for forked, started in zip(*left.values(), strict=True):
+        own = {"MASTER_PORT", "SLUICE_DEVICE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"}
+        for found in (forked, started):
+            found["environment"] = {
+                name: value for name, value in found["environment"].items() if name not in own
+            }
+            del found["pid"]
+        assert forked == started
 
 
 # ---- how it ends ----
