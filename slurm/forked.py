@@ -97,6 +97,9 @@ def _become(words: list[str], environment: dict[str, str], mask: Iterable[int]) 
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _close_what_is_the_launchers()
+        # `ps` and `top` show the launcher's command; the name tells them apart.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = words

@@ -225,18 +225,18 @@ def environment(cluster: Cluster, apptainer: str, image: Path) -> dict[str, str]
     }
 
 
-def pids_of(run: Run, *, rank: int | None = None) -> list[int]:
-    """Return the processes in a run's image, or those of one rank, in its newest attempt."""
+def pids_of(run: Run, *, name: str | None = None) -> list[int]:
+    """Return the processes in a run's image, or those called `name`, in its newest attempt."""
     attempt = f"SLUICE_ATTEMPT={len(run.attempts())}".encode()
-    wanted = {attempt, b"SLUICE_STEP=1"} | (
-        {f"RANK={rank}".encode()} if rank is not None else set()
-    )
+    wanted = {attempt, b"SLUICE_STEP=1"}
     found = []
     for pid, _, variables in processes():
         # A job of another run may have the same number; the folder that it sees is another.
         with suppress(OSError):
+            own = Path(f"/proc/{pid}/comm").read_text().strip()
             if (
                 wanted <= set(variables)
+                and name in (None, own)
                 and run.folder.name in Path(f"/proc/{pid}/mountinfo").read_text()
             ):
                 found.append(pid)

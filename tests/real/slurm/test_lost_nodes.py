@@ -72,7 +72,7 @@ def test_a_crash_and_a_loss_of_power_cost_the_steps_since_the_last_checkpoint(
     run = desk.pausing(pause).submit("ACCEL=zero3", "NODES=2", "ARGS=--dry_run")
     with paused(desk, run, pause):
         pause.path.unlink()
-        for pid in pids_of(run, rank=1):
+        for pid in pids_of(run, name="rank 1"):
             # A child of it has ended with it.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

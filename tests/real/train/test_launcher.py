@@ -101,6 +101,8 @@ def test_a_process_that_is_forked_finds_what_one_that_is_started_does(
                 name: value for name, value in found["environment"].items() if name not in own
             }
             del found["pid"]
+        assert forked.pop("name") == f"rank {forked['environment']['RANK']}"
+        del started["name"]
         assert forked == started
 
 

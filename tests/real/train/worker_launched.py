@@ -52,6 +52,7 @@ def found() -> dict[str, Any]:
         "sockets": [n for n, file in files.items() if n > 2 and file.is_socket()],
         "folders": [str(Path.cwd()), sys.path[0]],
         "words": sys.argv,
+        "name": Path("/proc/self/comm").read_text().strip(),
     }
 
 
