@@ -31,8 +31,6 @@ from train.engine.presets import PRESETS
 from train.engine.schedule import lr_at
 from train.engine.settings import ModelSettings, OptimizerSettings, ScheduleSettings
 
-# Phrases for the same error from torch, cuBLAS, Inductor and the C library.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
 # Kept free before the deadline, to write the result and exit.
 RESERVE_S = 8.0
 # Fewer timed steps than this are not a measurement.
@@ -88,13 +86,6 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         watch.fail(error)
     return 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device or the process ran out of memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words.lower() in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _device(spec: Spec) -> torch.device:
@@ -362,7 +353,7 @@ class Watch:
         """Write that the trial failed, or that only its profile did."""
         if self._result.get("status") == "measured":
             self._result["note"] = f"after the timed steps: {type(error).__name__}"
-        elif is_out_of_memory(error):
+        elif guard.is_out_of_memory(error):
             self._result |= {"status": "out_of_memory", "reason": None}
         else:
             lines = str(error).strip().splitlines() or [""]

@@ -1,4 +1,4 @@
-"""Checks that end a run before it does harm: a loss that is not finite, a lost peer."""
+"""What ends a run in one line: a loss that is not finite, a lost peer, memory that is used up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from train.engine.distributed import gather_strings, rank
 from train.engine.errors import RunFailed
+
+# Phrases for the same error from torch, cuBLAS, Inductor and the C library.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
 
 
 def check_loss(
@@ -40,20 +45,32 @@ def check_gradient(norm: float, *, step: int, positions: list[list[int]]) -> Non
 
 
 @contextmanager
-def lost_peers() -> Iterator[None]:
-    """Turn a failed collective into one line: the rank that caused it has printed the reason."""
+def in_one_line() -> Iterator[None]:
+    """Turn what a user can do something about into one line: a failed collective, no memory."""
     try:
         yield
-    except RunFailed:
-        raise
-    except RuntimeError as error:
-        text = str(error)
-        if not any(
-            mark in text for mark in ("gloo", "NCCL", "Connection closed", "Connection reset")
-        ):
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        if isinstance(error, RunFailed):
             raise
-        reason = text.splitlines()[0]
+        if is_out_of_memory(error):
+            raise RunFailed(
+                f"rank {rank()}: out of memory ({reason}); let it hold less: a smaller "
+                "micro_batch_size, gradient_checkpointing, a strategy that splits the model "
+                "(ACCEL=zero3, ACCEL=fsdp2), more processes; `make submit PLAN=1` says what fits"
+            ) from None
+        marks = ("gloo", "NCCL", "Connection closed", "Connection reset")
+        if not any(mark in str(error) for mark in marks):
+            raise
+        # The rank that caused it has printed the reason.
         raise RunFailed(f"rank {rank()}: lost contact with another process ({reason})") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device or the process ran out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words.lower() in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def _span(positions: list[list[int]]) -> str:

@@ -68,7 +68,7 @@ class Script(Generic[Config]):
         moments.reached("loaded")
         signals.install()
         device: torch.device = init_distributed(config.timeout_s)
-        with guard.lost_peers():
+        with guard.in_one_line():
             outcome = self.train(config, run_folder, device, rehearse_stop=config.dry_run)
             if outcome == "rehearsed":
                 if is_main_process():

@@ -403,3 +403,20 @@ def test_a_loss_that_is_not_finite_ends_two_processes_with_one_error(
     # Nothing of it was trained on.
     found = losses(tmp_path)
     assert 1 in found and all(loss < 1e30 for loss in found.values())
+
+
+# ---- memory that is used up ----
+
+
+def test_a_model_that_is_too_large_for_the_memory_is_said_with_what_helps(
+    tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
+    # In fp32 its weights alone are 418 MiB, and as much again their gradients.
+    words = settings_for(tmp_path, "--model.preset", "110m", "--data.sequence_length", "16")
+    module = ("tests.real.train.worker_limited", "600", "train.tinyllama")
+    done = ranks.run("ddp", 1, *module, *words, environment=clean_environment)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: rank 0: out of memory (")
+    assert "ACCEL=fsdp2" in said[0]

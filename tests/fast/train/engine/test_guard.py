@@ -80,7 +80,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_every_ranks_positions(
     ],
 )
 def test_a_lost_peer_is_one_line(text: str) -> None:
-    with pytest.raises(RunFailed) as error, guard.lost_peers():
+    with pytest.raises(RunFailed) as error, guard.in_one_line():
         raise RuntimeError(text)
     reason = text.splitlines()[0]
     assert str(error.value) == f"rank 0: lost contact with another process ({reason})"
@@ -96,6 +96,27 @@ def test_a_lost_peer_is_one_line(text: str) -> None:
     ],
 )
 def test_another_error_passes_as_it_is(error: Exception) -> None:
-    with pytest.raises(type(error)) as passed, guard.lost_peers():
+    with pytest.raises(type(error)) as passed, guard.in_one_line():
         raise error
     assert passed.value is error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:126] data. DefaultCPUAllocator: can't allocate memory: you "
+        "tried to allocate 8192 bytes. Error code 12 (Cannot allocate memory)\nframe #0: ...",
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB\n...",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_is_used_up_is_one_line_with_what_helps(text: str) -> None:
+    with pytest.raises(RunFailed) as error, guard.in_one_line():
+        raise RuntimeError(text)
+    assert str(error.value).startswith(f"rank 0: out of memory ({text.splitlines()[0]}); let it")
+
+
+def test_pythons_own_error_is_told_as_that_too() -> None:
+    said = r"^rank 0: out of memory \(MemoryError\); "
+    with pytest.raises(RunFailed, match=said), guard.in_one_line():
+        raise MemoryError
