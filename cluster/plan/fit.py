@@ -23,6 +23,8 @@ def words(launch: Launch, site: Site) -> list[str]:
     source = launch.source
     if source.program:
         return []
+    if not (source.code / "train/fit.py").exists():
+        return ["not predicted: the run has the code of an earlier version"]
     strategy = yaml.safe_load(strategy_file(source.accel).read_text(encoding="utf-8"))
     environment = resolve.environment() | launch.exported
     environment |= {
