@@ -42,12 +42,8 @@ def main(argv: list[str]) -> int:
     config = _with_absolute_paths(config)
     if any(word.startswith(("--data.", "--model.")) for word in script_arguments):
         config = replace(config, staged=None)
-    try:
-        with said_of_the_disk():
-            config = script.stage(config, online=online)
-    except KeyboardInterrupt:
-        # Ctrl+C during a long download; partial files are already cleaned up.
-        return 130
+    with said_of_the_disk():
+        config = script.stage(config, online=online)
     if resolved:
         Path(resolved).write_text(arguments.to_yaml(config), encoding="utf-8")
     return 0

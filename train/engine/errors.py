@@ -36,6 +36,9 @@ def run_to_exit(main: Callable[[list[str]], int]) -> NoReturn:
     except BrokenPipeError:
         # The reader of the output is gone, as with `head`.
         os._exit(EXIT_READER_LEFT)
+    except KeyboardInterrupt:
+        # What was half done, a download for example, was cleaned up on the way here.
+        code = 130
     except (UserError, RunFailed) as error:
         # In one write: several ranks may report it at the same time.
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")

@@ -56,8 +56,8 @@ def in_one_line() -> Iterator[None]:
         if is_out_of_memory(error):
             raise RunFailed(
                 f"rank {rank()}: out of memory ({reason}); let it hold less: a smaller "
-                "micro_batch_size, gradient_checkpointing, a strategy that splits the model "
-                "(ACCEL=zero3, ACCEL=fsdp2), more processes; `make submit PLAN=1` says what fits"
+                "--batch.micro_batch_size, --model.gradient_checkpointing true, ACCEL=fsdp2 or "
+                "ACCEL=zero3, more processes; on a cluster, `make submit PLAN=1` says what fits"
             ) from None
         marks = ("gloo", "NCCL", "Connection closed", "Connection reset")
         if not any(mark in str(error) for mark in marks):

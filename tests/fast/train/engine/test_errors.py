@@ -21,6 +21,8 @@ from train.engine.errors import said_of_the_disk
         ("raise UserError('data: is\\n empty')", 2, "error: data: is empty\n"),
         ("raise RunFailed('disk full')", 1, "error: disk full\n"),
         ("return 75", 75, ""),
+        # Ctrl+C; the terminal shows it.
+        ("raise KeyboardInterrupt", 130, ""),
     ],
 )
 def test_a_script_ends_with_one_line_and_its_code(body: str, code: int, said: str) -> None:
