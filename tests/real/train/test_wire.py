@@ -58,7 +58,7 @@ def test_a_curve_in_bf16_is_that_in_fp32_within_a_hundredth(
     found: dict[tuple[str, int], Path],
 ) -> None:
     expected = losses(found["ddp", 2] / "fp32")
-    assert len(expected) == 100 and expected[-1] < 0.65 * expected[0]
+    assert len(expected) == 300 and expected[-1] < expected[0] / 2
     for accel in ("ddp", "zero2", "zero3", "fsdp2"):
         curve = losses(found[accel, 2] / "bf16")
         # A single batch of eight short sequences may differ by twice as much.

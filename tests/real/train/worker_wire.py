@@ -23,10 +23,10 @@ SETTINGS = (("fp32", "auto"), ("bf16", "fp32"), ("bf16", "auto"))
 # Each matrix is large enough that ZeRO-3 splits it: 100,000 numbers.
 LARGE = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024}
 LARGE |= {"num_key_value_heads": 4}
-# 100 steps of the preset `tiny`, in which it learns something.
+# 300 steps of the preset `tiny`, in which it learns something.
 CURVE = [
-    *("--dry_run", "--max_steps", "100", "--log_every_steps", "1", "--export", "false"),
-    *("--evaluation.every_steps", "100", "--checkpoint.every_steps", "100"),
+    *("--dry_run", "--max_steps", "300", "--log_every_steps", "1", "--export", "false"),
+    *("--evaluation.every_steps", "300", "--checkpoint.every_steps", "300"),
     *("--batch.micro_batch_size", "4"),
 ]
 
@@ -60,7 +60,7 @@ def bytes_of_a_step(device: torch.device, precision: str, reduce_dtype: str) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Write bytes.json; with two processes also a run folder of 100 steps for each precision."""
+    """Write bytes.json; with two processes also a run folder of 300 steps for each precision."""
     folder, device = Path(argv[0]), init_distributed()
     name = strategy.name_from_environment()
     found = {
