@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 """The request cannot run, and would fail again: it is not retried."""
@@ -14,3 +16,13 @@ EXIT_READER_LEFT = 141
 def of_outcome(word: str) -> int:
     """Return the exit code for an outcome (one of `attempts.OUTCOMES`)."""
     return {"finished": 0, "stopped": EXIT_SAVED}.get(word, EXIT_FAILED)
+
+
+def of_system_exit(code: object) -> int:
+    """Return what `sys.exit(code)` ends with; as Python does, print a text, which means 1."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code
+    print(code, file=sys.stderr)
+    return EXIT_FAILED

@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
+from runfolder.exit_codes import EXIT_FAILED, of_system_exit
+
 # What takes our scripts long to import.
 PRELOADED = ["transformers.modeling_utils", "torch.nn.attention.varlen"]
 LOOK_S = 0.05
@@ -88,7 +90,7 @@ class Forked:
 
 def _become(words: list[str], environment: dict[str, str], mask: Iterable[int]) -> NoReturn:
     """Make a process that was just forked one as if it had been started, and run its module."""
-    code: object = 1
+    code = EXIT_FAILED
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)
@@ -106,14 +108,14 @@ def _become(words: list[str], environment: dict[str, str], mask: Iterable[int]) 
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
-        code = end.code or 0
+        code = of_system_exit(end.code)
     except BaseException:
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        os._exit(code)
 
 
 def _close_what_is_the_launchers() -> None:

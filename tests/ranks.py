@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from runfolder.exit_codes import of_system_exit
 from tests.shared import CHECKOUT, free_port, once, shared
 from tests.waiting import HANGS_AFTER_S, descendants, wait_until
 
@@ -429,7 +430,7 @@ def _become(request_file: int, output: int, errors: int) -> NoReturn:
             sys.path[0] = request["cwd"]
             runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = of_system_exit(end.code)
     except BaseException:
         traceback.print_exc()
         code = 1

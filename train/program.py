@@ -20,7 +20,7 @@ from typing import Any
 
 from runfolder import attempts
 from runfolder.errors import UserError
-from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED
+from runfolder.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, of_system_exit
 from runfolder.records import SCRIPT_FOLDER
 from train import rider
 from train.engine import signals
@@ -92,9 +92,9 @@ def _run(program: dict[str, str], words: list[str]) -> int:
         elif kind == "module":
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
-            return _code_of(entry_point(name).load()())
+            return of_system_exit(entry_point(name).load()())
     except SystemExit as ended:
-        return _code_of(ended.code)
+        return of_system_exit(ended.code)
     except BaseException as error:
         # Its own lines, without those of the way to it.
         trace = error.__traceback__
@@ -132,16 +132,6 @@ def entry_point(name: str) -> importlib.metadata.EntryPoint:
     if not found:
         raise UserError(f"command: {name}: no package here has a command of this name")
     return next(iter(found))
-
-
-def _code_of(code: object) -> int:
-    if code is None:
-        return 0
-    if isinstance(code, int):
-        return code
-    # As Python itself: a message, and 1.
-    print(code, file=sys.stderr)
-    return EXIT_FAILED
 
 
 if __name__ == "__main__":
