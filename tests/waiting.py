@@ -88,6 +88,14 @@ def finish(
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def state_of(pid: int) -> str:
+    """Return the state of a process, as the letter in /proc; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Return the processes that a process started, and theirs, with their names."""
     children: dict[int, list[tuple[int, str]]] = {}

@@ -49,10 +49,10 @@ def in_one_line() -> Iterator[None]:
     """Turn what a user can do something about into one line: a failed collective, no memory."""
     try:
         yield
+    except RunFailed:
+        raise
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        if isinstance(error, RunFailed):
-            raise
         if is_out_of_memory(error):
             raise RunFailed(
                 f"rank {rank()}: out of memory ({reason}); let it hold less: a smaller "

@@ -13,7 +13,7 @@ import pytest
 from tests.fast.train import chat_model
 from tests.real.cluster.login.screen import Screen
 from tests.shared import CHECKOUT
-from tests.waiting import wait_until
+from tests.waiting import state_of, wait_until
 
 # So long that nobody waits for an answer's end.
 ENDLESS = 1_000_000
@@ -49,14 +49,6 @@ def variables(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | ours
 
 
-def sleeps(pid: int) -> bool:
-    """Return whether a process waits, or has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "S"
-    except OSError:
-        return True
-
-
 @pytest.mark.computes(1)
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
     model: Path, variables: dict[str, str]
@@ -76,7 +68,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
         screen.type("half a line")
         screen.expect("half a line")
         # Python loses a Ctrl+C in the moment before its readline waits for a key.
-        wait_until(lambda: all(map(sleeps, screen.others())), "it waits for a key")
+        wait_until(lambda: set(map(state_of, screen.others())) <= {"", "S"}, "it waits for a key")
         screen.type("\x03")
         screen.expect(r"\(Ctrl\+D or /exit ends\)\r\nyou> ")
         before = screen.shown

@@ -20,7 +20,7 @@ from tests.conftest import losses
 from tests.ranks import STRATEGIES, Forked, Ranks
 from tests.real.train.test_faults import SETTINGS
 from tests.shared import free_port
-from tests.waiting import wait_until
+from tests.waiting import state_of, wait_until
 
 
 def launcher(
@@ -173,15 +173,7 @@ def test_processes_do_not_outlive_a_launcher_that_is_killed(
         assert process.wait() == -signal.SIGKILL
     # They are in sessions of their own.
     pids = [json.loads(file.read_text())["pid"] for file in files]
-    wait_until(lambda: not any(is_running(pid) for pid in pids), "they are gone")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(") ")[2][0] != "Z"
+    wait_until(lambda: {state_of(pid) for pid in pids} <= {"", "Z"}, "they are gone")
 
 
 # Ctrl+C: test_make.py, through make.
