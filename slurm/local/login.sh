@@ -111,12 +111,15 @@ say 'munge is up'
 readonly db=$state/db
 # In memory: it is lost with the cluster anyway, and does not wait for a disk.
 mount -n -t tmpfs -o mode=700 db "$db"
-"${drop[@]}" mariadb-install-db --no-defaults --user="$me" --datadir="$db/data" --skip-test-db \
+# When it starts, MariaDB deletes all temporary tables of its folder: in /tmp also another server's.
+mkdir -- "$db/tmp"
+"${drop[@]}" mariadb-install-db --no-defaults --user="$me" --datadir="$db/data" \
+  --tmpdir="$db/tmp" --skip-test-db \
   --auth-root-authentication-method=socket --auth-root-socket-user="$me" \
   >"$log/mariadb-install.log" 2>&1 || stop mariadb-install-db "$log/mariadb-install.log"
 # Small, and quick rather than safe: it lives no longer than the cluster.
 "${drop[@]}" mariadbd --no-defaults --user="$me" --datadir="$db/data" --socket="$db/socket" \
-  --pid-file="$db/pid" --skip-networking --innodb-buffer-pool-size=64M \
+  --tmpdir="$db/tmp" --pid-file="$db/pid" --skip-networking --innodb-buffer-pool-size=64M \
   --innodb-log-file-size=32M --innodb-lock-wait-timeout=900 \
   --innodb-flush-log-at-trx-commit=2 --log-error="$log/mariadb.log" &
 in_db() { "$1" --no-defaults --socket="$db/socket" --user="$me" "${@:2}" >/dev/null 2>&1; }
